@@ -1,0 +1,46 @@
+# Everything sets itself up: a virtual environment in .venv, made once and again when the requirements change.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow test-oldest lint types bench clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	# torch first and pinned: a plain "torch" brings gigabytes of CUDA packages
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
+	$(BIN)/redpeft demo
+
+test: $(VENV)/.ready  ## the tests that every change must pass
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready  ## what takes longer: several processes, whole demos
+	$(BIN)/python -m pytest -m slow
+
+test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports
+	.venv-oldest/bin/python -m pytest tests/method
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch numpy
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[demo]" pytest pytest-timeout hypothesis
+	touch $@
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready  ## one training step beside its peers
+	$(BIN)/python benchmarks/training_step.py
+
+clean:
+	rm -rf .venv .venv-oldest build dist

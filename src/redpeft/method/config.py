@@ -1,0 +1,112 @@
+"""What to edit and how: the configuration of one RED adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from redpeft.errors import UserError
+from redpeft.method.register import REDPEFT
+from redpeft.method.sites import KINDS, RED_PLUS
+
+
+@dataclass
+class RedConfig(PeftConfig):
+    """Configuration of RED, Representation EDiting (arXiv 2402.15179): `h' = scale * h + unit * bias` at each site.
+
+    Raises `UserError` for choices that contradict each other or leave nothing to learn.
+    """
+
+    sites: str | list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Where to edit: 'ffn' (the FFN's output, the paper's choice and the default), 'attention' (the "
+            "attention's output projection), 'qkv' (its query, key and value projections), a list of these, or "
+            "'red+' (all five, the paper's enhanced variant). Found by structure in self-attention blocks."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to edit instead of `sites`: PEFT's rules (a list of names or name endings, "
+            "or one regular expression). Once the adapter is in a model: the full names of the edited modules."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names of modules to leave out, by PEFT's rules (a list of endings, or one expression)."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to edit; all of them when not given."}
+    )
+    use_scale: bool = field(
+        default=True, metadata={"help": "Learn the scale (False: the paper's bias-only ablation)."}
+    )
+    use_bias: bool = field(default=True, metadata={"help": "Learn the bias (False: the paper's scale-only ablation)."})
+    unit: float | str = field(
+        default="auto",
+        metadata={
+            "help": "The unit in which the bias is learned. 'auto': the typical size of the output that it is added "
+            "to, measured in the first training forward; a number: that number (1 is the paper's own rule)."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train in full and save beside the edits, such as a new head."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start as the identity (scale 1, bias 0). False: random edits, for tests only."},
+    )
+    resolved: bool = field(
+        default=False,
+        metadata={"help": "Set by redpeft: `target_modules` holds the full names of the edited modules."},
+    )
+    base_fingerprint: dict | None = field(
+        default=None,
+        metadata={"help": "Set by redpeft: tells the base model's weights from others of the same shape."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = REDPEFT
+        self._check_where()
+        if not (self.use_scale or self.use_bias):
+            raise UserError("use_scale and use_bias are both False: nothing would be learned; set one of them")
+        if self.unit != "auto" and not _is_positive_number(self.unit):
+            raise UserError(f"unit must be 'auto' or a positive number, not {self.unit!r}")
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+
+    def _check_where(self) -> None:
+        if self.target_modules is not None and not self.target_modules:
+            raise UserError("target_modules is empty: name at least one module, or leave it out and choose sites")
+        if self.layers_to_transform is not None and self.layers_to_transform in ([], ()):
+            raise UserError("layers_to_transform is empty: name at least one block, or leave it out for all of them")
+        if self.sites is not None and self.target_modules is not None and not self.resolved:
+            raise UserError(
+                f"sites={self.sites!r} and target_modules={self.target_modules!r} both say where to edit; give one"
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str) and not self.resolved:
+            raise UserError("layers_to_transform has no effect on a target_modules expression; put the blocks into it")
+        if self.sites is None and self.target_modules is None:
+            self.sites = "ffn"
+        if self.sites is not None:
+            _check_sites(self.sites)
+
+
+def _check_sites(sites: str | Sequence[str]) -> None:
+    chosen = [sites] if isinstance(sites, str) else list(sites)
+    if not chosen:
+        raise UserError(f"sites is empty: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
+    unknown = [kind for kind in chosen if kind not in KINDS and kind != RED_PLUS]
+    if unknown:
+        raise UserError(f"unknown sites {unknown}: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
+
+
+def _is_positive_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0

@@ -1,0 +1,212 @@
+"""The PEFT layer of RED: wraps a module and edits its output.
+
+                    ┌──────────────┐             ┌────────── redpeft_edit ──────────┐
+    arguments ────> │  base_layer  │ ──── h ───> │ h' = scale * h + unit * bias     │ ──> h'
+                    │   (frozen)   │             │ (one Edit per adapter, by name)  │
+                    └──────────────┘             └──────────────────────────────────┘
+
+The edit touches the output only, so it does not matter what computes it: a linear layer, a quantised one of any maker,
+a mixture-of-experts block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from redpeft.errors import UserError
+from redpeft.method.config import RedConfig
+from redpeft.method.edit import Edit, fold_edit
+from redpeft.method.fingerprint import FLOATS
+from redpeft.method.mixed import EditTable, MixedBatch
+from redpeft.method.units import typical_size
+
+
+def output_width(module: nn.Module, model: nn.Module) -> int:
+    """The last dimension of a module's output: a linear layer says it, any other has the model's hidden width."""
+    for name in ("out_features", "nf"):
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise UserError(f"cannot tell the width of {type(module).__name__}'s output: it has no out_features")
+    return width
+
+
+class RedLayer(nn.Module, BaseTunerLayer):
+    """Edits the output of `base_layer`, whose last dimension is `width`.
+
+    Parameters are named `redpeft_edit.<adapter>.scale` and `.bias`. A base layer that returns a tuple (some
+    mixture-of-experts blocks) has its first element edited. Several active adapters act one after another.
+    """
+
+    adapter_layer_names = ("redpeft_edit",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RedConfig, *, width: int, site: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.redpeft_edit = nn.ModuleDict()
+        self.width = width
+        self.site = site
+        self.measuring = False
+        self.mixed_batch: MixedBatch | None = None
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._table: EditTable | None = None
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: RedConfig) -> None:
+        """Add an adapter's edit, on the base layer's device. Its unit is a sibling's, if that has been measured: the
+        unit describes the base layer's output, and TRL's reference adapter gets copies of the parameters alone."""
+        tensor = self._base_tensor()
+        edit = Edit(
+            self.width,
+            unit=config.unit,
+            use_scale=config.use_scale,
+            use_bias=config.use_bias,
+            dtype=torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32,
+            device=self._device(),
+        )
+        measured = next((e for e in self._edits() if e.auto_unit and not e.unit_pending), None)
+        if edit.unit_pending and measured is not None and not edit.bias.is_meta:
+            edit.set_unit(measured.unit)
+        if not config.init_weights:
+            edit.reset(identity=False)
+        self.redpeft_edit[adapter_name] = edit
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _edits(self) -> list[Edit]:
+        return list(self.redpeft_edit.values())
+
+    def _base_tensor(self) -> torch.Tensor | None:
+        """A tensor of the base layer that tells its device and floating dtype."""
+        tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), next(iter(tensors), None))
+
+    def _device(self) -> torch.device | None:
+        """Where the base layer computes: where its tensors are, or where accelerate brings them if offloaded."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.get_base_layer().modules())
+        offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+        if offloaded is not None:
+            return torch.device(offloaded.execution_device)
+        tensor = self._base_tensor()
+        return None if tensor is None else tensor.device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own looks for `weight`, which a mixture-of-experts block has not, and casts to the base's dtype.
+        device = device or self._device()
+        if adapter_name in self.redpeft_edit and device is not None:
+            edit = self.redpeft_edit[adapter_name]
+            if not edit.scale.is_meta:
+                edit.to(device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        if isinstance(output, tuple):
+            return self._edit(output[0]), *output[1:]
+        return self._edit(output)
+
+    def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.mixed_batch is not None:
+            return self._edit_mixed(hidden, self.mixed_batch)
+        active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
+        if any(not edit.unit_known and (self.measuring or (edit.training and edit.trainable)) for edit in active):
+            self._measure(hidden)
+        for edit in active:
+            hidden = edit(hidden)
+        return hidden
+
+    @torch.compiler.disable
+    def _measure(self, hidden: torch.Tensor) -> None:
+        """Take the unit from the base layer's output; it holds for every adapter here that has none yet."""
+        pending = [edit for edit in self._edits() if edit.unit_pending]
+        if hidden.is_meta or not pending:
+            return
+        unit = typical_size(hidden, self.site)
+        for edit in pending:
+            edit.set_unit(unit)
+
+    @torch.compiler.disable  # or every other mix of adapters would be compiled anew
+    def _edit_mixed(self, hidden: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
+        if not self.redpeft_edit:
+            return hidden
+        if self._table is None or not self._table.serves(self.redpeft_edit, batch.adapters):
+            self._table = EditTable(self.redpeft_edit, batch.adapters)
+        self._table.refresh(self.redpeft_edit, batch.used)
+        return self._table.apply(hidden, batch.rows(hidden.shape[0], hidden.device))
+
+    # Merging. PEFT calls it merge; a merged layer is a folded one.
+
+    def why_not_mergeable(self) -> str | None:
+        """What keeps the edit from being folded into the base layer's weights, or None."""
+        base = self.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            return f"{type(base).__name__} is not a linear layer"
+        if type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS:
+            return f"the weights of {type(base).__name__} are quantised or sharded"
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the adapters (the active ones by default) into the base layer's weight and bias.
+
+        The arithmetic is fp32 (fp64 on an fp64 base) from the original weights, rounded once; a layer without a bias
+        gets one. Raises `UserError` for a layer that cannot be folded, and with `safe_merge` for a result that is not
+        finite in the layer's dtype; nothing is changed then.
+        """
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.redpeft_edit]
+        if not names:
+            return
+        reason = self.why_not_mergeable()
+        if reason:
+            raise UserError(f"cannot merge at {self.site}: {reason}; keep the adapter unmerged (its cost is one pass)")
+        base = self.get_base_layer()
+        original = self._unmerged or (base.weight, base.bias)
+        weight, bias = self._folded(*original, names=[*self.merged_adapters, *names])
+        if safe_merge and not (weight.isfinite().all() and bias.isfinite().all()):
+            raise UserError(
+                f"merging {', '.join(names)} at {self.site} gives values that are not finite in {weight.dtype}"
+            )
+        self._unmerged = original
+        base.weight = nn.Parameter(weight, requires_grad=original[0].requires_grad)
+        base.bias = nn.Parameter(bias, requires_grad=original[0].requires_grad)
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    @torch.no_grad()
+    def _folded(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        transposed = isinstance(self.get_base_layer(), Conv1D)  # (in, out)
+        dtype, rows = weight.dtype, weight.T if transposed else weight
+        for name in names:
+            edit: Edit = self.redpeft_edit[name]
+            rows, bias = fold_edit(rows, bias, edit.scale, edit.shift)
+        return (rows.T if transposed else rows).to(dtype).contiguous(), bias.to(dtype)
+
+    def unmerge(self) -> None:
+        """Put the original weight and bias back, bit for bit: dividing by a scale near 0 could not."""
+        if self._unmerged is None:
+            return
+        base = self.get_base_layer()
+        base.weight, base.bias = self._unmerged
+        self._unmerged, self.merged_adapters = None, []
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks of the wrapped module (`in_features`, `gate`, `experts`, ...), that answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not yet set while copying or unpickling
+                raise
+            return getattr(self.base_layer, name)

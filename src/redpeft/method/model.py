@@ -1,0 +1,165 @@
+"""The PEFT tuner of RED: finds the sites, wraps them, and serves batches that mix adapters."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from redpeft.errors import UserError
+from redpeft.method.config import RedConfig
+from redpeft.method.fingerprint import difference, fingerprint
+from redpeft.method.layer import RedLayer, output_width
+from redpeft.method.mixed import BASE, MixedBatch, run_by_adapter
+from redpeft.method.register import PREFIX, REDPEFT
+from redpeft.method.sites import find_sites
+
+_PEFT_PREFIX = "base_model.model."  # of the keys in adapter files
+
+
+class RedModel(BaseTuner):
+    """A model whose sites are wrapped in `RedLayer`s, as `get_peft_model(model, RedConfig(...))` makes it."""
+
+    prefix = PREFIX
+    tuner_layer_cls = RedLayer
+    target_module_mapping: ClassVar[dict] = {}  # sites are found by structure
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # The model gets a configuration of its own: the caller's may serve other models, whose sites differ. They
+        # share one list of heads, since PEFT appends a token classifier's head to the caller's after this.
+        given = self.peft_config[adapter_name]
+        given.modules_to_save = given.modules_to_save or []
+        config = self.peft_config[adapter_name] = copy.copy(given)
+        if config.sites is not None and not config.resolved:
+            sites = find_sites(model, config.sites, config.layers_to_transform)
+            config.target_modules, config.resolved = {site.name for site in sites}, True
+        if config.resolved:
+            config.target_modules = frozenset(config.target_modules)  # PEFT shortens a large set to name endings
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Full names, also where PEFT was given endings: loading goes by these.
+        edited = {name for name, layer in _red_layers(model).items() if adapter_name in layer.redpeft_edit}
+        config.target_modules, config.resolved = edited, True
+        self._check_base(model, config, adapter_name)
+
+    def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
+        found = fingerprint(model, config.target_modules)
+        differs = difference(config.base_fingerprint, found)
+        if differs:
+            named = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+            warnings.warn(
+                f"adapter '{adapter_name}' was trained on another base model{named} than this one: {differs}",
+                stacklevel=2,
+            )
+        config.base_fingerprint = config.base_fingerprint or found
+
+    def _prepare_adapter_config(self, peft_config: RedConfig, model_config: dict) -> RedConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(config: RedConfig, key: str) -> Any:
+        if config.resolved and config.layers_to_transform is not None:
+            # The names are those of the chosen blocks already; PEFT would look for block numbers in them again.
+            config = copy.copy(config)
+            config.layers_to_transform = None
+        found = BaseTuner._check_target_module_exists(config, key)
+        # Full names are names: PEFT would take them as endings too, which modules of another tower may have.
+        return key in config.target_modules if found and config.resolved else found
+
+    def _check_new_adapter_config(self, config: RedConfig) -> None:
+        super()._check_new_adapter_config(config)
+        others = [name for name, other in self.peft_config.items() if other.peft_type != REDPEFT]
+        if others:
+            raise UserError(f"RED cannot be mixed with other methods in one model: delete {', '.join(others)} first")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """An adapter file with keys missing or left over is an error, where PEFT would warn or say nothing."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = model.state_dict().keys()
+        edits = {key for key in known if f".redpeft_edit.{adapter_name}." in key}
+        missing = sorted(edits - remapped.keys())
+        left_over = sorted(key for key in remapped if key not in known and key.removeprefix(_PEFT_PREFIX) not in known)
+        if missing or left_over:
+            raise UserError(
+                f"the file of adapter '{adapter_name}' does not fit this model; keys missing: {_listed(missing)}; "
+                f"left over: {_listed(left_over)}. Load it on the base model that it was trained on, or save it again"
+            )
+        return remapped
+
+    def _create_and_replace(
+        self,
+        peft_config: RedConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, RedLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        width = output_width(target, self.model)
+        layer = RedLayer(target, adapter_name, peft_config, width=width, site=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained until it is set
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # the layer has put its edit on the right device already
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        reasons = {layer.why_not_mergeable(): name for name, layer in _red_layers(self.model).items()}
+        reasons.pop(None, None)
+        if reasons:
+            reason, name = next(iter(reasons.items()))
+            raise UserError(
+                f"this model cannot be merged: {reason} (at {name}). Keep the adapter unmerged, which costs one pass "
+                "over each edited output, or merge into the unquantised model"
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around `forward` and `generate`: `adapter_names` gives each sequence its adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise UserError("adapter_names is for inference: call model.eval() first")
+        layers = list(_red_layers(self.model).values())
+        if any(layer.merged for layer in layers):
+            raise UserError("adapter_names has no effect on a merged adapter: call model.unmerge_adapter() first")
+        batch = MixedBatch(names, list(self.peft_config))
+        heads = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        try:
+            for layer in layers:
+                layer.mixed_batch = batch
+            for head in heads:
+                modules = {**head.modules_to_save, BASE: head.original_module}
+                head.forward = partial(run_by_adapter, modules, batch)
+            yield
+        finally:
+            for layer in layers:
+                layer.mixed_batch = None
+            for head in heads:
+                del head.forward
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "none"
+
+
+def _red_layers(model: nn.Module) -> dict[str, RedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}

@@ -1,0 +1,344 @@
+"""Where to edit: finds the sites of a transformer by its structure, with no table of model names.
+
+    ModuleList ─> block 0, block 1, ...        one block, of width d (the commonest width in it):
+
+           ┌──────────────── attention ───────────────┐         ┌─────────────── FFN ──────────────┐
+    h ───> │ query, key, value ───────────> output    │ ─ + ──> │ up: d -> f ──────> down: f -> d  │ ─ + ──> h
+           └────── "qkv" ──────────────── "attention" ┘         └──────────────────────── "ffn" ───┘
+
+A block is a member of a `ModuleList` or `Sequential`. Of lists within lists, one whose members attend is a stack of
+blocks (Swin's stages, ALBERT's groups), and one of unlike parts belongs to the block around it (T5's `layer`).
+
+- "ffn": leave out attention, state-space mixers, adapters and bottlenecks. Of the linears that remain, the FFN's make
+  the widest detour: from d up to f (or 2f: gate and up fused) and back. The site is the one that leads back; the last
+  one where a block has several FFNs, or where up and down look alike. A block with experts is edited as a whole: at the
+  smallest module that holds them all, whose output is their sum.
+- "attention": in each self-attention, the linear back to d that is no query, key, value, gate or position.
+- "qkv": in each self-attention, the linears named after query, key and value, which must be each of them exactly once;
+  or the only linear beside the output, which holds them fused.
+
+Of a model with several towers the one that reads text is edited (LLaVA, CLIP); both sides of an encoder-decoder are,
+and so is a lone vision or speech encoder. For another tower name its modules by `target_modules`. Attention is known by
+"attn" or "attention" in the names of modules or classes, cross-attention by "cross", "encdec" or "encoder_att". A
+convolution of size 1 is no site: the last dimension of its output is not the width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, takewhile
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from redpeft.errors import UserError
+
+KINDS = ("ffn", "attention", "qkv")
+RED_PLUS = "red+"  # the paper's enhanced variant: all of them
+
+_ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)", re.I)
+_CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.I)
+_ASIDE = re.compile(r"mamba|(^|_)ssm|bottleneck|adapter", re.I)  # neither attention nor FFN
+_EXPERT = re.compile(r"expert", re.I)
+_NORM = re.compile(r"norm(\dd|gated)?$", re.I)
+_QKV = re.compile(r"(?:^|_)w?(?:(qkv|qk|kv|q|k|v)|(q)uer(?:y|ies)|(k)eys?|(v)alues?)(?=_|$)", re.I)
+_OUTPUT = re.compile(r"(^|[._])(o|out|output)($|[._])", re.I)
+_GATE = re.compile(r"gate|position|relative|(^|[._])(pos|rel)($|[._])", re.I)
+
+Named = tuple[str, nn.Module]
+Skip = Callable[[str, nn.Module], bool]
+Linear = tuple[str, int, int]  # name, width in, width out
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose output is edited: its full name, its kind ("ffn", "attention" or "qkv"), the width of its output,
+    and the index of its block within its stack (the first blocks of T5's encoder and of its decoder both have 0)."""
+
+    name: str
+    kind: str
+    width: int
+    layer: int
+
+
+def find_sites(
+    model: nn.Module, sites: str | Sequence[str] = "ffn", layers: Sequence[int] | int | None = None
+) -> list[Site]:
+    """The sites of a model of repeated blocks, in the model's order. Reads no weights: the meta device will do.
+
+    PEFT layers in the model count as the modules that they wrap, under the plain model's names. A module that several
+    blocks share is one site.
+
+    Args:
+        sites: "ffn", "attention" (the output projection), "qkv" (a fused projection is one site), a list of these, or
+            "red+" for all of them.
+        layers: keep the blocks with these indices.
+
+    Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or in doubt.
+    """
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    blocks = _of_the_language_model(list(_blocks("", model, tower=model, nested=False)), model)
+    modules = dict(_walk("", model))
+    found: dict[int, Site] = {}  # by module
+    for kind in _kinds(sites):
+        of_block = {block.name: block.sites(kind) for block in blocks}
+        _check(kind, of_block, blocks, model)
+        for site in chain.from_iterable(of_block.values()):
+            found.setdefault(id(modules[site.name]), site)
+    order = {name: position for position, name in enumerate(modules)}
+    ordered = sorted(found.values(), key=lambda site: order[site.name])
+    return ordered if layers is None else _of_layers(ordered, [layers] if isinstance(layers, int) else list(layers))
+
+
+def _kinds(sites: str | Sequence[str]) -> list[str]:
+    asked = {sites} if isinstance(sites, str) else set(sites)
+    if not asked or not asked <= {*KINDS, RED_PLUS}:
+        raise UserError(f"sites={sites!r}: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
+    return [kind for kind in KINDS if asked & {kind, RED_PLUS}]
+
+
+def _of_layers(sites: list[Site], layers: list[int]) -> list[Site]:
+    known = sorted({site.layer for site in sites})
+    if unknown := [layer for layer in layers if layer not in known]:
+        raise UserError(f"no block to edit has the index {unknown}; those of this model have {known}")
+    return [site for site in sites if site.layer in layers]
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Block:
+    """A repeated block, within the part of the model that has a configuration of its own (`tower`)."""
+
+    name: str
+    module: nn.Module
+    index: int
+    tower: nn.Module
+
+    def sites(self, kind: str) -> list[Site]:
+        if kind == "ffn":
+            return [Site(name, kind, self.width, self.index) for name in self.ffn]
+        pick = self._output if kind == "attention" else self._query_key_value
+        return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
+
+    @cached_property
+    def width(self) -> int:
+        """The commonest width in the block: of all that its linears read and write, and of its norms."""
+        votes: Counter[int] = Counter()
+        for _, module in _walk(self.name, self.module):
+            weight = getattr(module, "weight", None)
+            if widths := _widths(module):
+                votes.update(widths)
+            elif isinstance(weight, torch.Tensor) and weight.dim() == 1:
+                votes[len(weight)] += 1
+        return max(votes, key=votes.__getitem__, default=0)
+
+    @cached_property
+    def attends(self) -> bool:
+        return any(_is_attention(*named) for named in [(self.name, self.module), *_walk(self.name, self.module)])
+
+    @cached_property
+    def ffn(self) -> list[str]:
+        """The name of the FFN's output, or nothing."""
+        if _is_attention(self.name, self.module):
+            return []
+        parts = list(_walk(self.name, self.module, _is_attention))
+        if experts := [name for name, module in parts if _says(_EXPERT, name, module)]:
+            around = _common([re.sub(r"\.[^.]+(\.\d+)*$", "", name) for name in experts])
+            return [around if around != self.name else experts[0]]
+        linears = _linears(self.name, self.module, _is_no_ffn)
+        shapes = Counter((start, end) for _, start, end in linears)
+        back = []  # the linears that lead back to the block's width: inner width, position, name
+        for position, (name, inner, end) in enumerate(linears):
+            others = shapes - Counter([(inner, end)])
+            if end == self.width and (others[end, inner] or others[end, 2 * inner]):
+                back.append((inner, position, name))
+        inner, _, name = max(back, default=(0, 0, ""))
+        # A prediction head is a small MLP with neither attention nor norm; XLM keeps its FFNs apart from these too.
+        is_block = inner > self.width or self.attends or any(_says(_NORM, *part) for part in parts)
+        # RWKV multiplies what leads back by what a linear beside it makes: neither is the FFN's output.
+        gates = [n for n, *widths in linears if widths == [self.width, self.width] and _parent(n) == _parent(name)]
+        return [name] if name and is_block and (inner == self.width or not gates) else []
+
+    @cached_property
+    def attentions(self) -> list[Named]:
+        """The self-attentions in the block; the block itself where a model keeps its attentions in a list (XLM)."""
+        found = [(self.name, self.module)]
+        if not _is_attention(self.name, self.module):
+            found = list(_topmost_attentions(self.name, self.module))
+        found = [one for named in found for one in (_children(*named) if _is_list(named[1]) else [named])]
+        return [named for named in found if not _says(_CROSS, *named) and _linears(*named)]
+
+    def _output(self, name: str, attention: nn.Module) -> list[Linear]:
+        back = [linear for linear, letters in _lettered(name, attention) if not letters and linear[2] == self.width]
+        if not back:
+            raise UserError(_doubt("attention", [self]))
+        return ([linear for linear in back if _OUTPUT.search(linear[0][len(name) :])] or back)[-1:]
+
+    def _query_key_value(self, name: str, attention: nn.Module) -> list[Linear]:
+        linears = _lettered(name, attention)
+        if sorted("".join(letters for _, letters in linears)) == ["k", "q", "v"]:
+            return [linear for linear, letters in linears if letters]
+        fused = [linear for linear, _ in linears if linear not in self._output(name, attention)]
+        if len(fused) != 1:
+            raise UserError(_doubt("qkv", [self]))
+        return fused
+
+
+def _blocks(name: str, module: nn.Module, tower: nn.Module, nested: bool) -> Iterator[_Block]:
+    """The blocks below a module; `nested`: which is itself within a member of a list."""
+    for path, child in _children(name, module):
+        owner = child if _config(child) not in (type(None), _config(tower)) else tower
+        if nested and _is_attention(path, child):
+            continue
+        if not _is_stack(child, nested):
+            yield from _blocks(path, child, owner, nested)
+            continue
+        for index, member in enumerate(_children(path, child)):
+            block = _Block(*member, index, owner)
+            inner = list(_blocks(*member, owner, nested=True))
+            is_stage = _is_stack(member[1], nested=True) or any(one.attends for one in inner)
+            yield from inner if inner and (is_stage or not (block.ffn or block.attentions)) else [block]
+
+
+def _of_the_language_model(blocks: list[_Block], model: nn.Module) -> list[_Block]:
+    text_config = type(getattr(getattr(model, "config", None), "text_config", None))
+    useful = [block for block in blocks if block.ffn or block.attentions]
+    of_text_config = [block for block in useful if _config(block.tower) is text_config is not type(None)]
+    return of_text_config or [block for block in useful if _reads_text(block.tower)] or useful or blocks
+
+
+def _reads_text(tower: nn.Module) -> bool:
+    modalities = getattr(tower, "input_modalities", "text")
+    return getattr(tower, "main_input_name", None) == "input_ids" and "text" in modalities
+
+
+# --- doubts ----------------------------------------------------------------------------------------------------------
+
+
+def _check(kind: str, of_block: dict[str, list[Site]], blocks: list[_Block], model: nn.Module) -> None:
+    if not any(of_block.values()):
+        raise UserError(_doubt(kind, blocks, f" in {type(model).__name__}"))
+    edited = {_looks(block) for block in blocks if of_block[block.name]}
+    if odd := [block for block in blocks if not of_block[block.name] and _looks(block) in edited]:
+        raise UserError(_doubt(kind, odd, f" in {odd[0].name}, though in blocks that look the same"))
+
+
+def _looks(block: _Block) -> tuple:
+    return tuple((name[len(block.name) :], type(module)) for name, module in _walk(block.name, block.module))
+
+
+def _doubt(kind: str, blocks: list[_Block], where: str = "") -> str:
+    what = {"ffn": "the FFN's output", "attention": "attention's output projection", "qkv": "query, key and value"}
+    seen = {}  # one block of each class, those with linears first
+    for block in sorted(blocks, key=lambda block: not _linears(block.name, block.module)):
+        shapes = [f"{n[len(block.name) + 1 :]} {a}->{b}" for n, a, b in _linears(block.name, block.module)]
+        seen.setdefault(type(block.module).__name__, ", ".join(shapes[:16]) or "no linears")
+    listed = "; ".join(f"{name} ({shapes})" for name, shapes in list(seen.items())[:4]) or "none"
+    return (
+        f"cannot tell {what[kind]}{where}. Blocks seen: {listed}. Name the modules to edit by target_modules instead"
+    )
+
+
+# --- the tree of modules ---------------------------------------------------------------------------------------------
+
+
+def _children(name: str, module: nn.Module) -> Iterator[Named]:
+    """The children under their full names, as in the plain model: without PEFT's layers and its copies of modules."""
+    if isinstance(module, nn.MultiheadAttention):
+        return  # it reads its output projection's weights and never calls the module
+    for key, child in module.named_children():
+        if isinstance(child, BaseTunerLayer):
+            child = child.get_base_layer()
+        if not isinstance(child, ModulesToSaveWrapper):
+            yield f"{name}.{key}" if name else key, child
+
+
+def _walk(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> Iterator[Named]:
+    """All modules below, in order, but for those within linears and those to skip."""
+    for path, child in _children(name, module):
+        if not skip(path, child):
+            yield path, child
+            if not _widths(child):
+                yield from _walk(path, child, skip)
+
+
+def _topmost_attentions(name: str, module: nn.Module) -> Iterator[Named]:
+    for path, child in _children(name, module):
+        if _is_attention(path, child):
+            yield path, child
+        elif not _says(_ASIDE, path, child) and not _is_stack(child, nested=True):
+            yield from _topmost_attentions(path, child)
+
+
+def _linears(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> list[Linear]:
+    return [(path, *widths) for path, child in _walk(name, module, skip) if (widths := _widths(child))]
+
+
+def _lettered(name: str, attention: nn.Module) -> list[tuple[Linear, str]]:
+    """The linears of an attention that are no gates or positions, with "q", "k", "v" by their names ("" for none)."""
+    found = []
+    for linear in _linears(name, attention):
+        inside = linear[0][len(name) :]
+        if not _GATE.search(inside):
+            letters = ("".join(chain.from_iterable(_QKV.findall(part))) for part in reversed(inside.split(".")))
+            found.append((linear, next(filter(None, letters), "").lower()))
+    return found
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear of any maker reads and writes; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    start, end = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (start, end) if isinstance(start, int) and isinstance(end, int) else None
+
+
+def _config(module: nn.Module) -> type:
+    return type(getattr(module, "config", None))
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _common(names: list[str]) -> str:
+    """The longest path that all of these dotted names begin with."""
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _says(pattern: re.Pattern, name: str, module: nn.Module) -> bool:
+    return bool(pattern.search(name.rpartition(".")[2]) or pattern.search(type(module).__name__))
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    """By its name; or by its class, unless that is named after an attention within (`PixtralAttentionLayer`)."""
+    if _NORM.search(type(module).__name__) or not _says(_ATTENTION, name, module):
+        return False
+    by_name = _ATTENTION.search(name.rpartition(".")[2])
+    return bool(by_name) or not any(_says(_ATTENTION, *child) for child in _children(name, module))
+
+
+def _is_no_ffn(name: str, module: nn.Module) -> bool:
+    return _is_attention(name, module) or _says(_ASIDE, name, module) or _is_stack(module, nested=True)
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def _is_stack(module: nn.Module, nested: bool) -> bool:
+    """Whether this is a list of blocks: not of linears, nor, within a block, of its unlike parts."""
+    members = [child for _, child in _children("", module)] if _is_list(module) else []
+    alike = len(members) == 1 or len({type(member) for member in members}) < len(members)
+    return bool(members) and not any(map(_widths, members)) and (alike or not nested)

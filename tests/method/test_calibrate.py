@@ -1,0 +1,79 @@
+"""Units by hand: every kind of model without a batch, and the errors."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    CLIPVisionConfig,
+    RobertaConfig,
+    T5Config,
+    ViTConfig,
+    Wav2Vec2Config,
+    WhisperConfig,
+)
+
+from redpeft import RedConfig, RedLayer, calibrate
+from redpeft.errors import UserError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+CONFIGS = {
+    "bert": BertConfig(vocab_size=50, **SMALL),
+    "roberta": RobertaConfig(vocab_size=50, max_position_embeddings=20, **SMALL),
+    "t5": T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+    "vit": ViTConfig(image_size=32, patch_size=8, **SMALL),
+    "clip-vision": CLIPVisionConfig(image_size=32, patch_size=8, **SMALL),
+    "whisper": WhisperConfig(
+        vocab_size=50, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=30,
+        max_target_positions=70, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        suppress_tokens=[], begin_suppress_tokens=[],
+    ),
+    "wav2vec2": Wav2Vec2Config(conv_dim=[8] * 7, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, **SMALL),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_modality_without_a_batch(family):
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModel.from_config(CONFIGS[family]), RedConfig())
+    model.train()
+    units = calibrate(model)
+    sites = [module for module in model.modules() if isinstance(module, RedLayer)]
+    assert len(units) == len(sites) == (4 if family in ("t5", "whisper") else 2)
+    assert all(unit > 0 and unit != 1 for unit in units.values())
+    assert model.training
+    assert all(not layer.measuring for layer in sites)
+    assert calibrate(model) == units
+
+
+def test_a_batch_of_your_own_and_never_twice():
+    model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
+    batch = {"input_ids": torch.randint(0, 50, (3, 9))}
+    units = calibrate(model, batch)
+    assert calibrate(model, {"input_ids": torch.randint(0, 50, (3, 9))}) == units
+
+
+def test_nothing_to_calibrate_is_an_error():
+    with pytest.raises(UserError, match="no RED adapter"):
+        calibrate(AutoModel.from_config(CONFIGS["bert"]))
+
+
+def test_inputs_that_cannot_be_guessed_are_an_error():
+    model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
+    model.get_base_model().main_input_name = "pointcloud"
+    with pytest.raises(UserError, match="a model that takes pointcloud: pass a batch"):
+        calibrate(model)
+
+
+def test_a_site_that_the_batch_does_not_reach_is_an_error():
+    model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
+    layers = model.get_base_model().encoder.layer
+    del layers[1]
+    skipped = next(module for module in model.modules() if isinstance(module, RedLayer))
+    layers.append(torch.nn.Identity())
+    layers[1].unreached = type(skipped)(torch.nn.Linear(4, 4), "default", RedConfig(), width=4, site="unreached")
+    layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.raises(UserError, match="does not reach 1 sites .unreached"):
+        calibrate(model)

@@ -1,0 +1,93 @@
+"""Mixed batches against one adapter at a time: identical, distinct, uneven, repeated and unknown names."""
+
+import pytest
+import torch
+from torch import nn
+
+from redpeft.errors import UserError
+from redpeft.method.edit import Edit, apply_edit
+from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
+
+NAMES = ["a", "b", "c"]
+
+
+def edits(width=6, names=("a", "b")):
+    made = nn.ModuleDict()
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        made[name] = Edit(width)
+        made[name].reset(identity=False)
+        made[name].set_unit(0.3)
+        with torch.no_grad():
+            made[name].scale.mul_(30)
+    return made
+
+
+def one_by_one(edits, names, hidden):
+    rows = [
+        apply_edit(hidden[i], edits[name].scale, edits[name].shift) if name in edits else hidden[i]
+        for i, name in enumerate(names)
+    ]
+    return torch.stack(rows).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize(
+    "names", [["a"] * 4, ["a", "b", BASE, "c"], ["b", "a", "a", "a"], [BASE] * 4, ["c", "b", "c", "b"]], ids=",".join
+)
+def test_each_row_gets_its_own_edit(names, shape, dtype):
+    some = edits()  # "c" has no edit at this site: the identity
+    hidden = torch.randn(4, *shape).to(dtype)
+    batch = MixedBatch(names, NAMES)
+    mixed = EditTable(some, batch.adapters).apply(hidden, batch.rows(4, hidden.device))
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed, one_by_one(some, names, hidden))
+
+
+def test_beams_stand_beside_each_other():
+    batch = MixedBatch(["a", "b"], NAMES)
+    assert batch.rows(6, torch.device("cpu")).tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.rows(2, torch.device("cpu")).tolist() == [0, 1]
+
+
+def test_a_change_of_an_edit_is_seen():
+    some, batch = edits(), MixedBatch(["a", "b"], NAMES)
+    table, hidden = EditTable(some, batch.adapters), torch.randn(2, 3, 6)
+    rows = batch.rows(2, hidden.device)
+    for change in (
+        lambda: some["a"].scale.fill_(-7.0),
+        lambda: some["a"].load_state_dict(some["b"].state_dict()),
+        lambda: some["b"].bias.mul_(-2),
+        lambda: some["b"].set_unit(5.0),
+        lambda: some.update({"b": edits(names=("x", "y", "z"))["z"]}),
+    ):
+        with torch.no_grad():
+            change()
+        table.refresh(some, batch.used)
+        assert torch.equal(table.apply(hidden, rows), one_by_one(some, ["a", "b"], hidden))
+
+
+def test_a_table_serves_only_the_adapters_that_it_was_made_for():
+    some = edits()
+    table = EditTable(some, ("a", "b", "c"))
+    assert table.serves(some, ("a", "b", "c"))
+    assert not table.serves(some, ("a", "b"))
+    del some["b"]
+    assert not table.serves(some, ("a", "b", "c"))
+
+
+def test_wrong_names_and_counts_are_errors():
+    with pytest.raises(UserError, match="unknown adapters in adapter_names: x; loaded: a, b, c"):
+        MixedBatch(["a", "x"], NAMES)
+    with pytest.raises(UserError, match="adapter_names has 2 names for a batch of 3: give one name per sequence"):
+        MixedBatch(["a", "b"], NAMES).rows(3, torch.device("cpu"))
+
+
+def test_heads_follow_the_row():
+    heads = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2), BASE: nn.Linear(4, 2)}
+    hidden = torch.randn(4, 4)
+    names = ["b", BASE, "a", "c"]  # "c" brought no head of its own
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), hidden)
+    expected = [heads[name if name in heads else BASE](hidden[i]) for i, name in enumerate(names)]
+    torch.testing.assert_close(out, torch.stack(expected))
