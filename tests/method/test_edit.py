@@ -171,3 +171,13 @@ def test_a_measured_unit_is_known_again_after_loading():
     fresh = Edit(4)
     fresh.load_state_dict(Edit(4).state_dict())
     assert fresh.unit_pending
+
+
+def test_what_deepspeed_manages_is_left_to_it():
+    edit = trained_edit().eval()
+    for parameter in edit.parameters():
+        parameter.data = parameter.data.bfloat16()
+        parameter._hp_mapping = object()
+    lent = edit.scale.data_ptr()
+    edit.train()
+    assert edit.scale.data_ptr() == lent

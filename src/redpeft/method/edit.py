@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 HALF = (torch.float16, torch.bfloat16)
+DEEPSPEED = ("ds_id", "_hp_mapping")  # what DeepSpeed's ZeRO leaves on the parameters that it manages
 
 
 def apply_edit(hidden: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -105,8 +106,10 @@ class Edit(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width), in hidden's dtype."""
+        if self.scale.dtype in HALF or self.bias.dtype in HALF:
+            self._meet_cast()
         if self.training and self.trainable:
-            self._check_precision()
+            self._uncast = None  # from here on the vectors learn
         return apply_edit(hidden, self.scale, self.shift)
 
     @torch.no_grad()
@@ -128,7 +131,8 @@ class Edit(nn.Module):
 
     # Precision: PEFT (`add_adapter`), `.to(bfloat16)`, TRL (trainable parameters of a 4-bit base) and DeepSpeed cast
     # adapters to the base's dtype. Module-wide casts are refused where they happen; casts of `.data` are undone when
-    # training starts, as long as nothing was lost for good.
+    # training starts, as long as nothing was lost for good. FSDP and DeepSpeed keep the fp32 values to themselves and
+    # lend the module a rounded copy: to put anything in its place would cut the edit off from its optimiser.
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Edit:
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -151,22 +155,26 @@ class Edit(nn.Module):
         self._uncast = {name: tensor.detach().clone() for name, tensor in self._vectors().items()}
 
     def _undo_cast(self) -> None:
+        if self._uncast is None or any(hasattr(self.scale, mark) for mark in DEEPSPEED):
+            return
         for name, tensor in self._vectors().items():
-            if tensor.dtype not in HALF or self._uncast is None:
-                continue
             kept = self._uncast[name].to(tensor.device)
-            if torch.equal(kept.to(tensor.dtype), tensor.data):
+            if tensor.dtype in HALF and torch.equal(kept.to(tensor.dtype), tensor.data):
                 tensor.data = kept.clone()
 
-    def _check_precision(self) -> None:
-        if self.scale.dtype in HALF or self.bias.dtype in HALF:
-            self._undo_cast()
+    def _meet_cast(self) -> None:
+        """A forward pass with vectors of 16 bits."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._uncast = None  # a copy that is lent: what was ours to undo, `train` has undone before the wrapping
+            return
+        if not (self.training and self.trainable):
+            return
+        self._undo_cast()
         if self.scale.dtype in HALF or self.bias.dtype in HALF:
             raise RuntimeError(
                 f"a RED edit was cast to {self.scale.dtype} after it had learned something, which rounds small edits "
                 "away: cast the base model only, and load the adapter again"
             )
-        self._uncast = None  # from here on the vectors learn
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

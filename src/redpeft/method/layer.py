@@ -55,12 +55,11 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.width = width
         self.site = site
         self.measuring = False
-        self.mixed_batch: MixedBatch | None = None
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self._table: EditTable | None = None
+        self._mixed: tuple[MixedBatch, EditTable] | None = None
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RedConfig) -> None:
@@ -119,8 +118,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         return self._edit(output)
 
     def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.mixed_batch is not None:
-            return self._edit_mixed(hidden, self.mixed_batch)
+        if self._mixed is not None:
+            return self._edit_mixed(hidden, *self._mixed)
         active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
         if any(not edit.unit_known and (self.measuring or (edit.training and edit.trainable)) for edit in active):
             self._measure(hidden)
@@ -139,13 +138,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
             edit.set_unit(unit)
 
     @torch.compiler.disable  # or every other mix of adapters would be compiled anew
-    def _edit_mixed(self, hidden: torch.Tensor, batch: MixedBatch) -> torch.Tensor:
-        if not self.redpeft_edit:
-            return hidden
-        if self._table is None or not self._table.serves(self.redpeft_edit, batch.adapters):
-            self._table = EditTable(self.redpeft_edit, batch.adapters)
-        self._table.refresh(self.redpeft_edit, batch.used)
-        return self._table.apply(hidden, batch.rows(hidden.shape[0], hidden.device))
+    def mix(self, batch: MixedBatch | None) -> None:
+        """From now on edit each sequence of a batch by its own adapter; None: by the active ones again."""
+        self._mixed = (batch, EditTable(self.redpeft_edit, batch.adapters)) if batch and self.redpeft_edit else None
+
+    @torch.compiler.disable
+    def _edit_mixed(self, hidden: torch.Tensor, batch: MixedBatch, table: EditTable) -> torch.Tensor:
+        return table.apply(hidden, batch.rows(hidden.shape[0], hidden.device))
 
     # Merging. PEFT calls it merge; a merged layer is a folded one.
 

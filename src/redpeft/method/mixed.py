@@ -23,25 +23,24 @@ BASE = "__base__"
 class MixedBatch:
     """The adapters of a batch, one name per sequence; `"__base__"` stands for no adapter.
 
-    `adapters` are all that the model holds, in the order of the tables' rows. Raises `UserError` for an unknown name.
+    `loaded` are all that the model holds. Raises `UserError` for an unknown name.
     """
 
     @torch.compiler.disable  # or every other mix of names would be compiled anew
-    def __init__(self, names: Sequence[str], adapters: Sequence[str]) -> None:
-        slots = {name: slot for slot, name in enumerate(adapters)} | {BASE: len(adapters)}
-        unknown = sorted(set(names) - set(slots))
+    def __init__(self, names: Sequence[str], loaded: Sequence[str]) -> None:
+        unknown = sorted(set(names) - {*loaded, BASE})
         if unknown:
-            raise UserError(f"unknown adapters in adapter_names: {', '.join(unknown)}; loaded: {', '.join(adapters)}")
+            raise UserError(f"unknown adapters in adapter_names: {', '.join(unknown)}; loaded: {', '.join(loaded)}")
         self.names = list(names)
-        self.adapters = tuple(adapters)
-        self.used = sorted(set(names) - {BASE})
+        self.adapters = [name for name in dict.fromkeys(names) if name != BASE]
+        slots = {name: slot for slot, name in enumerate([*self.adapters, BASE])}
         self._slots = torch.tensor([slots[name] for name in names])
         self._by_batch: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def repeats(self, batch: int) -> int:
         """How often each name stands in a batch of this size: beam search and `num_return_sequences` repeat each
         sequence in place, and some models flatten (batch, positions) into one dimension."""
-        repeats, rest = divmod(batch, len(self.names))
+        repeats, rest = divmod(batch, len(self.names)) if self.names else (0, 0)
         if rest or not repeats:
             raise UserError(
                 f"adapter_names has {len(self.names)} names for a batch of {batch}: give one name per sequence"
@@ -57,42 +56,26 @@ class MixedBatch:
 
 
 class EditTable:
-    """All edits of one site, stacked; a row is made again when its edit has changed."""
+    """The edits of one site that a batch needs, stacked when a forward pass or a generation starts.
 
-    def __init__(self, edits: Mapping[str, Edit], adapters: tuple[str, ...]) -> None:
-        self.adapters = adapters
-        self._slots = {name: slot for slot, name in enumerate(adapters)}
-        first = next(iter(edits.values())).scale
-        self.rows = torch.zeros(len(adapters) + 1, 2, first.shape[0], dtype=first.dtype, device=first.device)
-        self.rows[:, 0] = 1.0
-        self._states: dict[str, tuple] = {}
-        self.refresh(edits, adapters)
-
-    def serves(self, edits: Mapping[str, Edit], adapters: tuple[str, ...]) -> bool:
-        """Whether the table has the rows that are asked for, on the device where the edits are now."""
-        device = next(iter(edits.values())).scale.device
-        return self.adapters == adapters and self.rows.device == device and self._states.keys() <= edits.keys()
+    Nothing is kept from one call to the next: to find out whether an edit has changed costs as much as stacking it.
+    """
 
     @torch.no_grad()
-    def refresh(self, edits: Mapping[str, Edit], names: Sequence[str]) -> None:
-        for name in names:
-            if name not in edits:
-                continue
-            edit, state = edits[name], _state(edits[name])
-            if self._states.get(name) != state:
-                self.rows[self._slots[name], 0] = edit.scale
-                self.rows[self._slots[name], 1] = edit.shift
-                self._states[name] = state
+    def __init__(self, edits: Mapping[str, Edit], adapters: Sequence[str]) -> None:
+        like = next(iter(edits.values())).scale
+        self.rows = like.new_zeros(len(adapters) + 1, 2, len(like))
+        self.rows[:, 0] = 1.0
+        slots = [slot for slot, name in enumerate(adapters) if name in edits]
+        if slots:
+            used = [edits[adapters[slot]] for slot in slots]
+            self.rows[slots, 0] = torch.stack([edit.scale for edit in used])
+            self.rows[slots, 1] = torch.stack([edit.bias for edit in used]) * torch.stack([edit.unit for edit in used])
 
     def apply(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
         edits = self.rows[rows].view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
         return apply_edit(hidden, edits[:, 0], edits[:, 1])
-
-
-def _state(edit: Edit) -> tuple:
-    """Changes whenever the values of an edit do: autograd's version counters, and where the values lie."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (edit.scale, edit.bias, edit.unit))
 
 
 @torch.compiler.disable

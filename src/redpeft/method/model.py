@@ -145,16 +145,16 @@ class RedModel(BaseTuner):
         heads = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         try:
             for layer in layers:
-                layer.mixed_batch = batch
+                layer.mix(batch)
             for head in heads:
                 modules = {**head.modules_to_save, BASE: head.original_module}
                 head.forward = partial(run_by_adapter, modules, batch)
             yield
         finally:
             for layer in layers:
-                layer.mixed_batch = None
+                layer.mix(None)
             for head in heads:
-                del head.forward
+                head.__dict__.pop("forward", None)
 
 
 def _listed(keys: list[str]) -> str:

@@ -11,16 +11,16 @@ blocks (Swin's stages, ALBERT's groups), and one of unlike parts belongs to the 
 
 - "ffn": leave out attention, state-space mixers, adapters and bottlenecks. Of the linears that remain, the FFN's make
   the widest detour: from d up to f (or 2f: gate and up fused) and back. The site is the one that leads back; the last
-  one where a block has several FFNs, or where up and down look alike. A block with experts is edited as a whole: at the
-  smallest module that holds them all, whose output is their sum.
+  one where a block has several FFNs, or where up and down look alike. A block with experts is edited as a whole, at
+  the smallest module that holds them all: its output is their sum.
 - "attention": in each self-attention, the linear back to d that is no query, key, value, gate or position.
 - "qkv": in each self-attention, the linears named after query, key and value, which must be each of them exactly once;
   or the only linear beside the output, which holds them fused.
 
 Of a model with several towers the one that reads text is edited (LLaVA, CLIP); both sides of an encoder-decoder are,
-and so is a lone vision or speech encoder. For another tower name its modules by `target_modules`. Attention is known by
-"attn" or "attention" in the names of modules or classes, cross-attention by "cross", "encdec" or "encoder_att". A
-convolution of size 1 is no site: the last dimension of its output is not the width.
+and so is a lone vision or speech encoder. For another tower name its modules by `target_modules`. Attention is known
+by "attn" or "attention" in the names of modules or classes, cross-attention by "cross", "encdec" or "encoder_att".
+A convolution of size 1 is no site: the last dimension of its output is not the width.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import chain, takewhile
 
 import torch
@@ -126,7 +126,7 @@ class _Block:
 
     def sites(self, kind: str) -> list[Site]:
         if kind == "ffn":
-            return [Site(name, kind, self.width, self.index) for name in self.ffn]
+            return [Site(self.ffn, kind, self.width, self.index)] if self.ffn else []
         pick = self._output if kind == "attention" else self._query_key_value
         return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
 
@@ -147,14 +147,14 @@ class _Block:
         return any(_is_attention(*named) for named in [(self.name, self.module), *_walk(self.name, self.module)])
 
     @cached_property
-    def ffn(self) -> list[str]:
-        """The name of the FFN's output, or nothing."""
+    def ffn(self) -> str | None:
+        """The name of the module whose output is the FFN's."""
         if _is_attention(self.name, self.module):
-            return []
+            return None
         parts = list(_walk(self.name, self.module, _is_attention))
         if experts := [name for name, module in parts if _says(_EXPERT, name, module)]:
             around = _common([re.sub(r"\.[^.]+(\.\d+)*$", "", name) for name in experts])
-            return [around if around != self.name else experts[0]]
+            return around if around != self.name else experts[0]
         linears = _linears(self.name, self.module, _is_no_ffn)
         shapes = Counter((start, end) for _, start, end in linears)
         back = []  # the linears that lead back to the block's width: inner width, position, name
@@ -164,19 +164,20 @@ class _Block:
                 back.append((inner, position, name))
         inner, _, name = max(back, default=(0, 0, ""))
         # A prediction head is a small MLP with neither attention nor norm; XLM keeps its FFNs apart from these too.
-        is_block = inner > self.width or self.attends or any(_says(_NORM, *part) for part in parts)
+        is_head = inner <= self.width and not self.attends and not any(_says(_NORM, *part) for part in parts)
         # RWKV multiplies what leads back by what a linear beside it makes: neither is the FFN's output.
         gates = [n for n, *widths in linears if widths == [self.width, self.width] and _parent(n) == _parent(name)]
-        return [name] if name and is_block and (inner == self.width or not gates) else []
+        return name if back and not is_head and (inner == self.width or not gates) else None
 
     @cached_property
     def attentions(self) -> list[Named]:
         """The self-attentions in the block; the block itself where a model keeps its attentions in a list (XLM)."""
-        found = [(self.name, self.module)]
-        if not _is_attention(self.name, self.module):
-            found = list(_topmost_attentions(self.name, self.module))
-        found = [one for named in found for one in (_children(*named) if _is_list(named[1]) else [named])]
-        return [named for named in found if not _says(_CROSS, *named) and _linears(*named)]
+        within = [(self.name, self.module), *_walk(self.name, self.module, _is_aside)]
+        found = [named for named in within if _is_attention(*named)]
+        topmost = [named for named in found if not any(named[0].startswith(f"{outer}.") for outer, _ in found)]
+        each = [one for named in topmost for one in (_children(*named) if _is_list(named[1]) else [named])]
+        own = [named for named in each if not _says(_CROSS, *named) and _linears(*named)]
+        return [named for named in own if not any(_reads_weights(type(part)) for part in named[1].modules())]
 
     def _output(self, name: str, attention: nn.Module) -> list[Linear]:
         back = [linear for linear, letters in _lettered(name, attention) if not letters and linear[2] == self.width]
@@ -188,7 +189,8 @@ class _Block:
         linears = _lettered(name, attention)
         if sorted("".join(letters for _, letters in linears)) == ["k", "q", "v"]:
             return [linear for linear, letters in linears if letters]
-        fused = [linear for linear, _ in linears if linear not in self._output(name, attention)]
+        output = self._output(name, attention)
+        fused = [linear for linear, _ in linears if linear not in output]
         if len(fused) != 1:
             raise UserError(_doubt("qkv", [self]))
         return fused
@@ -239,7 +241,7 @@ def _looks(block: _Block) -> tuple:
 
 def _doubt(kind: str, blocks: list[_Block], where: str = "") -> str:
     what = {"ffn": "the FFN's output", "attention": "attention's output projection", "qkv": "query, key and value"}
-    seen = {}  # one block of each class, those with linears first
+    seen: dict[str, str] = {}  # one block of each class, those with linears first
     for block in sorted(blocks, key=lambda block: not _linears(block.name, block.module)):
         shapes = [f"{n[len(block.name) + 1 :]} {a}->{b}" for n, a, b in _linears(block.name, block.module)]
         seen.setdefault(type(block.module).__name__, ", ".join(shapes[:16]) or "no linears")
@@ -254,8 +256,6 @@ def _doubt(kind: str, blocks: list[_Block], where: str = "") -> str:
 
 def _children(name: str, module: nn.Module) -> Iterator[Named]:
     """The children under their full names, as in the plain model: without PEFT's layers and its copies of modules."""
-    if isinstance(module, nn.MultiheadAttention):
-        return  # it reads its output projection's weights and never calls the module
     for key, child in module.named_children():
         if isinstance(child, BaseTunerLayer):
             child = child.get_base_layer()
@@ -270,14 +270,6 @@ def _walk(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> It
             yield path, child
             if not _widths(child):
                 yield from _walk(path, child, skip)
-
-
-def _topmost_attentions(name: str, module: nn.Module) -> Iterator[Named]:
-    for path, child in _children(name, module):
-        if _is_attention(path, child):
-            yield path, child
-        elif not _says(_ASIDE, path, child) and not _is_stack(child, nested=True):
-            yield from _topmost_attentions(path, child)
 
 
 def _linears(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> list[Linear]:
@@ -301,6 +293,14 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
         return module.weight.shape[0], module.nf
     start, end = getattr(module, "in_features", None), getattr(module, "out_features", None)
     return (start, end) if isinstance(start, int) and isinstance(end, int) else None
+
+
+@cache
+def _reads_weights(kind: type) -> bool:
+    """Whether an attention gives its projections' weights to torch's own function, and never calls the projections
+    (WavLM, `nn.MultiheadAttention`): an edit of their outputs would do nothing."""
+    codes = (getattr(function, "__code__", None) for base in kind.__mro__ for function in vars(base).values())
+    return any("multi_head_attention_forward" in code.co_names for code in codes if code)
 
 
 def _config(module: nn.Module) -> type:
@@ -329,8 +329,12 @@ def _is_attention(name: str, module: nn.Module) -> bool:
     return bool(by_name) or not any(_says(_ATTENTION, *child) for child in _children(name, module))
 
 
+def _is_aside(name: str, module: nn.Module) -> bool:
+    return not _is_attention(name, module) and (_says(_ASIDE, name, module) or _is_stack(module, nested=True))
+
+
 def _is_no_ffn(name: str, module: nn.Module) -> bool:
-    return _is_attention(name, module) or _says(_ASIDE, name, module) or _is_stack(module, nested=True)
+    return _is_attention(name, module) or _is_aside(name, module)
 
 
 def _is_list(module: nn.Module) -> bool:
