@@ -1,0 +1,49 @@
+"""What is learned and how it is scored. Every task offers the same attributes, so training has no case for each.
+
+task = TASKS["classification"].from_splits(splits, data_config, **options)   # guesses columns, validates every row
+task.columns, task.metric, task.greater_is_better
+model = task.load_model(base, tokenizer, **from_pretrained_kwargs)
+encoded = task.encode(dataset, tokenizer, max_length)                        # with_labels=False: rows to predict
+task.collator(tokenizer), task.compute_metrics                               # None where TRL brings its own
+task.decode(predictions, dataset, encoded)                                   # one JSON-able dict a row
+task_from_dict(task.to_dict())                                               # the same task, without the data
+"""
+
+from __future__ import annotations
+
+from redpeft.errors import UserError
+from redpeft.tasks.classification import ClassificationTask
+from redpeft.tasks.data import DataConfig, read_evaluation, read_file, read_splits
+from redpeft.tasks.instruction import InstructionTask
+from redpeft.tasks.token_classification import TokenClassificationTask
+
+Task = ClassificationTask | TokenClassificationTask | InstructionTask
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (ClassificationTask, TokenClassificationTask, InstructionTask)
+}
+
+
+def task_from_dict(values: dict) -> Task:
+    """The task that `to_dict` described.
+
+    Raises:
+        UserError: `values` is not the description of a task.
+    """
+    kind = values.get("task") if isinstance(values, dict) else None
+    if kind not in TASKS:
+        raise UserError(f"not a saved task: 'task' is {kind!r}, and the tasks are {', '.join(TASKS)}")
+    return TASKS[kind].from_dict(values)
+
+
+__all__ = [
+    "TASKS",
+    "ClassificationTask",
+    "DataConfig",
+    "InstructionTask",
+    "Task",
+    "TokenClassificationTask",
+    "read_evaluation",
+    "read_file",
+    "read_splits",
+    "task_from_dict",
+]

@@ -1,0 +1,197 @@
+"""Finding columns in a user's data, checking their rows, and naming labels: what every task needs."""
+
+from __future__ import annotations
+
+import difflib
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from redpeft.errors import UserError
+
+ROW = "__row__"
+"""A column that `redpeft.tasks.data` adds: the row's number in its source, which errors name even after a shuffle."""
+
+LABEL_COLUMNS = ["label", "labels", "class", "category", "intent", "target", "sentiment", "topic"]
+LABEL_COLUMNS += ["score", "rating", "stars"]
+
+
+def column_names(dataset: Dataset) -> list[str]:
+    """The user's columns."""
+    return [name for name in dataset.column_names if name != ROW]
+
+
+def values(dataset: Dataset, column: str) -> list:
+    """One column as a list."""
+    return dataset.select_columns([column])[:][column]
+
+
+def source(dataset: Dataset) -> str:
+    """What a person calls this data, such as `train.csv`."""
+    return dataset.info.description or "the data"
+
+
+def where(dataset: Dataset, index: int) -> str:
+    """`train.csv, row 17`: the place of row `index` in its source; the first row of data is row 1."""
+    row = dataset[index][ROW] if ROW in dataset.column_names else index + 1
+    return f"{source(dataset)}, row {row}"
+
+
+def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] = ()) -> str | None:
+    """The first of `names` (in lower case) that is a column, whatever its case, and not one of those in `without`."""
+    present = {name.lower(): name for name in reversed(column_names(dataset)) if name not in without}
+    return next((present[name] for name in names if name in present), None)
+
+
+def require_columns(dataset: Dataset, columns: Iterable[str]) -> None:
+    """Raises UserError, with the columns seen and the nearest one, if one of `columns` is not there."""
+    present = column_names(dataset)
+    for column in columns:
+        if column not in present:
+            near = difflib.get_close_matches(column.lower(), [name.lower() for name in present], n=1, cutoff=0.5)
+            nearest = [f" Did you mean {name!r}?" for name in present if name.lower() in near][:1]
+            raise UserError(
+                f"{source(dataset)} has no column {column!r}; its columns are {', '.join(present)}.{''.join(nearest)}"
+            )
+
+
+def text_columns(dataset: Dataset) -> list[str]:
+    """The columns that hold text."""
+    return [name for name in column_names(dataset) if "string" in getattr(dataset.features[name], "dtype", "")]
+
+
+def choose_column(dataset: Dataset, named: str | None, known: Iterable[str], what: str) -> str:
+    """The column that is named, else the first of those known.
+
+    Raises:
+        UserError: the column named is not there, or none is named or known; `what` is the field that names it.
+    """
+    column = named or find_column(dataset, known)
+    if column is None:
+        raise UserError(
+            f"cannot tell which column of {source(dataset)} is the {what} (columns: "
+            f"{', '.join(column_names(dataset))}); name it with `{what}`"
+        )
+    require_columns(dataset, [column])
+    return column
+
+
+def check_texts(dataset: Dataset, column: str) -> None:
+    """Raises UserError if a row's text is missing, empty, or not text."""
+    for index, text in enumerate(values(dataset, column)):
+        if is_missing(text):
+            raise UserError(f"{where(dataset, index)}: the text in column {column!r} is empty")
+        if not isinstance(text, str):
+            raise UserError(f"{where(dataset, index)}: column {column!r} holds {text!r}, which is not text")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is empty: null, NaN, or nothing but white space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def is_missing_label(value: Any) -> bool:
+    """The same for labels, where the text `nan` is a number that got lost."""
+    return is_missing(value) or (isinstance(value, str) and value.strip().lower() == "nan")
+
+
+def label_name(value: Any, feature: Any = None) -> str:
+    """The name of a label: what the data set calls it, a string itself, or a number's digits (1 and 1.0 are one).
+
+    Args:
+        feature: the column's type in `dataset.features`; a `ClassLabel` brings its own names.
+    """
+    if isinstance(feature, ClassLabel) and isinstance(value, int):
+        return feature.names[value] if value in range(feature.num_classes) else str(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value).strip()
+
+
+def sort_label_names(names: Iterable[str], feature: Any = None) -> list[str]:
+    """The names in the order of their ids: as the data set declares them, else by number, else by alphabet."""
+    if isinstance(feature, ClassLabel):
+        return list(feature.names)
+    names = set(names)
+    if all(name.lstrip("-").isdigit() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def value_feature(dataset: Dataset, column: str) -> Any:
+    """The type of a column's values; of their elements if they are lists."""
+    feature = dataset.features[column]
+    return getattr(feature, "feature", feature)
+
+
+def label_ids(names: list[str]) -> dict[str, int]:
+    """The id of each label."""
+    return {name: index for index, name in enumerate(names)}
+
+
+def label_id(dataset: Dataset, index: int, ids: dict[str, int], name: str) -> int:
+    """The id of a label in row `index`. Raises UserError if training had no such label."""
+    if name not in ids:
+        known = ", ".join(list(ids)[:20]) + (", ..." if len(ids) > 20 else "")
+        raise UserError(f"{where(dataset, index)}: the label {name!r} is not among the training labels ({known})")
+    return ids[name]
+
+
+def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
+    """`function` applied to batches of rows; its columns replace all others.
+
+    In memory and under a random fingerprint: to hash a tokenizer for the cache takes longer than to predict a batch.
+    """
+    return dataset.map(
+        function,
+        batched=True,
+        remove_columns=dataset.column_names,
+        keep_in_memory=True,
+        new_fingerprint=secrets.token_hex(8),
+        desc="tokenising",
+    )
+
+
+def rows_to_dataset(
+    rows: Sequence[dict | str],
+    required: Sequence[str],
+    plain: str | None,
+    first: int = 1,
+    optional: Sequence[str] = (),
+) -> Dataset:
+    """Rows that a user wants predictions for, as a dataset of the task's columns.
+
+    Args:
+        rows: objects with the task's columns; a plain string is the value of the column `plain`.
+        required: columns that every row must have.
+        plain: the column that a plain string fills, None if a string is not enough for this task.
+        first: the number of the first row, for errors.
+        optional: columns that a row may have.
+
+    Raises:
+        UserError: no rows, or a row that is neither, lacks a column, or holds another type than the rest.
+    """
+    if not rows:
+        raise UserError("there are no rows to predict")
+    found = []
+    for number, row in enumerate(rows, start=first):
+        if isinstance(row, str) and plain:
+            row = {plain: row}
+        if not isinstance(row, dict):
+            raise UserError(f"row {number}: expected an object with {', '.join(map(repr, required))}, found {row!r}")
+        missing = [column for column in required if column not in row]
+        if missing:
+            seen = ", ".join(repr(name) for name in row if name != ROW)
+            raise UserError(f"row {number} has no {missing[0]!r}; it has {seen or 'nothing'}")
+        found.append({column: row.get(column) for column in (*required, *optional)} | {ROW: number})
+    try:
+        return Dataset.from_list(found)
+    except (ValueError, TypeError) as error:  # pyarrow's: rows of different types
+        raise UserError(f"the rows do not hold the same types: {first_line(error)}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

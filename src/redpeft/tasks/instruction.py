@@ -1,0 +1,209 @@
+"""Instructions: a prompt or a chat, and the response to learn. TRL's SFTTrainer does the training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from redpeft.errors import UserError
+from redpeft.tasks import columns as cols
+from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token
+from redpeft.tasks.data import DataConfig
+from redpeft.tasks.metrics import choose_metric
+
+PLAIN_TURNS = {"system": "{}\n\n", "user": "Human: {}\n\n", "assistant": "Assistant: {}\n\n"}
+"""The paper's template of its instruction tuning, where a tokenizer has none: `Human: {prompt}`, an empty line,
+`Assistant: {response}`.
+
+The space after `Assistant:` belongs to the response, where tokenizers join it to the first word.
+"""
+
+PROMPT_COLUMNS = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("question", "answer"),
+    ("input", "output"),
+]
+
+Chat = list[dict[str, str]]
+
+
+@dataclass
+class InstructionTask:
+    """What a model is to answer. The loss counts the response alone; a chat's every answer is one row.
+
+    Attributes:
+        columns: "prompt", "response" and perhaps "input" (more of the prompt), or "messages".
+        metric: "loss", the mean over the responses' tokens.
+    """
+
+    columns: dict[str, str]
+    metric: str = "loss"
+    greater_is_better: ClassVar[bool] = False
+    compute_metrics: ClassVar[None] = None  # Trainer's own eval_loss; gathering logits over a vocabulary costs memory
+    name: ClassVar[str] = "instruction"
+    task_type: ClassVar[str] = "CAUSAL_LM"
+
+    @classmethod
+    def from_splits(
+        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None
+    ) -> InstructionTask:
+        """Guesses the columns that `data` does not name and checks every row.
+
+        Raises:
+            UserError: a column that is missing, an empty prompt or response, a chat without an answer.
+        """
+        task = cls(_find_columns(splits["train"], data), choose_metric(metric, ["loss"]))
+        for split in splits.values():
+            task.check(split)
+        return task
+
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises UserError for a missing column, an empty prompt or response, or a chat that is none."""
+        if "messages" in self.columns:
+            cols.require_columns(dataset, [self.columns["messages"]])
+            for index, messages in enumerate(cols.values(dataset, self.columns["messages"])):
+                if problem := _problem(messages, with_answer=with_labels):
+                    raise UserError(f"{cols.where(dataset, index)}: {problem}")
+            return
+        for key in ("prompt", "response") if with_labels else ("prompt",):
+            cols.require_columns(dataset, [self.columns[key]])
+            cols.check_texts(dataset, self.columns[key])
+
+    def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
+        """Rows to answer: objects with the prompt or a chat, or strings, which are prompts. `first` numbers them."""
+        if "messages" in self.columns:
+            column = self.columns["messages"]
+            chats = [{column: [{"role": "user", "content": row}]} if isinstance(row, str) else row for row in rows]
+            return cols.rows_to_dataset(chats, [column], None, first)
+        optional = [self.columns["input"]] if "input" in self.columns else []
+        return cols.rows_to_dataset(rows, [self.columns["prompt"]], self.columns["prompt"], first, optional)
+
+    def encode(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
+    ) -> Dataset:
+        """TRL's prompt-completion format, which it tokenises, cuts at its own `max_length` and masks itself.
+
+        Chats if the tokenizer has a chat template, else plain text (`PLAIN_TURNS`). A chat with several answers
+        becomes one row an answer, so that the loss on the responses needs no markers in the chat template.
+
+        Returns:
+            Columns "prompt" and, with labels, "completion".
+        """
+        self.check(dataset, with_labels)
+        pairs = [pair for row in dataset for pair in self._pairs(row, with_labels)]
+        plain = not tokenizer.chat_template
+        encoded: dict[str, list] = {"prompt": [_plain_prompt(chat) if plain else chat for chat, _ in pairs]}
+        if with_labels:
+            encoded["completion"] = [f" {answer[0]['content']}" if plain else answer for _, answer in pairs]
+        return Dataset.from_dict(encoded)
+
+    def format_prompt(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
+        """A row's prompt as the text to continue; see `prompt_inputs` for its tokens."""
+        [(prompt, _)] = self._pairs(row, with_labels=False)
+        if tokenizer.chat_template:
+            return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        return _plain_prompt(prompt)
+
+    def prompt_inputs(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+        """The prompts as tensors for `generate`, padded on the left."""
+        ensure_pad_token(tokenizer)
+        self.check(dataset, with_labels=False)
+        return tokenizer(
+            [self.format_prompt(row, tokenizer) for row in dataset],
+            add_special_tokens=not tokenizer.chat_template,  # a template writes its own
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+
+    def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+        """The base model as a language model; without a pad token it gets the tokenizer's."""
+        model = load_base(AutoModelForCausalLM, base, **kwargs)
+        set_pad_token(model, tokenizer)
+        return model
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """None: TRL brings its own."""
+        ensure_pad_token(tokenizer)
+
+    def decode(
+        self, predictions: list[str], dataset: Dataset | None = None, encoded: Dataset | None = None
+    ) -> list[dict[str, str]]:
+        """Generated texts as {"text"}."""
+        return [{"text": text.strip()} for text in predictions]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"task": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> InstructionTask:
+        """The task that `to_dict` described."""
+        return cls(**{key: value for key, value in values.items() if key != "task"})
+
+    def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[tuple[Chat, Chat]]:
+        """What comes before an answer, and the answer; without labels the last question alone, and nothing."""
+        if "messages" in self.columns:
+            chat = [{"role": turn["role"], "content": turn["content"]} for turn in row[self.columns["messages"]]]
+        else:
+            parts = [row.get(self.columns[key]) for key in ("prompt", "input") if key in self.columns]
+            chat = [{"role": "user", "content": "\n\n".join(str(part) for part in parts if not cols.is_missing(part))}]
+            if with_labels:
+                chat.append({"role": "assistant", "content": row[self.columns["response"]]})
+        if with_labels:
+            return [(chat[:index], [chat[index]]) for index in _answers(chat)]
+        return [(chat[:-1] if chat[-1]["role"] == "assistant" else chat, [])]
+
+
+def _find_columns(train: Dataset, data: DataConfig) -> dict[str, str]:
+    """The columns that `data` names, and a guess for the others."""
+    if data.messages or not (data.prompt or data.response):
+        messages = data.messages or cols.find_column(train, ["messages", "conversation", "chat"])
+        if messages:
+            cols.require_columns(train, [messages])
+            return {"messages": messages}
+    pairs = [pair for pair in PROMPT_COLUMNS if all(cols.find_column(train, [name]) for name in pair)]
+    found = {
+        "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
+        "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
+    }
+    more = cols.find_column(train, ["input"]) if found["prompt"].lower() == "instruction" else None
+    return {**found, "input": more} if more else found
+
+
+def _answers(chat: Chat) -> list[int]:
+    """Where the assistant answers something that the user said."""
+    roles = [turn["role"] for turn in chat]
+    return [index for index, role in enumerate(roles) if role == "assistant" and "user" in roles[:index]]
+
+
+def _plain_prompt(chat: Chat) -> str:
+    return "".join(PLAIN_TURNS[turn["role"]].format(turn["content"]) for turn in chat) + "Assistant:"
+
+
+def _problem(messages: Any, with_answer: bool) -> str | None:
+    """Why `messages` is no chat, has no answer to learn, or nothing to answer; None if all is well."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        return f"expected a list of {{'role': ..., 'content': ...}}, found {str(messages)[:60]}"
+    for turn in messages:
+        if turn.get("role") not in PLAIN_TURNS:
+            return f"a message has the role {turn.get('role')!r}; roles are {', '.join(PLAIN_TURNS)}"
+        if not isinstance(turn.get("content"), str) or cols.is_missing(turn["content"]):
+            return "a message's content is empty or not text"
+    if not any(turn["role"] == "user" for turn in messages):
+        return "the chat has no message of the user"
+    if with_answer and not _answers(messages):
+        return "the chat has no answer of the assistant to learn"
+    return None

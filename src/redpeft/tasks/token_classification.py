@@ -1,0 +1,216 @@
+"""Token classification: a tag for each word, such as the names in a text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from transformers import (
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from redpeft.errors import UserError
+from redpeft.tasks import columns as cols
+from redpeft.tasks import metrics
+from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
+from redpeft.tasks.data import DataConfig
+
+IGNORED = -100
+"""The label of a token that is not scored: it is special, or not the first of its word."""
+
+TAG_IDS = "__tag_ids__"
+TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
+
+
+@dataclass
+class TokenClassificationTask:
+    """Which tags words get, and how that is scored.
+
+    Attributes:
+        columns: "tokens" (lists of words) and "tags" (a tag for each word).
+        label_names: the tags in the order of their ids.
+        metric: entity "f1" where the tags are B-..., I-... and O, else "accuracy" or "f1_macro" over words.
+    """
+
+    columns: dict[str, str]
+    label_names: list[str]
+    metric: str
+    name: ClassVar[str] = "token-classification"
+    task_type: ClassVar[str] = "TOKEN_CLS"
+
+    @classmethod
+    def from_splits(
+        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None
+    ) -> TokenClassificationTask:
+        """Guesses the columns that `data` does not name, takes the tags from the training rows, checks every row.
+
+        Raises:
+            UserError: a column that is missing, words without a tag, one tag only, a tag that training lacks.
+        """
+        train = splits["train"]
+        found = {
+            "tokens": cols.choose_column(train, data.tokens, ["tokens", "words"], "tokens"),
+            "tags": cols.choose_column(train, data.tags, TAG_COLUMNS, "tags"),
+        }
+        _check_lists(train, found["tags"])
+        feature = cols.value_feature(train, found["tags"])
+        tags = {cols.label_name(tag, feature) for row in cols.values(train, found["tags"]) for tag in row}
+        if len(tags) < 2:
+            raise UserError(
+                f"{cols.source(train)}: every word has the tag {min(tags)!r}, so there is nothing to learn"
+            )
+        names = cols.sort_label_names(tags, feature)
+        offered = ["accuracy", "f1_macro"]
+        if metrics.marks_entities(names):
+            offered = ["f1", "precision", "recall", *offered]
+        task = cls(found, names, metrics.choose_metric(metric, offered))
+        for split in splits.values():
+            task.check(split)
+        return task
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a larger `metric` is better: all of this task's are."""
+        return True
+
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises UserError for a missing column, a row without words, or tags that are missing, too few or unknown."""
+        cols.require_columns(dataset, [self.columns["tokens"]])
+        _check_lists(dataset, self.columns["tokens"])
+        if with_labels:
+            self._tag_ids(dataset)
+
+    def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
+        """Rows to predict: objects with the words, or strings, which are cut at white space. `first` numbers them."""
+        tokens = self.columns["tokens"]
+        split = [{tokens: row.split()} if isinstance(row, str) else row for row in rows]
+        return cols.rows_to_dataset(split, [tokens], None, first)
+
+    def encode(
+        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, with_labels: bool = True
+    ) -> Dataset:
+        """Token ids, cut at `max_length`, and "labels": the tag's id on the first token of each word, -100 elsewhere.
+
+        Without labels every first token has label 0, so that `decode` knows where the words are.
+        """
+        self.check(dataset, with_labels=False)
+        if not tokenizer.is_fast:
+            raise UserError("token classification needs a fast tokenizer (one with a tokenizer.json)")
+        _mark_word_starts(tokenizer)
+        words = self.columns["tokens"]
+        tags = self._tag_ids(dataset) if with_labels else [[0] * len(row) for row in cols.values(dataset, words)]
+        limit = token_limit(tokenizer, max_length)
+
+        def tokenise(rows: dict[str, list]) -> dict[str, list]:
+            encoded = tokenizer(rows[words], is_split_into_words=True, truncation=True, max_length=limit)
+            return {**encoded, "labels": [_align(encoded.word_ids(row), ids) for row, ids in enumerate(rows[TAG_IDS])]}
+
+        return cols.tokenise(dataset.select_columns(words).add_column(TAG_IDS, tags), tokenise)
+
+    def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+        """The base model with a head for these tags."""
+        model = load_base(
+            AutoModelForTokenClassification,
+            base,
+            num_labels=len(self.label_names),
+            id2label=dict(enumerate(self.label_names)),
+            label2id=cols.label_ids(self.label_names),
+            ignore_mismatched_sizes=True,  # a base that was trained for other tags: its head is replaced
+            **kwargs,
+        )
+        set_pad_token(model, tokenizer)
+        return model
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
+        """Pads a batch and its labels to its longest row."""
+        ensure_pad_token(tokenizer)
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """All scores, over the words that were not cut off."""
+        predicted = metrics.logits_of(prediction.predictions).argmax(-1)
+        expected = np.asarray(prediction.label_ids)
+        return metrics.score_tags(
+            [self._names(row[labels != IGNORED]) for row, labels in zip(predicted, expected, strict=True)],
+            [self._names(labels[labels != IGNORED]) for labels in expected],
+            with_entities=metrics.marks_entities(self.label_names),
+        )
+
+    def decode(self, predictions: np.ndarray, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
+        """Logits of shape (rows, tokens, tags) as {"tokens", "tags"}, a tag a word; None for words that were cut off.
+
+        Args:
+            dataset: the rows that were encoded.
+            encoded: what `encode` made of them.
+        """
+        best = metrics.logits_of(predictions).argmax(-1)
+        rows = []
+        for words, labels, row in zip(
+            cols.values(dataset, self.columns["tokens"]), cols.values(encoded, "labels"), best, strict=True
+        ):
+            first = np.array(labels) != IGNORED
+            tags = self._names(row[: len(labels)][first])
+            rows.append({"tokens": words, "tags": [*tags, *[None] * (len(words) - len(tags))]})
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"task": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenClassificationTask:
+        """The task that `to_dict` described."""
+        return cls(**{key: value for key, value in values.items() if key != "task"})
+
+    def _names(self, ids: np.ndarray) -> list[str]:
+        return [self.label_names[index] for index in ids]
+
+    def _tag_ids(self, dataset: Dataset) -> list[list[int]]:
+        column = self.columns["tags"]
+        cols.require_columns(dataset, [column])
+        _check_lists(dataset, column)
+        feature, ids = cols.value_feature(dataset, column), cols.label_ids(self.label_names)
+        rows = cols.values(dataset, column)
+        for index, (words, tags) in enumerate(zip(cols.values(dataset, self.columns["tokens"]), rows, strict=True)):
+            if len(words) != len(tags):
+                raise UserError(f"{cols.where(dataset, index)}: {len(words)} words and {len(tags)} tags")
+        return [
+            [cols.label_id(dataset, index, ids, cols.label_name(tag, feature)) for tag in tags]
+            for index, tags in enumerate(rows)
+        ]
+
+
+def _check_lists(dataset: Dataset, column: str) -> None:
+    """Raises UserError if a row of `column` is not a list, or is empty, or holds something that is missing."""
+    for index, row in enumerate(cols.values(dataset, column)):
+        if not isinstance(row, list) or not row:
+            raise UserError(
+                f"{cols.where(dataset, index)}: column {column!r} holds {row!r} and not a list with an entry for each "
+                "word (CSV cannot hold lists: use JSON lines or Parquet)"
+            )
+        if any(map(cols.is_missing, row)):
+            raise UserError(f"{cols.where(dataset, index)}: column {column!r} holds an empty entry: {row!r}")
+
+
+def _align(word_ids: list[int | None], tags: list[int]) -> list[int]:
+    """The tag of each token that begins a word, `IGNORED` for the others."""
+    previous = [None, *word_ids]
+    return [
+        IGNORED if word is None or word == before else tags[word]
+        for word, before in zip(word_ids, previous, strict=False)
+    ]
+
+
+def _mark_word_starts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Byte-level tokenizers (RoBERTa, GPT-2) take words in a list only with `add_prefix_space`."""
+    pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    if hasattr(pre_tokenizer, "add_prefix_space"):
+        pre_tokenizer.add_prefix_space = True
+        tokenizer.add_prefix_space = True
