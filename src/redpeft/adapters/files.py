@@ -1,0 +1,207 @@
+"""The one reader of adapter folders.
+
+    adapter_config.json         what was edited and on which base model
+    adapter_model.safetensors   base_model.model.<module path>.redpeft_edit.scale | bias | unit, and the head's tensors
+
+Whatever needs a trained edit (inspect, model card, fold, serve) reads it here, so all of them refuse the same folders
+with the same words. Only safetensors is read, never a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from redpeft.errors import UserError
+from redpeft.method.fingerprint import difference, fingerprint
+from redpeft.method.layer import output_width
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EDIT = ".redpeft_edit."
+PARTS = ("scale", "bias", "unit")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One site's edit in the output's own size, `h' = scale * h + bias`: fp32 vectors of shape (width,)."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder in memory. `edits` and `units` go by module path, `head` by parameter name."""
+
+    folder: Path
+    config: dict[str, Any]
+    edits: dict[str, Edit]
+    units: dict[str, float]
+    head: dict[str, torch.Tensor]
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder that `path` means: itself, or `adapter/` inside a run folder."""
+    path = Path(path)
+    inside = path / "adapter"
+    return inside if (inside / CONFIG_NAME).is_file() and not (path / CONFIG_NAME).is_file() else path
+
+
+def find_run(path: str | Path) -> Path:
+    """The run folder that `path` means: itself, or the one around its `adapter/`."""
+    path = Path(path)
+    return path.parent if path.name == "adapter" and (path.parent / "recipe.yaml").is_file() else path
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """`adapter_config.json` of an adapter of any PEFT type. UserError: no folder, no such file, or not JSON."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such adapter folder")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise UserError(f"{folder}: no {CONFIG_NAME} there, so this is not an adapter folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise UserError(f"{path}: no peft_type, so this is not an adapter's configuration")
+    return config
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read a RED adapter folder and check that it is whole.
+
+    Raises `UserError` for a folder that is missing or holds another kind of adapter, a file that is corrupt, truncated
+    or a pickle, tensors missing or left over against `target_modules`, shapes that disagree and values not finite.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    if config["peft_type"] != "REDPEFT":
+        raise UserError(f"{folder}: this is a {config['peft_type']} adapter, not a RED adapter (REDPEFT)")
+    tensors = _read_tensors(folder)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    head = {}
+    for key, tensor in tensors.items():
+        site, is_edit, part = key.removeprefix(PREFIX).rpartition(EDIT)
+        if is_edit:
+            parts.setdefault(site, {})[part] = tensor.float()
+        else:
+            head[key.removeprefix(PREFIX)] = tensor
+    _check_keys(folder, config.get("target_modules"), parts)
+    for site, part in parts.items():
+        _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", **part)
+    return Adapter(
+        folder=folder,
+        config=config,
+        edits={site: Edit(part["scale"], part["unit"] * part["bias"]) for site, part in parts.items()},
+        units={site: part["unit"].item() for site, part in parts.items()},
+        head=head,
+    )
+
+
+def load_adapter(
+    base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default"
+) -> PeftModel:
+    """`PeftModel.from_pretrained` that refuses what PEFT would load with a warning or without a word.
+
+    Raises `UserError` for whatever `read_adapter` refuses, and for an adapter of another base model: other module
+    names, other widths, a head of other shapes, or other weights (by fingerprint). The base is untouched then.
+    """
+    adapter = read_adapter(folder)
+    trained_on = adapter.config.get("base_model_name_or_path") or "a base model that it does not name"
+    problem = _misfit(base_model, adapter)
+    if problem:
+        raise UserError(f"{adapter.folder}: this adapter is for another base model ({trained_on}): {problem}")
+    return PeftModel.from_pretrained(base_model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f"; {', '.join(pickles)} may be a pickle, and redpeft reads safetensors only" if pickles else ""
+        raise UserError(f"{folder}: no {WEIGHTS_NAME} there{found}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: corrupt or truncated, not a safetensors file ({error}); copy it again") from error
+
+
+def _check_keys(folder: Path, targets: list[str], parts: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Every target has a site, every site is one that a target names, and every site has its three tensors."""
+    if not targets or not isinstance(targets, list):
+        raise UserError(f"{folder / CONFIG_NAME}: target_modules is not a list of the edited modules' names")
+    missing = [target for target in targets if not any(_matches(target, site) for site in parts)]
+    missing += [f"{site}{EDIT}{name}" for site, part in parts.items() for name in PARTS if name not in part]
+    left_over = [site for site in parts if not any(_matches(target, site) for target in targets)]
+    left_over += [f"{site}{EDIT}{name}" for site, part in parts.items() for name in part if name not in PARTS]
+    for what, names in (
+        ("has no tensors for", missing),
+        (f"has tensors that {CONFIG_NAME} does not name:", left_over),
+    ):
+        if names:
+            raise UserError(f"{folder / WEIGHTS_NAME}: {what} {_some(names)}; the folder is damaged or was mixed up")
+
+
+def _matches(target: str, site: str) -> bool:
+    """PEFT's rule: a full name, or the end of one (it shortens long lists to such)."""
+    return site == target or site.endswith(f".{target}")
+
+
+def _check_tensors(where: str, scale: torch.Tensor, bias: torch.Tensor, unit: torch.Tensor) -> None:
+    if scale.ndim != 1 or bias.shape != scale.shape or unit.shape != (1,):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (scale, bias, unit))
+        raise UserError(f"{where}: scale, bias and unit should be of shapes (width,), (width,), (1,), not {shapes}")
+    for name, tensor in (("scale", scale), ("bias", bias), ("unit", unit)):
+        if not tensor.isfinite().all():
+            raise UserError(f"{where}: {name} has values that are not finite (NaN or infinite); train it again")
+    if unit <= 0:
+        raise UserError(f"{where}: the unit is {unit.item():g}, and a unit is a positive number")
+
+
+def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
+    """Why the adapter does not belong on this base model, as the end of a sentence, or None."""
+    modules = dict(base_model.named_modules(remove_duplicate=False))
+    unknown = [site for site in adapter.edits if site not in modules]
+    if unknown:
+        return f"this one ({type(base_model).__name__}) has no module {_some(unknown)}"
+    for site, edit in adapter.edits.items():
+        width = output_width(modules[site], base_model)
+        if width != edit.scale.numel():
+            return f"the output of {site} has width {width} here and {edit.scale.numel()} in the adapter"
+    return _head_misfit(base_model, adapter) or difference(
+        adapter.config.get("base_fingerprint"), fingerprint(base_model, adapter.edits)
+    )
+
+
+def _head_misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
+    state = base_model.state_dict()
+    saved = tuple(adapter.config.get("modules_to_save") or ())
+    heads = [name for name, _ in base_model.named_modules() if name.endswith(saved)] if saved else []
+    expected = {key for key in state if any(key.startswith(f"{name}.") for name in heads)}
+    if missing := sorted(expected - adapter.head.keys()):
+        return f"the adapter has no tensors for its head {_some(missing)}"
+    for key, tensor in adapter.head.items():
+        if key not in state:
+            return f"this one ({type(base_model).__name__}) has no head {key}"
+        if state[key].shape != tensor.shape:
+            return f"the head {key} is {tuple(state[key].shape)} here and {tuple(tensor.shape)} in the adapter"
+    return None
+
+
+def _some(names: list[str], at_most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

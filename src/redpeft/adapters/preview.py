@@ -1,0 +1,109 @@
+"""What an adapter of a model would be, before there is one: its modules, its size, and what other methods take."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from redpeft.adapters.inspect import place
+from redpeft.errors import UserError
+from redpeft.method.sites import Site, find_sites
+
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Counts of parameters. `lora_*` are those of LoRA r=16 on PEFT's default modules, None where PEFT has none."""
+
+    model: str
+    architecture: str
+    sites: list[Site]
+    parameters: int
+    base_parameters: int
+    share_percent: float
+    times_fewer_than_full: float
+    lora_modules: list[str] | None
+    lora_parameters: int | None
+    times_fewer_than_lora: float | None
+
+
+def preview(model: str, sites: str | Sequence[str] = "ffn") -> Preview:
+    """Where RED would edit `model`, a hub name or a folder with a config.json; no weights are read.
+
+    Raises `UserError` for a model that cannot be found or built, and for one without such sites.
+    """
+    empty = empty_model(model)
+    found = find_sites(empty, sites)
+    parameters = sum(2 * site.width for site in found)
+    base_parameters = sum(parameter.numel() for parameter in empty.parameters())
+    architecture = type(empty).__name__
+    lora_modules, lora_parameters = _lora(empty)
+    return Preview(
+        model=model,
+        architecture=architecture,
+        sites=found,
+        parameters=parameters,
+        base_parameters=base_parameters,
+        share_percent=100 * parameters / base_parameters,
+        times_fewer_than_full=base_parameters / parameters,
+        lora_modules=lora_modules,
+        lora_parameters=lora_parameters,
+        times_fewer_than_lora=lora_parameters and lora_parameters / parameters,
+    )
+
+
+def empty_model(model: str) -> PreTrainedModel:
+    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model}: no config.json in such a folder, nor a model of that name ({reason})") from error
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModel.from_config(config) if architecture is None else architecture._from_config(config)
+
+
+def preview_table(preview: Preview) -> Table:
+    """One row per place in the layers, then the sums."""
+    table = Table(title=f"{preview.model} ({preview.architecture})", show_footer=True)
+    places: dict[str, list[Site]] = {}
+    for site in preview.sites:
+        places.setdefault(place(site.name), []).append(site)
+    table.add_column("module", "all", overflow="fold")
+    table.add_column("kind")
+    table.add_column("sites", f"{len(preview.sites)}", justify="right")
+    table.add_column("width", justify="right")
+    table.add_column("parameters", f"{preview.parameters:,}", justify="right")
+    for name, found in places.items():
+        count = sum(2 * site.width for site in found)
+        table.add_row(name, found[0].kind, str(len(found)), str(found[0].width), f"{count:,}")
+    lora = "n/a (PEFT has no default modules for this model)"
+    if preview.lora_parameters:
+        modules = ", ".join(preview.lora_modules)
+        lora = f"{preview.lora_parameters:,} on {modules}: {preview.times_fewer_than_lora:,.0f} times as many"
+    table.caption = (
+        f"{preview.share_percent:.4f} % of the base model's {preview.base_parameters:,} parameters, "
+        f"{preview.times_fewer_than_full:,.0f} times fewer than full fine-tuning\nLoRA r={LORA_RANK}: {lora}"
+    )
+    return table
+
+
+def _lora(empty: PreTrainedModel) -> tuple[list[str] | None, int | None]:
+    """The modules that PEFT's LoRA chooses by itself in this model, and its parameters. Changes the model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody asked to train a LoRA
+            lora = get_peft_model(empty, LoraConfig(r=LORA_RANK), low_cpu_mem_usage=True)
+    except ValueError:  # PEFT: "Please specify `target_modules`"
+        return None, None
+    count = sum(parameter.numel() for name, parameter in lora.named_parameters() if ".lora_" in name)
+    return sorted(lora.peft_config["default"].target_modules), count

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+from redpeft.adapters import find_adapter, load_adapter, read_adapter
+from redpeft.errors import UserError
+from redpeft.method.fingerprint import fingerprint
+
+from .folders import SITES, WIDTH, random_tensors, write_folder
+
+
+def key(site, part):
+    return f"base_model.model.{site}.redpeft_edit.{part}"
+
+
+def test_reads_effective_edits_units_and_head(tmp_path):
+    tensors = {**random_tensors(unit=0.25), "base_model.model.classifier.weight": torch.randn(3, WIDTH)}
+    adapter = read_adapter(write_folder(tmp_path / "a", tensors, modules_to_save=["classifier"]))
+    assert list(adapter.edits) == SITES
+    for site in SITES:
+        torch.testing.assert_close(adapter.edits[site].scale, tensors[key(site, "scale")])
+        torch.testing.assert_close(adapter.edits[site].bias, 0.25 * tensors[key(site, "bias")])
+        assert adapter.edits[site].scale.dtype == adapter.edits[site].bias.dtype == torch.float32
+        assert adapter.units[site] == 0.25
+    assert list(adapter.head) == ["classifier.weight"]
+    assert adapter.config["revision"] == "abc123"
+
+
+def test_targets_match_as_peft_matches(tmp_path):
+    """PEFT shortens a list of 20 and more names to endings."""
+    sites = [f"layer.{index}.output.dense" for index in range(24)]
+    folder = write_folder(tmp_path / "a", random_tensors(sites), targets=["output.dense"])
+    assert sorted(read_adapter(folder).edits) == sorted(sites)
+
+
+def test_a_run_folder_holds_its_adapter(adapter_folder):
+    assert find_adapter(adapter_folder.parent) == adapter_folder
+    assert find_adapter(adapter_folder) == adapter_folder
+    assert find_adapter(adapter_folder / "nowhere") == adapter_folder / "nowhere"
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_refuses_what_is_not_a_red_adapter(adapter_folder, tmp_path):
+    assert "no such adapter folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "no adapter_config.json" in refusal(tmp_path / "empty")
+    lora = write_folder(tmp_path / "lora", random_tensors(), peft_type="LORA")
+    assert "this is a LORA adapter, not a RED adapter" in refusal(lora)
+    config = adapter_folder / "adapter_config.json"
+    config.write_text("{")
+    assert "not valid JSON" in refusal(adapter_folder)
+    config.write_text("{}")
+    assert "no peft_type" in refusal(adapter_folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, -10])
+def test_refuses_a_truncated_file(adapter_folder, keep):
+    weights = adapter_folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "corrupt or truncated" in refusal(adapter_folder)
+
+
+def test_refuses_a_corrupt_file(adapter_folder):
+    (adapter_folder / "adapter_model.safetensors").write_bytes(b"\xff" * 500)
+    assert "corrupt or truncated" in refusal(adapter_folder)
+
+
+def test_never_reads_a_pickle(adapter_folder):
+    weights = adapter_folder / "adapter_model.safetensors"
+    torch.save(random_tensors(), adapter_folder / "adapter_model.bin")
+    weights.unlink()
+    message = refusal(adapter_folder)
+    assert "adapter_model.bin may be a pickle" in message
+    assert "safetensors only" in message
+    (adapter_folder / "adapter_model.bin").unlink()
+    assert refusal(adapter_folder).endswith("no adapter_model.safetensors there")
+
+
+def test_names_the_first_few_missing_sites(tmp_path):
+    sites = [f"layer.{index}.mlp" for index in range(6)]
+    folder = write_folder(tmp_path / "a", random_tensors(sites[:1]), targets=sites)
+    assert "no tensors for layer.1.mlp, layer.2.mlp, layer.3.mlp and 2 more" in refusal(folder)
+
+
+def test_refuses_missing_and_left_over_tensors(tmp_path):
+    tensors = random_tensors()
+    del tensors[key(SITES[1], "unit")]
+    assert f"no tensors for {SITES[1]}.redpeft_edit.unit;" in refusal(write_folder(tmp_path / "a", tensors))
+    folder = write_folder(tmp_path / "b", random_tensors(), targets=SITES[:1])
+    assert f"does not name: {SITES[1]};" in refusal(folder)
+    tensors = {**random_tensors(), key(SITES[0], "gate"): torch.ones(3)}
+    assert f"does not name: {SITES[0]}.redpeft_edit.gate;" in refusal(write_folder(tmp_path / "c", tensors))
+    for targets in (None, [], "output.dense"):
+        folder = write_folder(tmp_path / "d", random_tensors(), targets=targets)
+        assert "target_modules is not a list" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("bias", torch.ones(WIDTH + 1), "should be of shapes"),
+        ("scale", torch.ones(1, WIDTH), "should be of shapes"),
+        ("unit", torch.ones(2), "should be of shapes"),
+        ("scale", torch.full((WIDTH,), float("nan")), "scale has values that are not finite"),
+        ("bias", torch.full((WIDTH,), float("-inf")), "bias has values that are not finite"),
+        ("unit", torch.zeros(1), "a unit is a positive number"),
+    ],
+)
+def test_refuses_wrong_shapes_and_values(tmp_path, part, value, message):
+    tensors = {**random_tensors(), key(SITES[1], part): value}
+    found = refusal(write_folder(tmp_path / "a", tensors))
+    assert message in found
+    assert SITES[1] in found
+
+
+@pytest.fixture
+def encoder(tiny_encoder_folder):
+    return AutoModel.from_pretrained(tiny_encoder_folder)
+
+
+def test_loads_onto_its_base_without_a_warning(adapter_folder, encoder):
+    tensors = random_tensors()
+    batch = {"input_ids": torch.arange(5, 15)[None]}
+    plain = encoder(**batch).last_hidden_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = load_adapter(encoder, adapter_folder)
+    edited = dict(model.get_base_model().named_modules())
+    for site in SITES:
+        torch.testing.assert_close(edited[site].redpeft_edit["default"].scale.data, tensors[key(site, "scale")])
+        torch.testing.assert_close(edited[site].redpeft_edit["default"].bias.data, tensors[key(site, "bias")])
+        assert edited[site].redpeft_edit["default"].unit.item() == 0.25
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert (model(**batch).last_hidden_state - plain).abs().max() > 0.1
+
+
+def test_loads_to_train_under_a_name(adapter_folder, encoder):
+    model = load_adapter(encoder, adapter_folder, is_trainable=True, adapter_name="mine")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * len(SITES)
+    assert all(".redpeft_edit.mine." in name for name in trainable)
+
+
+def loading_refusal(model, folder):
+    before = [name for name, _ in model.named_modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # one line: PEFT's own warnings about the same do not come on top
+        with pytest.raises(UserError) as error:
+            load_adapter(model, folder)
+    assert [name for name, _ in model.named_modules()] == before
+    assert "is for another base model (some/encoder)" in str(error.value)
+    return str(error.value)
+
+
+def test_refuses_a_base_of_other_names_or_widths(tmp_path, encoder):
+    sites = [*SITES, "encoder.layer.2.output.dense"]
+    message = loading_refusal(encoder, write_folder(tmp_path / "a", random_tensors(sites), targets=sites))
+    assert "this one (BertModel) has no module encoder.layer.2.output.dense" in message
+    message = loading_refusal(encoder, write_folder(tmp_path / "b", random_tensors(width=WIDTH + 16)))
+    assert f"the output of {SITES[0]} has width 32 here and 48 in the adapter" in message
+
+
+def test_refuses_a_base_of_other_weights(tmp_path, encoder):
+    right = fingerprint(encoder, SITES)
+    folder = write_folder(tmp_path / "a", random_tensors(), base_fingerprint=right)
+    load_adapter(encoder, folder)
+    other = AutoModel.from_config(encoder.config)
+    assert "the weights differ" in loading_refusal(other, folder)
+
+
+def test_refuses_a_head_that_does_not_fit(tmp_path, tiny_encoder_folder):
+    sites = [f"bert.{site}" for site in SITES]
+
+    def head(rows, **more):
+        tensors = {"classifier.weight": torch.randn(rows, WIDTH), "classifier.bias": torch.randn(rows), **more}
+        return {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+
+    def folder(tensors):
+        config = {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}
+        return write_folder(tmp_path / "a", {**random_tensors(sites), **tensors}, targets=sites, **config)
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder_folder, num_labels=3)
+    message = loading_refusal(model, folder(head(4)))
+    assert "the head classifier.bias is (3,) here and (4,) in the adapter" in message
+    assert "no tensors for its head classifier.bias, classifier.weight" in loading_refusal(model, folder({}))
+    message = loading_refusal(model, folder(head(3, **{"scorer.weight": torch.ones(1)})))
+    assert "has no head scorer.weight" in message
+    tensors = head(3)
+    loaded = load_adapter(model, folder(tensors))
+    weight = loaded.get_base_model().classifier.modules_to_save["default"].weight.data
+    torch.testing.assert_close(weight, tensors["base_model.model.classifier.weight"])
+
+
+def test_reads_what_peft_writes(tmp_path, encoder):
+    """The contract with the writer: PEFT's save_pretrained of a RED adapter."""
+    from peft import get_peft_model
+
+    from redpeft import RedConfig
+
+    model = get_peft_model(encoder, RedConfig(init_weights=False, unit=0.5))
+    model.save_pretrained(tmp_path / "a")
+    adapter = read_adapter(tmp_path / "a")
+    assert sorted(adapter.edits) == SITES
+    for site, edit in adapter.edits.items():
+        layer = encoder.get_submodule(site).redpeft_edit["default"]
+        torch.testing.assert_close(edit.scale, layer.scale.data)
+        torch.testing.assert_close(edit.bias, 0.5 * layer.bias.data)
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_fingerprint"]

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+
+import matplotlib.image
+import torch
+from rich.console import Console
+
+from redpeft.adapters import read_adapter
+from redpeft.adapters.inspect import compare, comparison_table, plot, summarize, summary_table
+
+from .folders import SITES, random_tensors, write_folder
+
+SCALE = [3.0, -2.0, 1.0, -0.5]
+BIAS = [1.0, -4.0, 0.0, 10.0]
+
+
+def one_site(folder, scale=SCALE, bias=BIAS, unit=0.5, site="layers.3.mlp"):
+    tensors = {"scale": torch.tensor(scale), "bias": torch.tensor(bias), "unit": torch.tensor([unit])}
+    tensors = {f"base_model.model.{site}.redpeft_edit.{name}": tensor for name, tensor in tensors.items()}
+    return read_adapter(write_folder(folder, tensors, targets=[site]))
+
+
+def text_of(table):
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_summary_by_formula(tmp_path):
+    (row,) = summarize(one_site(tmp_path / "a"))
+    expected = {
+        "site": "layers.3.mlp",
+        "width": 4,
+        "scale_rms": math.sqrt((4 + 9 + 0 + 2.25) / 4),
+        "scale_min": -2.0,
+        "scale_max": 3.0,
+        "scale_negative": 0.5,
+        "bias_rms": math.sqrt((1 + 16 + 100) / 4),
+        "bias_max": 10.0,
+        "unit": 0.5,
+        "shift_rms": 0.5 * math.sqrt((1 + 16 + 100) / 4),
+    }
+    for name, value in dataclasses.asdict(row).items():
+        assert value == expected[name] if isinstance(value, str) else math.isclose(value, expected[name], rel_tol=1e-6)
+
+
+def test_comparison_by_formula(tmp_path):
+    this = one_site(tmp_path / "a")
+    # scale - 1 turned round and twice as long; the bias is orthogonal, and its unit twice as large
+    other = one_site(tmp_path / "b", [-3.0, 7.0, 1.0, 4.0], [4.0, 1.0, 3.0, 0.0], unit=1.0)
+    (row,) = compare(this, other)
+    assert row.edited_by == "both"
+    assert math.isclose(row.scale_cosine, -1, rel_tol=1e-6)
+    assert math.isclose(row.scale_size, 2, rel_tol=1e-6)
+    assert abs(row.shift_cosine) < 1e-6
+    assert math.isclose(row.shift_size, math.sqrt(26) / (0.5 * math.sqrt(117)), rel_tol=1e-6)
+
+
+def test_comparison_where_one_does_not_edit(tmp_path):
+    this, other = one_site(tmp_path / "a"), one_site(tmp_path / "b", site="layers.10.mlp")
+    first, second = compare(this, other)
+    assert (first.site, first.edited_by, first.scale_cosine) == ("layers.3.mlp", "this", None)
+    assert (second.site, second.edited_by, second.shift_size) == ("layers.10.mlp", "other", None)
+    unlearned = one_site(tmp_path / "c", scale=[1.0] * 4)
+    (row,) = compare(this, unlearned)
+    assert row.scale_cosine is None
+    assert row.scale_size == 0
+    (row,) = compare(this, one_site(tmp_path / "d", scale=[2.0] * 5, bias=[1.0] * 5))
+    assert row.edited_by == "both, in different widths"
+    assert "in different widths" in text_of(comparison_table([row], "two adapters"))
+
+
+def test_rows_come_in_the_order_of_depth(tmp_path):
+    sites = [f"layers.{index}.mlp" for index in (10, 2, 0)]
+    adapter = read_adapter(write_folder(tmp_path / "a", random_tensors(sites), targets=sites))
+    assert [row.site for row in summarize(adapter)] == ["layers.0.mlp", "layers.2.mlp", "layers.10.mlp"]
+
+
+def test_tables_show_the_numbers(tmp_path):
+    adapter = one_site(tmp_path / "a")
+    table = text_of(summary_table(summarize(adapter), "an adapter"))
+    for figure in ("layers.3.mlp", "1.95", "-2.00", "3.00", "50.0%", "5.41", "10", "0.5"):
+        assert figure in table
+    other = one_site(tmp_path / "b", [-3.0, 7.0, 1.0, 4.0])
+    table = text_of(comparison_table(compare(adapter, other), "two adapters"))
+    assert "-1" in table
+    assert "2" in table
+
+
+def test_rows_are_ready_for_json(adapter_folder):
+    adapter = read_adapter(adapter_folder)
+    rows = [*summarize(adapter), *compare(adapter, adapter)]
+    assert len(json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))) == 2 * len(SITES)
+
+
+def test_plot_writes_a_png(tmp_path):
+    sites = [f"layers.{index}.{place}" for index in range(4) for place in ("mlp", "attn.q_proj")]
+    adapter = read_adapter(write_folder(tmp_path / "a", random_tensors(sites), targets=sites))
+    one, two = plot([adapter], tmp_path / "new" / "one.png"), plot([adapter, adapter], tmp_path / "two")
+    for path in (one, two):
+        assert path.read_bytes().startswith(b"\x89PNG")
+    height = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (one, two)]
+    assert height[1] > 1.5 * height[0]
+
+
+def test_plot_shows_every_adapter(tmp_path):
+    """The rows share their axes: the second, larger one must not fall off the first one's."""
+    small = one_site(tmp_path / "small", scale=[1.1] * 4, bias=[0.1] * 4)
+    picture = matplotlib.image.imread(plot([small, one_site(tmp_path / "large")], tmp_path / "two.png"))
+    blue = (picture[..., 2] > 0.6) & (picture[..., 0] < 0.3)  # the first line's colour: its markers
+    height, width = blue.shape
+    for left in (0, width // 2):
+        for top in (0, height // 2):
+            assert blue[top : top + height // 2, left : left + width // 2].any()
