@@ -1,4 +1,4 @@
-"""The two ways in which redpeft fails on purpose; anything else is a bug."""
+"""The ways in which redpeft fails on purpose; anything else is a bug."""
 
 
 class UserError(ValueError):
@@ -6,4 +6,8 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """The work itself failed (a loss that is not finite, a full disk). Commands exit with 1; the run can be resumed."""
+    """The work itself failed (a loss that is not finite, a full disk). Commands exit with 1; a run can be resumed."""
+
+
+class Stopped(RunError):
+    """The run was told to stop (SIGTERM) and has kept what it did. Runs that would come after it do not start."""

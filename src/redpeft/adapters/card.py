@@ -51,7 +51,7 @@ def write_card(
     parts = [f"# {'RED' if red else config['peft_type']} adapter for {name}"]
     if red:
         parts += [_what_it_is(read_adapter(folder), name)]
-    parts += [_how_to_load(config, name if local else base, labels, red)]
+    parts += [_how_to_load(config, base if base and not local else name, labels, red)]
     if labels:
         parts += ["## Labels\n\n" + "\n".join(f"{index}. `{label}`" for index, label in enumerate(labels))]
     if metrics:

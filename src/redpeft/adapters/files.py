@@ -100,8 +100,8 @@ def read_adapter(folder: str | Path) -> Adapter:
         else:
             head[key.removeprefix(PREFIX)] = tensor
     _check_keys(folder, config.get("target_modules"), parts)
-    for site, part in parts.items():
-        _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", **part)
+    for site, tensors_there in parts.items():
+        _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", **tensors_there)
     return Adapter(
         folder=folder,
         config=config,
@@ -139,7 +139,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path}: corrupt or truncated, not a safetensors file ({error}); copy it again") from error
 
 
-def _check_keys(folder: Path, targets: list[str], parts: dict[str, dict[str, torch.Tensor]]) -> None:
+def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Tensor]]) -> None:
     """Every target has a site, every site is one that a target names, and every site has its three tensors."""
     if not targets or not isinstance(targets, list):
         raise UserError(f"{folder / CONFIG_NAME}: target_modules is not a list of the edited modules' names")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def place(site: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", site, count=1)
 
 
-def _by_depth(sites: Sequence[str]) -> list[str]:
+def _by_depth(sites: Iterable[str]) -> list[str]:
     """Sorted with the numbers in the names as numbers: layer 10 comes after layer 9."""
     return sorted(sites, key=lambda site: [part.zfill(6) if part.isdigit() else part for part in site.split(".")])
 

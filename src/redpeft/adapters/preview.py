@@ -87,7 +87,7 @@ def preview_table(preview: Preview) -> Table:
         count = sum(2 * site.width for site in found)
         table.add_row(name, found[0].kind, str(len(found)), str(found[0].width), f"{count:,}")
     lora = "n/a (PEFT has no default modules for this model)"
-    if preview.lora_parameters:
+    if preview.lora_modules:
         modules = ", ".join(preview.lora_modules)
         lora = f"{preview.lora_parameters:,} on {modules}: {preview.times_fewer_than_lora:,.0f} times as many"
     table.caption = (

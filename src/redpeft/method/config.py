@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
@@ -28,14 +28,14 @@ class RedConfig(PeftConfig):
             "'red+' (all five, the paper's enhanced variant). Found by structure in self-attention blocks."
         },
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: Collection[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the modules to edit instead of `sites`: PEFT's rules (a list of names or name endings, "
             "or one regular expression). Once the adapter is in a model: the full names of the edited modules."
         },
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: Collection[str] | str | None = field(
         default=None,
         metadata={"help": "Names of modules to leave out, by PEFT's rules (a list of endings, or one expression)."},
     )

@@ -8,6 +8,7 @@ Everything else in redpeft that applies an edit (the PEFT layer, mixed batches, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -176,7 +177,7 @@ class Edit(nn.Module):
                 "away: cast the base model only, and load the adapter again"
             )
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if any(f"{prefix}{name}" in state_dict for name in self._vectors()):
             self.unit_known = not self.auto_unit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,11 +26,11 @@ def fingerprint(model: nn.Module, module_names: Iterable[str]) -> dict | None:
 
     None where it cannot be computed: quantised or sharded weights, or weights on the meta device.
     """
-    weights = {name: _weight(model.get_submodule(name)) for name in sorted(module_names)}
-    tensors = list(weights.values())
-    if not tensors or any(not _readable(weight) for weight in tensors):
+    names = sorted(module_names)
+    tensors = [weight for name in names if _readable(weight := _weight(model.get_submodule(name)))]
+    if not tensors or len(tensors) < len(names):
         return None
-    shapes = "\n".join(f"{name} {tuple(weight.shape)}" for name, weight in weights.items())
+    shapes = "\n".join(f"{name} {tuple(weight.shape)}" for name, weight in zip(names, tensors, strict=True))
     # Spread over the modules, and over each module's weights by steps that no power of two divides.
     picks = [tensors[(i * len(tensors)) // SAMPLES] for i in range(SAMPLES)]
     samples = [weight.flatten()[(i * 7919 + 13) % weight.numel()] for i, weight in enumerate(picks)]
@@ -54,8 +55,8 @@ def difference(saved: dict | None, found: dict | None) -> str | None:
     return None
 
 
-def _weight(module: nn.Module) -> torch.Tensor | None:
-    """The weight that stands for a module: its own, or the largest of a mixture-of-experts block."""
+def _weight(module: nn.Module) -> Any:
+    """The weight that stands for a module: its own, or the largest of a mixture-of-experts block; None without any."""
     module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     weight = getattr(module, "weight", None)
     if isinstance(weight, torch.Tensor):
@@ -63,6 +64,6 @@ def _weight(module: nn.Module) -> torch.Tensor | None:
     return max(module.parameters(), key=lambda parameter: parameter.numel(), default=None)
 
 
-def _readable(weight: torch.Tensor | None) -> bool:
+def _readable(weight: Any) -> bool:
     plain = type(weight) in (nn.Parameter, torch.Tensor)
     return plain and weight.dtype in FLOATS and not weight.is_meta and weight.numel() > 0

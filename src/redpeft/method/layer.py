@@ -31,7 +31,7 @@ def output_width(module: nn.Module, model: nn.Module) -> int:
     for name in ("out_features", "nf"):
         if isinstance(width := getattr(module, name, None), int):
             return width
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(config, "hidden_size", None)
     if not isinstance(width, int):
@@ -55,7 +55,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.width = width
         self.site = site
         self.measuring = False
-        self.merged_adapters = []
+        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
@@ -183,9 +183,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
-    def _folded(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, names: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _folded(self, weight: torch.Tensor, bias: Any, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         transposed = isinstance(self.get_base_layer(), Conv1D)  # (in, out)
         dtype, rows = weight.dtype, weight.T if transposed else weight
         for name in names:

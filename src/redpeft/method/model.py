@@ -71,7 +71,7 @@ class RedModel(BaseTuner):
             config.layers_to_transform = None
         found = BaseTuner._check_target_module_exists(config, key)
         # Full names are names: PEFT would take them as endings too, which modules of another tower may have.
-        return key in config.target_modules if found and config.resolved else found
+        return key in (config.target_modules or ()) if found and config.resolved else found
 
     def _check_new_adapter_config(self, config: RedConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -128,6 +128,22 @@ class RedModel(BaseTuner):
                 f"this model cannot be merged: {reason} (at {name}). Keep the adapter unmerged, which costs one pass "
                 "over each edited output, or merge into the unquantised model"
             )
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's, with a word where the merged model cannot simply be saved: a stock Llama, say, has no place for the
+        bias that a layer without one has got."""
+        bases = {name: layer.get_base_layer() for name, layer in _red_layers(self.model).items()}
+        without = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
+        model = super().merge_and_unload(*args, **kwargs)
+        got = sorted(name for name in without if model.get_submodule(name).bias is not None)
+        if got:
+            warnings.warn(
+                f"{len(got)} layers without a bias have got one ({got[0]}, ...): the model in memory is right, but a "
+                "checkpoint of it loads without these biases unless its configuration has a place for them "
+                "(Llama: mlp_bias=True)",
+                stacklevel=2,
+            )
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

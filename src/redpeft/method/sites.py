@@ -1,6 +1,6 @@
 """Where to edit: finds the sites of a transformer by its structure, with no table of model names.
 
-    ModuleList ─> block 0, block 1, ...        one block, of width d (the commonest width in it):
+    ModuleList ─> block 0, block 1, ...        one block, of width d (the commonest in it):
 
            ┌──────────────── attention ───────────────┐         ┌─────────────── FFN ──────────────┐
     h ───> │ query, key, value ───────────> output    │ ─ + ──> │ up: d -> f ──────> down: f -> d  │ ─ + ──> h
@@ -11,8 +11,8 @@ blocks (Swin's stages, ALBERT's groups), and one of unlike parts belongs to the 
 
 - "ffn": leave out attention, state-space mixers, adapters and bottlenecks. Of the linears that remain, the FFN's make
   the widest detour: from d up to f (or 2f: gate and up fused) and back. The site is the one that leads back; the last
-  one where a block has several FFNs, or where up and down look alike. A block with experts is edited as a whole, at
-  the smallest module that holds them all: its output is their sum.
+  one where up and down look alike, or where a block has FFNs on both sides of its attention (conformers). A block with
+  experts is edited as a whole, at the smallest module that holds them all: its output is their sum.
 - "attention": in each self-attention, the linear back to d that is no query, key, value, gate or position.
 - "qkv": in each self-attention, the linears named after query, key and value, which must be each of them exactly once;
   or the only linear beside the output, which holds them fused.
@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain, takewhile
+from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -126,7 +126,9 @@ class _Block:
 
     def sites(self, kind: str) -> list[Site]:
         if kind == "ffn":
-            return [Site(self.ffn, kind, self.width, self.index)] if self.ffn else []
+            if len(self.ffn) > 1:
+                raise UserError(_doubt(kind, [self]))
+            return [Site(name, kind, self.width, self.index) for name in self.ffn]
         pick = self._output if kind == "attention" else self._query_key_value
         return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
 
@@ -147,27 +149,39 @@ class _Block:
         return any(_is_attention(*named) for named in [(self.name, self.module), *_walk(self.name, self.module)])
 
     @cached_property
-    def ffn(self) -> str | None:
-        """The name of the module whose output is the FFN's."""
+    def ffn(self) -> list[str]:
+        """The module whose output is the FFN's; nothing where there is none, several where it is in doubt."""
         if _is_attention(self.name, self.module):
-            return None
+            return []
         parts = list(_walk(self.name, self.module, _is_attention))
         if experts := [name for name, module in parts if _says(_EXPERT, name, module)]:
-            around = _common([re.sub(r"\.[^.]+(\.\d+)*$", "", name) for name in experts])
-            return around if around != self.name else experts[0]
+            around = [n for n, m in parts if not _is_list(m) and all(name.startswith(f"{n}.") for name in experts)]
+            return [around[-1] if around else experts[0]]
         linears = _linears(self.name, self.module, _is_no_ffn)
         shapes = Counter((start, end) for _, start, end in linears)
-        back = []  # the linears that lead back to the block's width: inner width, position, name
-        for position, (name, inner, end) in enumerate(linears):
+
+        def leads_back(inner: int, end: int) -> bool:
             others = shapes - Counter([(inner, end)])
-            if end == self.width and (others[end, inner] or others[end, 2 * inner]):
-                back.append((inner, position, name))
-        inner, _, name = max(back, default=(0, 0, ""))
+            return end == self.width and bool(others[end, inner] or others[end, 2 * inner])
+
+        inner = max((start for _, start, end in linears if leads_back(start, end)), default=0)
+        back = [name for name, start, end in linears if start == inner and leads_back(start, end)]
         # A prediction head is a small MLP with neither attention nor norm; XLM keeps its FFNs apart from these too.
-        is_head = inner <= self.width and not self.attends and not any(_says(_NORM, *part) for part in parts)
+        if inner <= self.width and not self.attends and not any(_says(_NORM, *part) for part in parts):
+            return []
+        if inner == self.width:
+            return back[-1:]  # up and down look alike
         # RWKV multiplies what leads back by what a linear beside it makes: neither is the FFN's output.
-        gates = [n for n, *widths in linears if widths == [self.width, self.width] and _parent(n) == _parent(name)]
-        return name if back and not is_head and (inner == self.width or not gates) else None
+        beside = {_parent(name) for name, *widths in linears if widths == [self.width, self.width]}
+        if 2 * inner != self.width and any(_parent(name) in beside for name in back):
+            return []
+        return back[-1:] if self._attention_between(back[-2:]) else back
+
+    def _attention_between(self, names: list[str]) -> bool:
+        """Whether attention is declared between two modules, as it is between the halves of a conformer's FFN."""
+        order = [(name in names, _is_attention(name, module)) for name, module in _walk(self.name, self.module)]
+        here = [position for position, (is_one, _) in enumerate(order) if is_one]
+        return len(here) == 2 and any(attends for _, attends in order[here[0] : here[1]])
 
     @cached_property
     def attentions(self) -> list[Named]:
@@ -177,7 +191,7 @@ class _Block:
         topmost = [named for named in found if not any(named[0].startswith(f"{outer}.") for outer, _ in found)]
         each = [one for named in topmost for one in (_children(*named) if _is_list(named[1]) else [named])]
         own = [named for named in each if not _says(_CROSS, *named) and _linears(*named)]
-        return [named for named in own if not any(_reads_weights(type(part)) for part in named[1].modules())]
+        return [named for named in own if not any(_reads_weights(type(part)) for part in named[1].modules())]  # type: ignore
 
     def _output(self, name: str, attention: nn.Module) -> list[Linear]:
         back = [linear for linear, letters in _lettered(name, attention) if not letters and linear[2] == self.width]
@@ -202,14 +216,17 @@ def _blocks(name: str, module: nn.Module, tower: nn.Module, nested: bool) -> Ite
         owner = child if _config(child) not in (type(None), _config(tower)) else tower
         if nested and _is_attention(path, child):
             continue
-        if not _is_stack(child, nested):
-            yield from _blocks(path, child, owner, nested)
+        yield from _members(path, child, owner) if _is_stack(child, nested) else _blocks(path, child, owner, nested)
+
+
+def _members(name: str, stack: nn.Module, tower: nn.Module) -> Iterator[_Block]:
+    for index, member in enumerate(_children(name, stack)):
+        if _is_stack(member[1], nested=True):
+            yield from _members(*member, tower)
             continue
-        for index, member in enumerate(_children(path, child)):
-            block = _Block(*member, index, owner)
-            inner = list(_blocks(*member, owner, nested=True))
-            is_stage = _is_stack(member[1], nested=True) or any(one.attends for one in inner)
-            yield from inner if inner and (is_stage or not (block.ffn or block.attentions)) else [block]
+        block, inner = _Block(*member, index, tower), list(_blocks(*member, tower, nested=True))
+        is_stage = any(one.attends for one in inner) or not (block.ffn or block.attentions)
+        yield from inner if inner and is_stage else [block]
 
 
 def _of_the_language_model(blocks: list[_Block], model: nn.Module) -> list[_Block]:
@@ -309,12 +326,6 @@ def _config(module: nn.Module) -> type:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _common(names: list[str]) -> str:
-    """The longest path that all of these dotted names begin with."""
-    levels = zip(*(name.split(".") for name in names), strict=False)
-    return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
 def _says(pattern: re.Pattern, name: str, module: nn.Module) -> bool:

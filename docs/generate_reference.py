@@ -1,0 +1,186 @@
+"""Write the parts of the reference pages that the code knows best: fields, commands, signatures, tensors.
+
+    python docs/generate_reference.py
+
+A page is written by hand, but for what stands between `<!-- generated: NAME -->` and `<!-- end -->`. The tests fail
+while a page is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import yaml
+from pydantic import BaseModel
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.models import ArgumentInfo, CommandInfo
+
+import redpeft
+from redpeft.cli import app
+from redpeft.training.recipe import Recipe
+
+PAGES = Path(__file__).parent / "reference"
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
+
+
+def recipe_fields() -> str:
+    """Every field of a recipe by its dotted key."""
+    return _table(("field", "type", "default", "meaning"), _recipe_rows(Recipe))
+
+
+def _recipe_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ...]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield f"`{prefix}{name}`", "text or fields", "required", field.description
+            yield from _recipe_rows(field.annotation, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
+        yield f"`{prefix}{name}`", _type(field.annotation), default, field.description
+
+
+def config_fields() -> str:
+    """RedConfig's own fields, without those that PEFT gives to every method."""
+    inherited = {field.name for field in fields(peft.PeftConfig)}
+    hints = typing.get_type_hints(redpeft.RedConfig)
+    rows = [
+        (f"`{field.name}`", _type(hints[field.name]), f"`{field.default!r}`", field.metadata["help"])
+        for field in fields(redpeft.RedConfig)
+        if field.name not in inherited and field.default is not MISSING
+    ]
+    return _table(("field", "type", "default", "meaning"), rows)
+
+
+def signatures() -> str:
+    """The public functions and classes with the first sentence that each says of itself."""
+    from redpeft import adapters
+    from redpeft.adapters import card, preview
+    from redpeft.adapters import inspect as inspection
+    from redpeft.runs import runner
+    from redpeft.tasks import data
+    from redpeft.training import predict, recipe, train
+
+    shown = {
+        "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
+        "redpeft.adapters": [adapters.read_adapter, adapters.load_adapter, adapters.Adapter, adapters.Edit],
+        "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
+        "redpeft.adapters.preview": [preview.preview],
+        "redpeft.adapters.card": [card.write_card],
+        "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
+        "redpeft.training.train": [train.train],
+        "redpeft.training.predict": [predict.load_run, predict.evaluate, predict.predict],
+        "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
+        "redpeft.tasks.data": [data.read_splits, data.read_file],
+        "redpeft.errors": [redpeft.errors.UserError, redpeft.errors.RunError],
+    }
+    sections = [f"### `{module}`\n\n" + "\n".join(map(_signature, names)) for module, names in shown.items()]
+    return "\n\n".join(sections)
+
+
+def _signature(thing: Any) -> str:
+    says = " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
+    arguments = "" if isinstance(thing, type) else re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(thing)))
+    return f"- `{thing.__name__}{arguments}`: {says}"
+
+
+def commands() -> str:
+    """Every command: what it does, its arguments and options, an example."""
+    return "\n\n".join(map(_command, app.registered_commands))
+
+
+def _command(command: CommandInfo) -> str:
+    rows, usage = [], []
+    for parameter in inspect.signature(command.callback).parameters.values():
+        kind, says = typing.get_args(parameter.annotation)
+        required = parameter.default is inspect.Parameter.empty
+        if isinstance(says, ArgumentInfo):
+            shown = (says.metavar or parameter.name.upper()) + ("..." if typing.get_origin(kind) is list else "")
+            usage.append(shown if required else f"[{shown}]")
+        else:
+            names = [name for name in (says.default, *(says.param_decls or ())) if isinstance(name, str)]
+            shown = (names or [f"--{parameter.name}"])[0] + ("" if kind is bool else " TEXT")
+        given = parameter.default not in (inspect.Parameter.empty, None, False)
+        rows.append((f"`{shown}`", "required" if required else f"`{parameter.default}`" if given else "", says.help))
+    name, example = command.callback.__name__, command.epilog.removeprefix("Example: ")
+    return (
+        f"## `redpeft {name}`\n\n{inspect.getdoc(command.callback)}\n\n"
+        f"```text\nredpeft {' '.join([name, '[OPTIONS]', *usage])}\n```\n\n"
+        + _table(("argument or option", "default", "meaning"), rows)
+        + f"\n\nExample:\n\n```bash\n{example}\n```"
+    )
+
+
+def tensors() -> str:
+    """What the file of an adapter of a small Llama holds (two blocks, width 64)."""
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = peft.get_peft_model(LlamaForCausalLM(config), redpeft.RedConfig(task_type="CAUSAL_LM"))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        found = load_file(Path(folder) / "adapter_model.safetensors")
+    rows = [(f"`{key}`", str(value.dtype)[6:], f"`{tuple(value.shape)}`") for key, value in sorted(found.items())]
+    return _table(("key", "dtype", "shape"), rows)
+
+
+def _table(head: tuple[str, ...], rows: typing.Iterable[tuple[str | None, ...]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell or "") for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    escaped = " ".join(text.split()).replace("|", r"\|")
+    return escaped if escaped.startswith("`") else escaped.replace("<", r"\<")
+
+
+def _type(annotation: Any) -> str:
+    """`str | None` is text: a field that may be left out says so by its default."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " or ".join(_type(part) for part in typing.get_args(annotation) if part is not types.NoneType)
+    if typing.get_origin(annotation) is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if annotation is dict or typing.get_origin(annotation) is dict:
+        return "fields"
+    if typing.get_origin(annotation) in (list, Collection, Sequence):
+        return f"list of {_type(typing.get_args(annotation)[0])}"
+    return {str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]
+
+
+def _plain(value: Any) -> str:
+    """A default as it stands in YAML."""
+    if isinstance(value, Path):
+        return str(value)
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "recipe": recipe_fields,
+    "config": config_fields,
+    "signatures": signatures,
+    "commands": commands,
+    "tensors": tensors,
+}
+
+
+def pages() -> dict[Path, str]:
+    """Each page with generated parts, as it should be."""
+    found = {}
+    for path in sorted(PAGES.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if BLOCK.search(text):
+            found[path] = BLOCK.sub(lambda match: f"{match[1]}\n{BLOCKS[match[2]]()}\n\n{match[3]}", text)
+    return found
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

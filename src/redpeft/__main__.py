@@ -1,0 +1,5 @@
+"""`python -m redpeft` is the same as `redpeft`."""
+
+from redpeft.cli import main
+
+main()

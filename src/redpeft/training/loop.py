@@ -1,0 +1,235 @@
+"""What a run adds to transformers' Trainer: an order of rows that can be resumed, watching, stopping, and metrics."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from redpeft.errors import RunError, Stopped
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Mixin
+else:
+    Mixin = object
+
+TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are no scores
+CHECKPOINT_STATE = "trainer_state.json"  # written last
+MEGABATCH = 50  # rows are sorted by length within so many batches
+
+
+class EpochOrder(Sampler[int]):
+    """The rows of one epoch, in an order that depends on seed and epoch alone, so that any epoch can be resumed.
+
+    With `lengths`, batches are made of rows of like length, in random order; an incomplete batch comes last.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:
+        self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(self.rows)
+        if self.lengths is not None:
+            whole = self.rows - self.rows % self.batch_size
+            span = self.batch_size * min(MEGABATCH, max(1, whole // (4 * self.batch_size)))
+            lengths = np.asarray(self.lengths)
+            spans = [order[start : min(start + span, whole)] for start in range(0, whole, span)]
+            grouped = [part[np.argsort(-lengths[part], kind="stable")] for part in spans]
+            batches = np.concatenate([*grouped, order[:0]]).reshape(-1, self.batch_size)
+            order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
+        return iter(order.tolist())
+
+
+class RunTrainer(Mixin):
+    """Mixed into `Trainer` or TRL's `SFTTrainer` before the first step: `class _(RunTrainer, Trainer)`.
+
+    `order` gives the rows, `head` the parameters that learn at `head_lr`. A loss that is not finite raises `RunError`
+    before it reaches the weights; after SIGTERM `should_stop` is true on every process after the same step.
+    """
+
+    order: EpochOrder
+    head: Iterable[torch.nn.Parameter] = ()
+    head_lr: float | None = None
+    terminated = False
+    should_stop = False
+
+    def _get_train_sampler(self, *_: Any) -> EpochOrder:
+        return self.order
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        bad, stop = not math.isfinite(loss.item()), self.terminated
+        if self.args.world_size > 1:
+            # All processes leave the loop at the same step, or some would wait for the others forever.
+            flags = torch.tensor([bad, stop], dtype=torch.float32, device=loss.device)
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+            bad, stop = (flag > 0 for flag in flags.tolist())
+        if bad:
+            raise RunError(
+                f"the loss is not finite at step {self.state.global_step + 1}: try a lower learning_rate or "
+                f"precision: fp32; {_kept(str(self.args.output_dir))}"
+            )
+        self.should_stop = stop
+        return loss
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.head_lr is not None:
+            _split_head(optimizer, {id(parameter) for parameter in self.head}, self.head_lr)
+        return optimizer
+
+
+def _split_head(optimizer: torch.optim.Optimizer, head: set[int], rate: float) -> None:
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in head]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+
+
+def _kept(checkpoints: str) -> str:
+    last = last_checkpoint(Path(checkpoints))
+    return f"kept: {last}" if last else "there is no checkpoint yet"
+
+
+def say(line: str) -> None:
+    """A line on standard error (standard output is kept for results), from the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+def to_json(values: dict[str, Any], indent: int | None = None) -> str:
+    """JSON, in which a number that is not finite is null: NaN is not JSON."""
+    return json.dumps(_finite(values), indent=indent, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inside) for key, inside in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunCallback(TrainerCallback):
+    """Checkpoints on SIGTERM and every `save_steps`, metrics.jsonl, step times, and a line per evaluation."""
+
+    def __init__(self, trainer: Any, folder: Path, save_steps: int | None) -> None:
+        self.trainer, self.folder, self.save_steps = trainer, folder, save_steps
+        self.seconds: list[float] = []
+        self.writes = trainer.args.process_index == 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # A resumed run's history ends at its checkpoint; lines of steps after it are done anew.
+        if self.writes:
+            lines = [to_json(entry) + "\n" for entry in state.log_history]
+            (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # accelerate does not reach the sampler behind skipped batches of several processes
+        self.trainer.order.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.began)
+        due = self.save_steps is not None and state.global_step % self.save_steps == 0
+        # The end of an epoch saves after its evaluation; a checkpoint before that would skip the evaluation.
+        epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
+        if (due or self.trainer.should_stop) and not epoch_ends:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.should_stop:
+            raise Stopped(f"stopped at step {state.global_step}; run the same command again to go on from there")
+
+    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.writes:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(to_json(state.log_history[-1]) + "\n")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.writes and self.trainer.is_in_train:
+            metrics = kwargs["metrics"].items()
+            shown = ", ".join(f"{key[5:]} {value:.4f}" for key, value in metrics if _is_score(key))
+            say(f"epoch {state.epoch:g}, step {state.global_step}: {shown}")
+
+    def seconds_per_step(self) -> float | None:
+        """Median of this process's steps, without the first few."""
+        warm = self.seconds[min(5, len(self.seconds) // 2) :]
+        return statistics.median(warm) if warm else None
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("eval_") and not key.endswith(TIMES)
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' bar, with the loss in the bar: its log lines go to standard output, which is kept for results."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
+    """Give the trainer this module's callbacks; SIGTERM asks it to stop after the next checkpoint."""
+    # Checkpoints less than a second apart make it say that the file system's times are not reliable.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if sys.stderr.isatty() and trainer.args.process_index == 0:
+        trainer.add_callback(ProgressBar())
+    callback = RunCallback(trainer, folder, save_steps)
+    trainer.add_callback(callback)
+    return callback
+
+
+@contextmanager
+def stop_on_sigterm(trainer: Any) -> Iterator[None]:
+    """While inside, SIGTERM lets the trainer finish its step and write a checkpoint."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "terminated", True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest complete checkpoint."""
+    complete = [path for path in folder.glob("checkpoint-*") if checkpoint_state(path) is not None]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def checkpoint_state(checkpoint: Path) -> dict[str, Any] | None:
+    """The Trainer's state in a checkpoint; None where it is missing or was cut short."""
+    try:
+        return json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,44 @@
+"""The curves of one run as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_run(history: Sequence[dict[str, Any]], metric: str, folder: Path) -> list[Path]:
+    """Write loss.png and, where the run was evaluated, <metric>.png into `folder`; returns their paths.
+
+    `history` holds the Trainer's log entries: `loss` of steps, `eval_loss` and `eval_<metric>` of evaluations.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {"loss": {"training": "loss", "validation": "eval_loss"}}
+    if metric != "loss":
+        curves[metric] = {"validation": f"eval_{metric}"}
+    return [
+        _plot(folder / f"{name}.png", name, series)
+        for name, keys in curves.items()
+        if (series := {label: points for label, key in keys.items() if (points := _points(history, key))})
+    ]
+
+
+def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
+
+
+def _plot(path: Path, name: str, series: dict[str, list[tuple[float, float]]]) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in series.items():
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, marker="o" if label == "validation" else None, label=label)
+    axes.set(xlabel="step", ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return path

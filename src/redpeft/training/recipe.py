@@ -1,0 +1,310 @@
+"""The recipe: everything that decides the outcome of a training run, in one YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from redpeft.errors import UserError
+from redpeft.tasks.data import DataConfig
+from redpeft.training.methods import DEFAULT_RATES
+
+HEADER = """\
+# A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others
+# with dots: `data.path=reviews.csv`). What is left out of a recipe has the value that stands here.
+"""
+
+
+EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
+
+
+class Base(BaseModel):
+    """The frozen model that is adapted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="Folder of the base model, or its name on the Hugging Face Hub.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a base model on the Hub.")
+    load_in: Literal["8bit", "4bit"] | None = Field(
+        None, description="Load the base model quantised with bitsandbytes: 8bit or 4bit."
+    )
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Number format of the base model's weights. auto: fp32 when computing in fp32 or when the base's "
+        "own weights are trained, otherwise as the checkpoint stores them.",
+    )
+
+
+class Recipe(BaseModel):
+    """One training job, or one for each of several seeds. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    base: Base = Field(description="The base model: a folder or a name on the Hugging Face Hub, or these fields.")
+    task: Literal["classification", "token-classification", "instruction"] = Field(
+        "classification",
+        description="What is learned: classification (also multi-label and regression), token-classification, or "
+        "instruction (prompt and response, or chat messages; the loss is on the responses).",
+    )
+    metric: str | None = Field(
+        None, description="The metric that chooses the best epoch. The task's usual one when not given."
+    )
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
+        None,
+        description="Classification: single_label_classification, multi_label_classification or regression. Seen from "
+        "the labels when not given.",
+    )
+    data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
+    method: Literal["red", "lora", "ia3", "bitfit", "full", "head"] = Field(
+        "red", description="What is trained beside the head: red, or a baseline (lora, ia3, bitfit, full, head)."
+    )
+    method_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of the method: the fields of RedConfig (sites, unit, ...), LoraConfig (r, lora_alpha, "
+        "target_modules, ...) or IA3Config.",
+    )
+    init_from: str | None = Field(
+        None, description="A RED adapter, or a run with one, to continue from; it brings its own method options."
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate. When not given: "
+        + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_RATES.items())
+        + ".",
+    )
+    head_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the head; the same as learning_rate when not given."
+    )
+    batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, over all processes.")
+    epochs: float = Field(5, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps, whatever the epochs.")
+    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="How the learning rate falls after the warm-up."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
+    max_length: int = Field(256, ge=1, description="Longest row in tokens; longer ones are cut.")
+    packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
+    group_by_length: bool = Field(
+        True, description="Make batches of rows of like length, so that short rows do not pay for long ones."
+    )
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Compute each process's share of a batch in so many pieces, to save memory."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Number format of the computation; edits and heads are always held in fp32. auto: bf16 on a GPU "
+        "that has it or when base.dtype is bf16, otherwise fp32.",
+    )
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop when so many evaluations in a row (one an epoch) bring nothing better."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Also write a checkpoint every so many steps (there is one after each epoch)."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the head's first weights, the order of the rows, and dropout.")
+    seeds: list[int] | None = Field(
+        None, min_length=1, description="Several seeds: one run for each, in folders seed-<n>, and a summary."
+    )
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="Also report to tensorboard, wandb or trackio."
+    )
+    output: str | None = Field(None, description="The run folder. runs/<data>-<method> when not given.")
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _base_by_name(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_by_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_reporter(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return []
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _agree(self) -> Recipe:
+        if self.init_from is not None and self.method != "red":
+            raise ValueError(f"init_from continues a RED adapter, so method must be red, not {self.method}")
+        if self.init_from is not None and self.method_options:
+            raise ValueError("init_from brings its own method_options; leave them out")
+        if self.packing and self.task != "instruction":
+            raise ValueError(f"packing is for the task instruction, not {self.task}")
+        if self.base.load_in and self.method not in ("red", "lora", "ia3"):
+            raise ValueError(f"base.load_in quantises the base: for red, lora and ia3, not for {self.method}")
+        if self.batch_size % self.gradient_accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be cut into gradient_accumulation {self.gradient_accumulation}"
+            )
+        return self
+
+    def resolved(self) -> Recipe:
+        """This recipe with the method's learning rate written out."""
+        return self.model_copy(update={"learning_rate": self.learning_rate or DEFAULT_RATES[self.method]})
+
+    def run_folder(self) -> Path:
+        """Where the run is written: `output`, or runs/<data>-<method>."""
+        name = Path(self.data.path or self.data.train or "").stem or "data"
+        return Path(self.output) if self.output else Path("runs") / f"{name}-{self.method}"
+
+    def differences(self, other: Recipe) -> list[str]:
+        """The dotted keys in which two resolved recipes differ, but for where they are written."""
+        mine, theirs = (_flat(recipe.resolved().model_dump(mode="json")) for recipe in (self, other))
+        return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "output"]
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe as YAML, by a temporary file and a rename."""
+        text = yaml.safe_dump(self.resolved().model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        temporary = Path(f"{path}.partial")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Recipe:
+    """Read the recipe in `path`, if given, and change it by `overrides`.
+
+    `overrides` are texts `key=value` (values as in YAML) or a dict; keys may have dots: `data.path`.
+    Raises `UserError` with one line for an unreadable file, an unknown key (naming the nearest) or a wrong value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    if not isinstance(overrides, Mapping):
+        overrides = dict(_parse_override(text) for text in overrides or ())
+    for key, value in overrides.items():
+        _set(values, key, value)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors()[:3])) from None
+
+
+def template() -> str:
+    """A commented recipe with every field, its meaning and its default; what `redpeft init` writes."""
+    return HEADER + "".join(_template_lines(Recipe))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a text; here it is a number, as in YAML 1.2 and in every other tool."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = yaml.load(text, _Loader) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"the recipe {path} holds no fields; `redpeft init` writes one to start from")
+    return values
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{text!r} is not of the form key=value")
+    try:
+        return key.strip(), yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """values["a"]["b"] = value for the key "a.b"; base and data may so far be given as a plain text."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        inside = values.get(parent)
+        if isinstance(inside, str):
+            inside = {"base": {"model": inside}, "data": {"path": inside}}.get(parent, inside)
+        if inside is None:
+            inside = {}
+        if not isinstance(inside, dict):
+            raise UserError(f"{key}: {parent} holds no fields")
+        values[parent] = inside
+        values = inside
+    values[last] = value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's errors as a line for people."""
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _field_names(Recipe)
+        near = difflib.get_close_matches(where, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            where.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.5
+        )
+        hint = f": did you mean {near[0]!r}?" if near else "; `redpeft init` lists them all"
+        return f"unknown key {where!r}{hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing: {_describe(problem['loc'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}, not {problem['input']!r}" if where else message
+
+
+def _field_names(model: Any, prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if _is_model(field.annotation):
+            names += _field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _describe(loc: Sequence[Any]) -> str:
+    model: Any = Recipe
+    for part in loc[:-1]:
+        model = model.model_fields[part].annotation
+    return model.model_fields[loc[-1]].description or ""
+
+
+def _template_lines(model: Any, parent: str = "") -> list[str]:
+    lines = []
+    indent = "  " if parent else ""
+    for name, field in model.model_fields.items():
+        lines += [] if parent else ["\n"]
+        lines += [f"{indent}# {line}\n" for line in textwrap.wrap(field.description or "", 117 - len(indent))]
+        if _is_model(field.annotation):
+            lines += [f"{name}:\n", *_template_lines(field.annotation, f"{name}.")]
+        else:
+            value = EXAMPLES.get(parent + name, field.get_default(call_default_factory=True))
+            text = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+            lines.append(f"{indent}{name}: {text}\n")
+    return lines
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

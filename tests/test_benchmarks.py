@@ -1,0 +1,55 @@
+"""The benchmarks run, at sizes that say nothing about time but all about memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+TINY = ["--rounds=2", "--layers=2", "--width=32", "--vocabulary=50", "--batch=2", "--tokens=8", "--threads=1"]
+METHODS = ["frozen floor", "floor again", "RED", "LoRA r=8 on q, v", "LoRA r=16 on all", "IA3", "full"]
+
+
+@pytest.fixture(scope="module")
+def training_step() -> Iterator[ModuleType]:
+    file = Path(__file__).parents[1] / "benchmarks" / "training_step.py"
+    spec = importlib.util.spec_from_file_location("training_step", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    yield module
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_red_step_keeps_one_activation_a_site_and_two_vectors_of_optimiser_state(training_step, capsys, dtype):
+    training_step.main([*TINY, "--dtype", dtype, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["machine"]["threads"] == 1
+    assert list(report["models"]) == ["bert", "llama"]
+    for rows in report["models"].values():
+        assert [row["method"] for row in rows] == METHODS
+        by_method = {row["method"]: row for row in rows}
+        red, floor = by_method["RED"], by_method["frozen floor"]
+        assert red["parameters"] == 2 * 2 * 32
+        assert red["saved_activations_per_site"] == 1.0  # 2.0 or 3.0 where an fp32 copy is kept
+        assert red["saved_bytes"] - floor["saved_bytes"] == 2 * (2 * 8 * 32) * (4 if dtype == "fp32" else 2)
+        assert red["optimizer_bytes"] == 4 * (2 * 128 + 4)  # per vector two fp32 moments, and a step count
+        assert by_method["floor again"]["saved_bytes"] == floor["saved_bytes"]
+        assert by_method["LoRA r=8 on q, v"]["saved_bytes"] > red["saved_bytes"]
+        assert floor["ratio"] == 1.0
+        assert all(row["seconds"] > 0 and row["ratio_quartiles"][0] <= row["ratio"] for row in rows)
+
+
+def test_the_table_names_the_machine_and_every_method(training_step, capsys):
+    training_step.main([*TINY, "--models", "llama"])
+    shown = capsys.readouterr().out
+    assert all(method in shown for method in METHODS)
+    assert "threads 1" in shown
+    assert "torch " in shown
+    assert "bert" not in shown

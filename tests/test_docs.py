@@ -1,0 +1,175 @@
+"""README and docs: links lead somewhere, commands and snippets work, and the reference is what the code says.
+
+Blocks marked ```python run and ```bash run are run, those of a page one after another in one place, where the names of
+models on the Hub are folders with tiny models. Other python blocks are compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import io
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from redpeft import cli, demo
+from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^( *)```(\w+)( run)?\n(.*?)^ *```$", re.M | re.S)
+COMMANDS = {command.callback.__name__: command for command in cli.app.registered_commands}
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, bool, str]]:
+    """The code blocks of a page in these languages: (language, whether it is run, its text)."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    flat = [(kind, bool(run), re.sub(f"^{indent}", "", text, flags=re.M)) for indent, kind, run, text in found]
+    return [block for block in flat if block[0] in languages]
+
+
+def calls(page: Path) -> list[str]:
+    """Every call of redpeft on a page, in blocks and within the text."""
+    lines = "\n".join(text for *_, text in blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    prose = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    quoted = [code for code in re.findall(r"`([^`]+)`", prose) if "..." not in code]
+    commands = [line.partition("#")[0].rpartition(" | ")[2].strip() for line in [*lines, *quoted]]
+    return [command for command in commands if re.match(r"redpeft [a-z]", command)]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    path = ROOT / "docs" / "generate_reference.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_is_what_the_code_says(reference):
+    pages = reference.pages()
+    generated = {match[2] for text in pages.values() for match in reference.BLOCK.finditer(text)}
+    assert generated == set(reference.BLOCKS)
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"{page_name(page)}: run python docs/generate_reference.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_resolve(page):
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{target}: no such file"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", other.read_text(encoding="utf-8")), re.M)
+            assert anchor in {slug(heading) for heading in headings}, f"{target}: no such heading"
+
+
+def slug(heading: str) -> str:
+    """A heading's anchor as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)\)", index)}
+    assert {page for page in PAGES[1:] if page.name != "README.md"} <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_commands_exist_with_the_options_used(page):
+    for call in calls(page):
+        name, *arguments = shlex.split(call)[1:]
+        assert name in COMMANDS, call
+        options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+        known = {f"--{option}" for option in COMMANDS[name].callback.__wrapped__.__annotations__} | {
+            "--help",
+            "--json",
+        }
+        assert options <= known, call
+        overrides = [argument for argument in arguments if re.match(r"[a-z_.]+=", argument)]
+        if name == "train" and overrides:
+            load_recipe(None, ["base=model", "data.path=rows.csv", *overrides])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_python_blocks_compile(page):
+    for *_, text in blocks(page, "python"):
+        ast.parse(text)
+        for rate in re.findall(r"learning_rate\"?[=:] ?([\d.e-]+)", text):
+            assert float(rate) == DEFAULT_RATES["red"], "the pages show the default learning rate"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, tiny_chat_tokenizer):
+    """The current folder of the snippets, with tiny models by the names that the pages use."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("BASE", str(tiny_encoder_folder))
+    monkeypatch.setattr("redpeft.demo.find_encoder", lambda: str(tiny_encoder_folder))
+    Path("messages").mkdir()
+    for file in demo.MESSAGES.glob("*.jsonl"):
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        (Path("messages") / file.name).write_text("".join(lines[::6]), encoding="utf-8")
+    monkeypatch.setattr("redpeft.demo.MESSAGES", tmp_path / "messages")
+    shutil.copytree(tiny_encoder_folder, "FacebookAI/roberta-base")
+    for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"):
+        shutil.copytree(tiny_decoder_folder, name)
+        tiny_chat_tokenizer.save_pretrained(name)
+
+
+def run_commands(text: str, monkeypatch) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        said, _, call = line.rpartition(" | ")
+        if call.startswith("redpeft "):
+            monkeypatch.setattr("sys.stdin", io.StringIO(said and shlex.split(said)[-1] + "\n"))
+            with pytest.raises(SystemExit) as exit_:
+                cli.main(shlex.split(os.path.expandvars(call), comments=True)[1:])
+            assert exit_.value.code == 0, line
+
+
+RUN = [page for page in PAGES if re.search(r"^```\w+ run$", page.read_text(encoding="utf-8"), re.M)]
+
+
+@pytest.mark.parametrize("page", RUN, ids=page_name)
+def test_snippets_run(page, workplace, monkeypatch):
+    names: dict = {}
+    for language, run, text in blocks(page, "bash", "python"):
+        if run and language == "bash":
+            run_commands(text, monkeypatch)
+        elif run:
+            exec(compile(text, page_name(page), "exec"), names)
+
+
+def test_the_messages_of_the_errors_page_are_those_of_the_code():
+    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8"), re.M)
+    assert len(messages) > 40
+    said = "\n".join(template for file in (ROOT / "src").rglob("*.py") for template in texts(file))
+    missing = [message for message in messages if message.replace(r"\|", "|") not in said]
+    assert not missing
+
+
+def texts(file: Path) -> list[str]:
+    """The texts in a Python file, with … for what an f-string fills in."""
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+            found.append("".join(parts))
+    return found

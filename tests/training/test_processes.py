@@ -1,0 +1,102 @@
+"""The same run on one process and on two (CPU, gloo), started as a user starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from redpeft.training.train import read_result
+
+JOB = """
+import os, signal, sys
+from redpeft.training import loop
+from redpeft.training.recipe import load_recipe
+from redpeft.training.train import train
+
+stop, step = os.environ.get("STOP_BEFORE"), loop.RunTrainer.training_step
+
+def stopping(self, *args, **kwargs):
+    if str(self.state.global_step + 1) == stop and self.args.process_index == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, *args, **kwargs)
+
+loop.RunTrainer.training_step = stopping
+result = train(load_recipe(sys.argv[1]), sys.argv[2])
+assert result["steps"] == 18
+"""
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def launch(recipe, folder, processes=1, success=True, **environment):
+    folder.mkdir(exist_ok=True)
+    recipe.save(folder / "recipe.yaml")
+    (folder / "job.py").write_text(JOB)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "job.py", "recipe.yaml", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    assert (done.returncode == 0) == success, done.stderr[-3000:]
+    return folder / "run"
+
+
+def history(run, key):
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry[key] for entry in entries if key in entry]
+
+
+@pytest.fixture(scope="module")
+def without_dropout(make_recipe, tiny_encoder_folder, tmp_path_factory):
+    """Dropout draws differ with the number of processes, so the model has none."""
+    folder = tmp_path_factory.mktemp("models") / "encoder"
+    shutil.copytree(tiny_encoder_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return make_recipe(base=str(folder))
+
+
+@pytest.fixture(scope="module")
+def one(without_dropout, tmp_path_factory):
+    return launch(without_dropout, tmp_path_factory.mktemp("one") / "job")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_train_as_one(environment, one, without_dropout, tmp_path):
+    run = launch(without_dropout, tmp_path / "job", processes=2, **environment)
+    assert_same_run(run, one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_stop_together_and_resume(environment, one, without_dropout, tmp_path):
+    """SIGTERM reaches one process, inside the second epoch."""
+    run = launch(without_dropout, tmp_path / "job", processes=2, success=False, STOP_BEFORE="9", **environment)
+    assert (run / "checkpoints" / "checkpoint-9").is_dir()
+    assert not (run / "result.json").exists()
+    launch(without_dropout, tmp_path / "job", processes=2, **environment)
+    assert_same_run(run, one)
+
+
+def assert_same_run(run, one):
+    assert {path.name for path in run.iterdir()} == {path.name for path in one.iterdir()}
+    assert history(run, "loss") == pytest.approx(history(one, "loss"), rel=1e-3)
+    assert history(run, "eval_loss") == pytest.approx(history(one, "eval_loss"), rel=1e-3)
+    mine, alone = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, one))
+    assert mine.keys() == alone.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.float32, name
+        torch.testing.assert_close(tensor, alone[name], rtol=1e-2, atol=1e-3)
+        if name.endswith("unit"):
+            assert torch.equal(tensor, alone[name])
+    assert read_result(run)["test"] == pytest.approx(read_result(one)["test"], rel=1e-3)
+    assert read_result(run)["trainable_parameters"] == read_result(one)["trainable_parameters"]

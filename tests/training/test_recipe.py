@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from redpeft.errors import UserError
+from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.recipe import Recipe, load_recipe, template
+
+SMALL = {"base": "some/model", "data": "rows.csv"}
+
+
+def test_defaults_and_short_forms():
+    recipe = load_recipe(None, SMALL)
+    assert (recipe.base.model, recipe.data.path, recipe.method) == ("some/model", "rows.csv", "red")
+    assert (recipe.batch_size, recipe.epochs, recipe.warmup, recipe.max_length) == (32, 5, 0.06, 256)
+    assert recipe.learning_rate is None
+    assert recipe.resolved().learning_rate == DEFAULT_RATES["red"]
+    assert load_recipe(None, {**SMALL, "method": "full"}).resolved().learning_rate == DEFAULT_RATES["full"]
+
+
+def test_overrides_reach_every_level_and_win_over_the_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: m\ndata: d.csv\nlearning_rate: 1e-3\nepochs: 7\n")
+    recipe = load_recipe(
+        path,
+        ["epochs=2", "data.text=body", "base.dtype=bf16", "method_options.unit=1e-1",
+         "method_options.sites=[ffn, qkv]", "seeds=[1, 2]", "report_to=tensorboard"],
+    )  # fmt: skip
+    assert (recipe.epochs, recipe.learning_rate) == (2, 1e-3)
+    assert (recipe.data.path, recipe.data.text, recipe.base.model, recipe.base.dtype) == ("d.csv", "body", "m", "bf16")
+    assert recipe.method_options == {"unit": 0.1, "sites": ["ffn", "qkv"]}
+    assert recipe.seeds == [1, 2]
+    assert recipe.report_to == ["tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learing_rate=1"], "unknown key 'learing_rate': did you mean 'learning_rate'?"),
+        (["data.txt=1"], "unknown key 'data.txt': did you mean 'data.text'?"),
+        (["dtype=bf16"], "unknown key 'dtype': did you mean 'base.dtype'?"),
+        (["zzzz=1"], "unknown key 'zzzz'; `redpeft init` lists them all"),
+        (["epochs=many"], "epochs: .*not 'many'"),
+        (["method=adapter"], "method: .*'red', 'lora'.*not 'adapter'"),
+        (["learning_rate=-1"], "learning_rate: Input should be greater than 0, not -1"),
+        (["epochs"], "'epochs' is not of the form key=value"),
+        (["epochs.x=1"], "epochs: Input should be a valid number"),
+        (["method=lora", "init_from=somewhere"], "method must be red, not lora"),
+        (["packing=true"], "packing is for the task instruction"),
+        (["gradient_accumulation=5"], "batch_size 32 cannot be cut"),
+        (["base.load_in=4bit", "method=full"], "base.load_in quantises the base.* not for full"),
+    ],
+)
+def test_wrong_overrides_are_one_line(overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(None, ["base=some/model", "data=rows.csv", *overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_fields_say_what_they_are():
+    with pytest.raises(UserError, match="base is missing: The base model.*; data is missing"):
+        load_recipe(None, [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"base: [", "is not valid YAML"), (b"\xff\xfe\xff", "is not valid YAML"), (b"- a\n", "holds no fields")],
+)
+def test_unreadable_files(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_recipe(path)
+    with pytest.raises(UserError, match="cannot read the recipe .*none.yaml"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_saved_recipes_are_resolved_and_load_the_same(tmp_path):
+    recipe = load_recipe(None, {**SMALL, "method": "lora", "method_options": {"r": 4}})
+    recipe.save(tmp_path / "recipe.yaml")
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text())["learning_rate"] == DEFAULT_RATES["lora"]
+    loaded = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.differences(loaded) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_differences_name_dotted_keys_and_ignore_the_output_folder():
+    one = load_recipe(None, {**SMALL, "output": "here"})
+    other = load_recipe(None, {**SMALL, "output": "there", "data.text": "body", "epochs": 1})
+    assert one.differences(other) == ["data.text", "epochs"]
+    assert one.differences(load_recipe(None, {**SMALL, "method_options": {"unit": 1}})) == ["method_options.unit"]
+
+
+def test_run_folder():
+    assert load_recipe(None, {**SMALL, "output": "here"}).run_folder() == Path("here")
+    assert load_recipe(None, SMALL).run_folder() == Path("runs/rows-red")
+
+
+def test_the_template_holds_every_field_with_its_default_and_meaning(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(template())
+    recipe = load_recipe(path)
+    assert recipe == load_recipe(None, {"base": recipe.base.model, "data": recipe.data.path})
+    values = yaml.safe_load(template())
+    assert set(values) == set(Recipe.model_fields)
+    assert set(values["data"]) == set(Recipe.model_fields["data"].annotation.model_fields)
+    assert max(map(len, template().splitlines())) <= 119
+    assert all(field.description for field in Recipe.model_fields.values())
+
+
+def test_the_template_in_recipes_is_the_one_that_init_writes():
+    assert (Path(__file__).parents[2] / "recipes" / "template.yaml").read_text() == template()

@@ -1,0 +1,299 @@
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from redpeft.adapters.files import read_adapter
+from redpeft.errors import RunError, UserError
+from redpeft.training import loop
+from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.recipe import load_recipe
+from redpeft.training.train import train
+
+STEPS = 18  # of make_recipe: 3 epochs of 6
+
+
+def before_step(monkeypatch, action, at):
+    """Call `action(trainer)` before step `at` (the first is 1)."""
+    step = loop.RunTrainer.training_step
+
+    def wrapped(self, *args, **kwargs):
+        if self.state.global_step + 1 == at:
+            action(self)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.RunTrainer, "training_step", wrapped)
+
+
+def terminate(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def poison(trainer):
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+
+
+def weights(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same_run(folder, other):
+    mine, theirs = weights(folder), weights(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert history(folder) == history(other)
+
+
+def history(folder):
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{key: value for key, value in e.items() if not key.endswith(loop.TIMES)} for e in entries]
+    return [entry for entry in timeless if "train_loss" not in entry]
+
+
+@pytest.fixture(scope="module")
+def whole(make_recipe, tmp_path_factory):
+    """An uninterrupted run: (folder, result)."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, train(make_recipe(), folder)
+
+
+def test_a_run_folder_and_its_result(whole, make_recipe, data_folder):
+    folder, result = whole
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"recipe.yaml", "task.json", "adapter", "metrics.jsonl", "plots", "result.json"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
+    files = {path.name for path in (folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= files
+    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+    assert json.loads((folder / "result.json").read_text()) == result
+    assert (result["steps"], result["metric"], result["learning_rate"]) == (STEPS, "accuracy", DEFAULT_RATES["red"])
+    assert result["head_parameters"] == 32 * 2 + 2
+    assert result["trainable_parameters"] == 2 * 2 * 32 + result["head_parameters"]
+    assert result["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert 0 < result["seconds_per_step"] < result["seconds"]
+    assert set(result["versions"]) == {"redpeft", "peft", "transformers", "torch"}
+    assert load_recipe(folder / "recipe.yaml").learning_rate == DEFAULT_RATES["red"]
+
+
+def test_training_moves_every_edit_and_keeps_the_best_epoch(whole):
+    folder, result = whole
+    adapter = read_adapter(folder / "adapter")
+    assert len(adapter.edits) == 2
+    for site, edit in adapter.edits.items():
+        assert (edit.scale != 1).all(), site
+        assert (edit.bias != 0).all(), site
+        assert adapter.units[site] > 0
+    evaluations = [entry for entry in history(folder) if "eval_accuracy" in entry]
+    assert len(evaluations) == 3
+    best = max(evaluations, key=lambda entry: entry["eval_accuracy"])
+    assert result["validation"]["accuracy"] == best["eval_accuracy"]
+    assert result["best_epoch"] == best["epoch"]
+    assert set(result["test"]) == set(result["validation"])
+
+
+def test_a_finished_run_is_not_repeated(whole, make_recipe, monkeypatch):
+    folder, result = whole
+    monkeypatch.setattr(loop.RunTrainer, "training_step", None)
+    assert train(make_recipe(output="elsewhere"), folder) == result
+
+
+def test_another_recipe_in_the_same_folder_is_refused(whole, make_recipe, tmp_path):
+    folder, _ = whole
+    with pytest.raises(UserError, match=r"another recipe \(learning_rate, epochs differ\)"):
+        train(make_recipe(epochs=2, learning_rate=0.1), folder)
+    (tmp_path / "letter.txt").write_text("dear diary")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        train(make_recipe(), tmp_path)
+
+
+@pytest.mark.parametrize("at", [9, 12, 18])
+def test_sigterm_leaves_a_run_that_resumes_bit_for_bit(at, whole, make_recipe, tmp_path, monkeypatch):
+    """Step 9 is inside the second epoch, 12 and 18 end one: their evaluations must not be lost."""
+    folder = tmp_path / "run"
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        before_step(patch, terminate, at)
+        with pytest.raises(RunError, match=f"stopped at step {at}; run the same command again"):
+            train(make_recipe(), folder)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (folder / "result.json").exists()
+    assert (folder / "checkpoints" / f"checkpoint-{at}").is_dir()
+    train(make_recipe(), folder)
+    assert_same_run(folder, whole[0])
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(whole, make_recipe, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, terminate, 9)
+        with pytest.raises(RunError):
+            train(make_recipe(), folder)
+    broken = folder / "checkpoints" / "checkpoint-11"
+    broken.mkdir()
+    (broken / "adapter_model.safetensors").write_bytes(b"half")
+    (broken / "trainer_state.json").write_text('{"global_step": 1')
+    train(make_recipe(), folder)
+    assert "going on from step 9" in capsys.readouterr().err
+    assert_same_run(folder, whole[0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    before_step(monkeypatch, poison, 9)
+    with pytest.raises(RunError, match=r"not finite at step 9: .*kept: .*checkpoint-6$"):
+        train(make_recipe(), folder)
+    kept = load_file(folder / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in kept.values())
+    assert not (folder / "result.json").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(whole, make_recipe, tmp_path, monkeypatch):
+    folder, save = tmp_path / "run", torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-12" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunError, match="disk of .*run is full: free some space and run the same command again"):
+            train(make_recipe(), folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-6"]
+    train(make_recipe(), folder)
+    assert_same_run(folder, whole[0])
+
+
+def test_early_stopping_also_when_it_is_interrupted(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(early_stopping=1, epochs=20, learning_rate=1e-9)
+    result = train(recipe, tmp_path / "run")
+    assert result["steps"] == 12  # the second epoch brings nothing better
+    assert result["best_epoch"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("redpeft.training.train._scores", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, tmp_path / "killed")
+    assert train(recipe, tmp_path / "killed")["steps"] == 12
+    assert_same_run(tmp_path / "killed", tmp_path / "run")
+
+
+def test_save_steps_and_a_hard_kill(whole, make_recipe, tmp_path, monkeypatch, capsys):
+    folder, recipe = tmp_path / "run", make_recipe(save_steps=4)
+    with monkeypatch.context() as patch:
+        before_step(patch, lambda _: 1 / 0, 10)
+        with pytest.raises(ZeroDivisionError):
+            train(recipe, folder)
+    train(recipe, folder)
+    assert "going on from step 8" in capsys.readouterr().err
+    assert_same_run(folder, whole[0])
+
+
+def test_gradient_accumulation_does_not_change_the_run(whole, make_recipe, tmp_path):
+    train(make_recipe(gradient_accumulation=2), tmp_path / "run")
+    losses = [
+        [entry["loss"] for entry in history(folder) if "loss" in entry] for folder in (whole[0], tmp_path / "run")
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.05)  # dropout draws other numbers
+    assert len(losses[1]) == len(losses[0])
+
+
+def test_seeds_differ_and_head_lr_is_the_heads_alone(whole, make_recipe, tmp_path):
+    train(make_recipe(seed=1), tmp_path / "seed")
+    assert not torch.equal(*(load[sorted(load)[0]] for load in (weights(tmp_path / "seed"), weights(whole[0]))))
+    train(make_recipe(head_lr=1e-12, max_steps=6), tmp_path / "head")
+    train(make_recipe(learning_rate=1e-12, head_lr=1e-2, max_steps=6), tmp_path / "edits")
+    head, edits = weights(tmp_path / "head"), weights(tmp_path / "edits")
+    moved = {name: (head[name] - edits[name]).abs().max() for name in head}
+    scale = next(name for name in head if name.endswith("scale"))
+    assert (head[scale] - 1).abs().max() > 1e-2
+    assert (edits[scale] - 1).abs().max() < 1e-6
+    assert moved["base_model.model.classifier.weight"] > 1e-3
+
+
+def test_a_moved_run_folder_still_knows_its_best_epoch(make_recipe, tmp_path, monkeypatch):
+    recipe = make_recipe(learning_rate=0.3, schedule="constant", metric="accuracy")
+    result = train(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        before_step(patch, terminate, 16)
+        with pytest.raises(RunError):
+            train(recipe, tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert train(recipe, tmp_path / "moved")["validation"] == result["validation"]
+    assert result["best_epoch"] < 3, "the test needs a best epoch before the last"
+    assert_same_run(tmp_path / "moved", tmp_path / "whole")
+
+
+def test_bf16(make_recipe, tmp_path):
+    result = train(make_recipe(base__dtype="bf16", max_steps=6), tmp_path / "run")
+    assert torch.isfinite(torch.tensor(result["validation"]["loss"]))
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_a_quantised_base_keeps_its_head_in_fp32(make_recipe, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    result = train(make_recipe(base__load_in="8bit", max_steps=3), tmp_path / "run")
+    assert result["trainable_parameters"] == 2 * 2 * 32 + 66
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+
+
+def test_gradient_checkpointing_changes_nothing(make_recipe, tmp_path):
+    train(make_recipe(max_steps=3), tmp_path / "plain")
+    train(make_recipe(max_steps=3, gradient_checkpointing=True), tmp_path / "checkpointed")
+    for name, tensor in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "checkpointed")[name], msg=name)
+
+
+def test_a_batch_that_the_processes_cannot_share(make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="batch_size 8 cannot be shared by 3 processes$"):
+        train(make_recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match="batch_size 8 cannot be shared by 3 processes in 2 pieces each"):
+        train(make_recipe(gradient_accumulation=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard(make_recipe, tmp_path):
+    train(make_recipe(report_to="tensorboard", max_steps=2), tmp_path / "run")
+    assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_continuing_from_an_adapter(whole, make_recipe, tmp_path):
+    start = whole[0] / "adapter"
+    train(make_recipe(init_from=str(start), learning_rate=1e-12, max_steps=1), tmp_path / "run")
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, weights(whole[0])[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "no/such/folder"}, "no such model folder: no/such/folder"),
+        ({"data": "no/such/rows.csv"}, "no such file"),
+        ({"data__text": "body"}, "no column 'body'"),
+        ({"metric": "bleu"}, "no metric 'bleu'"),
+        ({"precision": "fp16"}, "precision fp16 needs a GPU"),
+        ({"base__dtype": "bf16", "precision": "fp32"}, "base.dtype bf16 needs a precision of 16 bits"),
+        ({"method_options__sites": "nowhere"}, "unknown sites"),
+        ({"init_from": "no/such/adapter"}, "no/such/adapter"),
+        ({"report_to": ["wandb"]}, "report_to: WandbCallback requires wandb to be installed"),
+    ],
+)
+def test_wrong_input_writes_nothing(changes, message, make_recipe, tmp_path):
+    if changes.get("precision") == "fp16" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    if "report_to" in changes and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(UserError, match=message) as caught:
+        train(make_recipe(**changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
