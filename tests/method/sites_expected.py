@@ -67,6 +67,8 @@ TWINS = " ".join(
         "edgetam_video lilt patchtsmixer",
         # a prediction head is of the same class;
         "sam2 sam2_video sam3_tracker sam3_tracker_video",
+        # a layer stands outside the repeated blocks;
+        "perceiver",
         # the class is that of all linears.
         "gemma4_vision",
     )

@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -286,7 +287,7 @@ def test_merging_is_exact_up_to_rounding_and_unmerging_restores(tiny, name, dtyp
         warnings.simplefilter("always")
         merged = model.merge_and_unload()
     said = [str(warning.message) for warning in caught if "have got one" in str(warning.message)]
-    assert bool(said) == any(layer.bias is None for layer in bases)
+    assert bool(said) == (name == "llama")  # GPT-2's layers have biases of their own
     assert not tiny.layers(merged)
     torch.testing.assert_close(merged(tiny.tokens()).logits, edited, atol=tolerance, rtol=0)
     assert {tensor.dtype for tensor in merged.state_dict().values()} == {dtype}
