@@ -6,38 +6,52 @@ cut to four blocks (`test_sites.build`), with the changes of `CHANGES`.
 
 READ_FROM = "5.23"  # attribute names change between releases
 
+RESNET = {"use_timm_backbone": False, "backbone": None, "backbone_config": {"model_type": "resnet"}}
+STAGES = {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}
+
 # Changes to a family's default configuration: to build it at all, or to see more of it than the default shows.
 CHANGES = {
     "autoformer": {"prediction_length": 4},
-    "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "conditional_detr": RESNET,
+    "dab-detr": RESNET,
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 1e4}},
+    "deformable_detr": RESNET | {"backbone_config": STAGES},
+    "detr": RESNET,
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "esm": {"vocab_size": 33, "pad_token_id": 1},
     "funnel": {"architectures": ["FunnelModel"], "block_sizes": [2, 2], "num_decoder_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "hunyuan_vl_text": {"head_dim": 128},
     "informer": {"prediction_length": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "llama4_text": {"interleave_moe_layer_step": 2},
     "ministral": {"head_dim": 128},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "swin": {"depths": [2, 2], "num_heads": [3, 6]},
     "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
+    "table-transformer": RESNET,
     "time_series_transformer": {"prediction_length": 4},
+    "zamba": {"num_hidden_layers": 12, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"] * 3},
     "zamba2": {"num_hidden_layers": 12, "layers_block_type": ["mamba", "mamba", "hybrid"] * 4},
 }
 
 # Families whose default configuration makes no model, or needs a package that is not installed here.
 NOT_BUILT = {
-    "needs timm": """conditional_detr dab-detr deformable_detr detr edgetam edgetam_vision_model fast_vlm gemma3n
-        gemma3n_vision omdet-turbo pe_audio_video pe_audio_video_encoder pe_video pe_video_encoder perception_lm
-        table-transformer timm_backbone timm_wrapper""",
+    "needs timm": """edgetam edgetam_vision_model fast_vlm gemma3n gemma3n_vision omdet-turbo pe_audio_video
+        pe_audio_video_encoder pe_video pe_video_encoder perception_lm timm_backbone timm_wrapper""",
     "needs natten, detectron2 or torchaudio": "dinat layoutlmv2 higgs_audio_v2_tokenizer",
-    "its default configuration is not a model": """aya_vision chameleon cohere_compass cohere_compass_text dbrx
-        deepseek_ocr2 diffusion_gemma emu3 granite4_vision hunyuan_vl moonshine_streaming musicgen musicgen_melody
-        pp_ocrv6_medium_det qwen4_exp qwen4_exp_text t5gemma2_encoder voxtral_realtime_text zamba""",
+    "its default configuration is not a model": """cohere_compass cohere_compass_text deepseek_ocr2 diffusion_gemma
+        granite4_vision musicgen musicgen_melody pp_ocrv6_medium_det qwen4_exp qwen4_exp_text t5gemma2_encoder
+        voxtral_realtime_text""",
 }
 
 # Families in which nothing is the output of an FFN made of linears, or nothing tells which of two is.
@@ -54,7 +68,7 @@ NO_FFN = {
 }
 
 # Families with blocks of which some have no FFN: attention alone, a state-space mixer alone, convolutions.
-MIXED = "levit nemo_speechlm nemotron_h sam3_lite_text sam3_lite_text_text_model zamba2"
+MIXED = "levit nemo_speechlm nemotron_h sam3_lite_text sam3_lite_text_text_model zamba zamba2"
 
 # Families with modules of one class of which some hold a site and others none, because
 TWINS = " ".join(
@@ -166,6 +180,7 @@ FFN = {
     "starcoder2": ["layers.{4}.mlp.c_proj"],
     "xglm": ["layers.{4}.fc2"],
     # mixtures of experts, some of whose blocks are dense
+    "dbrx": ["blocks.{4}.ffn"],
     "deepseek_v2": MIXTRAL,
     "deepseek_v3": ["layers.{3}.mlp.down_proj", "layers.3.mlp"],
     "ernie4_5_vl_moe": [

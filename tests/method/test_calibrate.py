@@ -69,11 +69,7 @@ def test_inputs_that_cannot_be_guessed_are_an_error():
 
 def test_a_site_that_the_batch_does_not_reach_is_an_error():
     model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
-    layers = model.get_base_model().encoder.layer
-    del layers[1]
-    skipped = next(module for module in model.modules() if isinstance(module, RedLayer))
-    layers.append(torch.nn.Identity())
-    layers[1].unreached = type(skipped)(torch.nn.Linear(4, 4), "default", RedConfig(), width=4, site="unreached")
-    layers[1].forward = lambda hidden, *args, **kwargs: hidden
+    aside = RedLayer(torch.nn.Linear(4, 4), "default", RedConfig(), width=4, site="unreached")
+    model.get_base_model().aside = aside
     with pytest.raises(UserError, match="does not reach 1 sites .unreached"):
         calibrate(model)
