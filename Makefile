@@ -30,7 +30,7 @@ test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transform
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch numpy
-	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[demo]" pytest pytest-timeout hypothesis
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[trl,bnb]" pytest pytest-timeout hypothesis
 	touch $@
 
 lint: $(VENV)/.ready
