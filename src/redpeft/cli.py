@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
@@ -125,6 +126,7 @@ def _standard_input() -> Iterator[dict[str, Any] | str]:
 @app.callback()
 def redpeft() -> None:
     """Fine-tune a frozen transformer with two vectors per layer (RED, Representation EDiting)."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
     logging.basicConfig(format="%(message)s")
     logging.getLogger("redpeft").setLevel(logging.INFO)
 

@@ -22,7 +22,7 @@ from redpeft.training.recipe import Recipe
 
 METHODS = ("red", "lora", "ia3", "head", "full")
 SEEDS = (0, 1)
-SCHEDULE = {"batch_size": 8, "epochs": 4}  # what two cores do in five minutes, for all methods and seeds
+SCHEDULE = {"batch_size": 8, "epochs": 3}  # what two cores do in five minutes, for all methods and seeds
 MESSAGES = Path(tasks.__file__).parent / "support_messages"
 NEW_MESSAGES = (
     "ordered my card two weeks ago and the postman still hasnt brought anything",
