@@ -27,7 +27,7 @@ from redpeft.training.recipe import load_recipe
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 UNITS = ("auto", 1)
 # the file whose rows are the test (validation rows are taken out of the training rows), and the training rows
-TASKS = {"sst2": ("test", 2000), "stsb": ("test", 2000), "ag_news": ("test", 1000), "qnli": ("validation", 1000)}
+TASKS = {"sst2": ("test", 2000), "stsb": ("test", 2000), "ag_news": ("test", 1000), "qnli": ("validation", 2000)}
 
 
 def jobs(data: Path, out: Path, seeds: list[int], precision: str) -> list[Job]:

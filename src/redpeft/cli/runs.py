@@ -1,0 +1,139 @@
+"""Commands that train adapters and use them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from redpeft.cli.command import Answer, RunFolder, command
+from redpeft.errors import RunError, UserError
+
+
+@command("redpeft init my-recipe.yaml")
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write; never overwritten.")] = Path("recipe.yaml"),
+) -> Answer:
+    """Write a recipe with every field, its meaning and its default."""
+    from redpeft.training.recipe import template
+
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(template())
+    except FileExistsError:
+        raise UserError(f"{path} is there already: give another name, or remove it") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return Answer({"recipe": path}, [f"Wrote {path}. Edit it, then: redpeft train {path}"])
+
+
+@command("redpeft train base=roberta-base data.path=reviews.csv --out runs/reviews --seeds 1,2,3")
+def train(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that go before its own."),
+    ],
+    out: Annotated[str | None, typer.Option(help="The run folder, instead of the recipe's `output`.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, as 1,2,3: one run for each.")] = None,
+) -> Answer:
+    """Train an adapter by a recipe. The same command again resumes a run, or shows what a finished one gave."""
+    from redpeft.runs.runner import run_recipe
+    from redpeft.training.recipe import load_recipe
+
+    recipes = [argument for argument in arguments if "=" not in argument]
+    if len(recipes) > 1:
+        raise UserError(f"one recipe at a time, not {', '.join(recipes)}; fields are given as key=value")
+    overrides = [argument for argument in arguments if "=" in argument]
+    overrides += [f"output={out}"] if out else []
+    overrides += [f"seeds=[{seeds}]"] if seeds else []
+    recipe = load_recipe(recipes[0] if recipes else None, overrides)
+    result = run_recipe(recipe, recipe.run_folder())
+    scores = {split: result[split] for split in ("validation", "test") if result[split]}
+    failed = result.get("failed")
+    return Answer(
+        data={"run": recipe.run_folder(), **result},
+        shown=[_scores(scores), f"Run: {recipe.run_folder()}"],
+        error=RunError(f"not all seeds came to an end: {failed}") if failed else None,
+    )
+
+
+@command("redpeft evaluate runs/reviews new-reviews.csv")
+def evaluate(
+    run: RunFolder,
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a data set of the Hub.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+) -> Answer:
+    """Score a trained adapter on data with labels."""
+    from redpeft.adapters import find_run
+    from redpeft.training.predict import evaluate, load_run
+
+    metrics = evaluate(load_run(find_run(run), base), data)
+    return Answer({"run": run, "data": data, "metrics": metrics}, [_scores({data: metrics})])
+
+
+@command("echo 'Where is my card?' | redpeft predict runs/demo/red/seed-0 -")
+def predict(
+    run: RunFolder,
+    file: Annotated[str, typer.Argument(help="A data file, or - for lines (text or JSON) of standard input.")],
+    base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+) -> Iterator[dict[str, Any]]:
+    """Label texts, or answer prompts: one JSON object a row."""
+    from redpeft.adapters import find_run
+    from redpeft.tasks import read_file
+    from redpeft.training.predict import load_run, predict
+
+    rows = _standard_input() if file == "-" else read_file(file)
+    return predict(load_run(find_run(run), base), rows)
+
+
+@command("redpeft demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the runs, the table and the plot go.")] = Path("runs/demo"),
+) -> Answer:
+    """Train RED and four other methods on a small data set that comes along: no account, no download, five minutes."""
+    from redpeft.demo import run_demo
+
+    result, shown = run_demo(out)
+    return Answer(result, shown)
+
+
+@command("redpeft version")
+def version() -> Answer:
+    """Show the version of redpeft and of what it stands on."""
+    from importlib.metadata import version
+
+    packages = ("redpeft", "torch", "transformers", "peft", "accelerate", "datasets")
+    versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
+    return Answer(versions, [f"{name} {number}" for name, number in versions.items()])
+
+
+def _scores(splits: dict[str, dict[str, Any]]) -> Table:
+    """Scores by split and metric: each a value, or its mean and standard deviation over seeds."""
+    table = Table("metric", *splits)
+    for metric in next(iter(splits.values())):
+        table.add_row(metric, *(_figure(scores[metric]) for scores in splits.values()))
+    return table
+
+
+def _figure(value: float | dict[str, float | None] | None) -> str:
+    if not isinstance(value, dict):
+        return "-" if value is None else f"{value:.4f}"
+    spread = value["standard_deviation"]
+    return _figure(value["mean"]) + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def _standard_input() -> Iterator[dict[str, Any] | str]:
+    """Rows from standard input as they come: a JSON object on a line, or a line of plain text."""
+    for number, line in enumerate(sys.stdin, start=1):
+        if line.lstrip().startswith("{"):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"line {number} of standard input is broken JSON ({error})") from None
+        elif line.strip():
+            yield line.rstrip("\n")
