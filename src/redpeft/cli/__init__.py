@@ -5,8 +5,11 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from redpeft.cli import adapters, runs  # noqa: F401  (importing them registers their commands)
 from redpeft.cli.command import app
+
+# importing them registers their commands; --help lists these in this order
+from redpeft.cli import runs  # noqa: F401  # isort: skip
+from redpeft.cli import adapters  # noqa: F401  # isort: skip
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
