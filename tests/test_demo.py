@@ -56,6 +56,23 @@ def test_a_second_call_answers_at_once(tiny_demo, tmp_path, monkeypatch):
     assert demo.run_demo(tmp_path / "demo", methods=("red",), seeds=(0,))[0] == first
 
 
+def test_a_folder_of_something_else_is_refused(tiny_demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("redpeft.runs.runner.train", lambda *_: pytest.fail("trained"))
+    (tmp_path / "demo" / "seed-1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"demo holds no demo but seed-1: choose another output folder"):
+        demo.run_demo(tmp_path / "demo")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file holds no demo but file"):
+        demo.run_demo(tmp_path / "file")
+    (tmp_path / "other" / "red").mkdir(parents=True)
+    (tmp_path / "other" / "red" / "task.json").touch()  # a run that is called as a method is
+    with pytest.raises(UserError, match=r"seed-0 would lie inside the run folder .*red: choose another"):
+        demo.run_demo(tmp_path / "other")
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if "messages" not in path.parts} == {
+        "demo", "demo/seed-1", "file", "other", "other/red", "other/red/task.json",
+    }  # fmt: skip
+
+
 def test_a_failed_run_is_named(tiny_demo, tmp_path, monkeypatch):
     def fail(*_):
         raise RunError("the loss is not finite")

@@ -19,10 +19,12 @@ from redpeft.errors import RunError, UserError
 from redpeft.runs.runner import jobs_of, run_jobs
 from redpeft.training.predict import load_run, predict
 from redpeft.training.recipe import Recipe
+from redpeft.training.run_folder import locked
 
 METHODS = ("red", "lora", "ia3", "head", "full")
 SEEDS = (0, 1)
 SCHEDULE = {"batch_size": 8, "epochs": 3}  # what two cores do in five minutes, for all methods and seeds
+PLOT = "accuracy.png"
 MESSAGES = Path(tasks.__file__).parent / "support_messages"
 NEW_MESSAGES = (
     "ordered my card two weeks ago and the postman still hasnt brought anything",
@@ -50,17 +52,19 @@ def run_demo(
     """Train, compare and use: the results as data, and the same as tables and lines to print.
 
     Runs go to `folder`/<method>/seed-<n>; what is finished there is not done again. Raises `UserError` where the
-    encoder's package is missing, and `RunError` where a run failed.
+    encoder's package is missing or `folder` holds something else, and `RunError` where a run failed.
     """
     folder = Path(folder)
     encoder = find_encoder()
+    _check_folder(folder)
     recipes = {method: _recipe(encoder, method, seeds) for method in methods}
-    results = run_jobs(job for method in methods for job in jobs_of(recipes[method], folder / method))
-    failed = next((result for result in results if "error" in result), None)
-    if failed:
-        raise RunError(f"{failed['folder']}: {failed['error']}")
-    scores = [_score([result for result in results if result["method"] == method]) for method in methods]
-    plot = _plot(scores, folder / "accuracy.png")
+    with locked(folder):
+        results = run_jobs(job for method in methods for job in jobs_of(recipes[method], folder / method))
+        failed = next((result for result in results if "error" in result), None)
+        if failed:
+            raise RunError(f"{failed['folder']}: {failed['error']}")
+        scores = [_score([result for result in results if result["method"] == method]) for method in methods]
+        plot = _plot(scores, folder / PLOT)
     run = folder / "red" / f"seed-{seeds[0]}"
     answers = list(predict(load_run(run), NEW_MESSAGES))
     predictions = [
@@ -78,6 +82,14 @@ def find_encoder() -> str:
     except ImportError:
         raise UserError("the demo needs its encoder: pip install redpeft[demo]") from None
     return str(get_model_path())
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises `UserError` for a folder that holds something else than a demo."""
+    if folder.exists():
+        found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
+        if other := sorted(name for name in found if name not in (*METHODS, PLOT) and not name.startswith(".")):
+            raise UserError(f"{folder} holds no demo but {other[0]}: choose another output folder")
 
 
 def _recipe(encoder: str, method: str, seeds: Sequence[int]) -> Recipe:

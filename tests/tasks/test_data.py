@@ -1,140 +1,17 @@
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pydantic import ValidationError
+from writing import ROWS, write_rows
 
 from redpeft.errors import UserError
 from redpeft.tasks import data as data_module
-from redpeft.tasks.columns import ROW, column_names, where
-from redpeft.tasks.data import DataConfig, is_local, read_evaluation, read_file, read_splits
-
-ROWS = [{"text": "a good film, really", "label": "good"}, {"text": 'a "bad" film', "label": "bad"}] * 10
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return str(path)
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    frame = pd.DataFrame(rows)
-    writers = {
-        ".csv": lambda: frame.to_csv(path, index=False),
-        ".tsv": lambda: frame.to_csv(path, index=False, sep="\t"),
-        ".jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
-        ".json": lambda: path.write_text(json.dumps(rows)),
-        ".parquet": lambda: frame.to_parquet(path, index=False),
-    }
-    writers[path.suffix]()
-    return str(path)
-
-
-def error_of(path: str | Path) -> str:
-    with pytest.raises(UserError) as caught:
-        read_file(path)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize("extension", ["csv", "tsv", "jsonl", "json", "parquet"])
-def test_every_format_gives_the_same_rows_and_writes_nothing(tmp_path, extension):
-    path = write_rows(tmp_path / f"rows.{extension}", ROWS)
-    dataset = read_file(path)
-    assert column_names(dataset) == ["text", "label"]
-    assert [{key: row[key] for key in ("text", "label")} for row in dataset] == ROWS
-    assert dataset[ROW] == list(range(1, 21))
-    assert [file.name for file in tmp_path.iterdir()] == [f"rows.{extension}"]
-
-
-def test_json_lines_under_the_extension_json(tmp_path):
-    assert read_file(write(tmp_path / "a.json", '{"text": "a"}\n{"text": "b"}\n'))["text"] == ["a", "b"]
-
-
-def test_csv_keeps_words_that_look_like_missing_values(tmp_path):
-    dataset = read_file(write(tmp_path / "a.csv", "text, label\nNone,NA\nnull,yes\n,\n"))
-    assert dataset["text"] == ["None", "null", None]
-    assert dataset["label"] == ["NA", "yes", None]
-
-
-def test_csv_infers_types_over_the_whole_column(tmp_path):
-    path = write(tmp_path / "a.csv", "text,label\n" + "".join(f"{i},{i}\n" for i in range(15_000)) + "many words,0\n")
-    dataset = read_file(path)
-    assert dataset[0]["text"] == "0"
-    assert dataset[15_000]["label"] == 0
-
-
-def test_json_fields_may_be_missing_in_some_rows_and_dates_stay_text(tmp_path):
-    dataset = read_file(write(tmp_path / "a.jsonl", '{"a": "2020-01-01"}\n\n{"a": "2021-01-01", "b": 1}\n'))
-    assert dataset["a"] == ["2020-01-01", "2021-01-01"]
-    assert dataset["b"] == [None, 1]
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    assert column_names(read_file(write(tmp_path / "a.csv", "\ufefftext,label\na,b\n"))) == ["text", "label"]
-
-
-def test_missing_file(tmp_path):
-    assert error_of(tmp_path / "none.csv") == f"no such file: {tmp_path / 'none.csv'}"
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet"])
-def test_empty_file(tmp_path, name):
-    assert "is empty: it holds no rows" in error_of(write(tmp_path / name, ""))
-
-
-@pytest.mark.parametrize(("name", "content"), [("a.csv", "text,label\n"), ("a.jsonl", "\n\n"), ("a.json", "[]")])
-def test_file_without_rows(tmp_path, name, content):
-    assert "is empty: it holds no rows" in error_of(write(tmp_path / name, content))
-
-
-def test_unknown_extension(tmp_path):
-    message = error_of(write(tmp_path / "rows.xlsx", "x"))
-    assert "rows.xlsx" in message
-    assert ".csv, .tsv, .jsonl, .json, .parquet" in message
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.csv", "text,label\ngood,1\ncafé,2\n"), ("a.jsonl", '{"text": "a"}\n\n{"text": "café"}\n')],
-)
-def test_not_utf8_names_line_and_byte(tmp_path, name, content):
-    raw = content.encode("latin-1")
-    message = error_of(write(tmp_path / name, raw))
-    assert f"is not UTF-8: byte 0xe9 at position {raw.index(0xE9)}, line 3" in message
-
-
-def test_broken_json_line(tmp_path):
-    message = error_of(write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b"\n{"text": "c"}\n'))
-    assert "a.jsonl, line 2: broken JSON" in message
-
-
-def test_broken_json_list(tmp_path):
-    assert "a.json, line 3: broken JSON" in error_of(write(tmp_path / "a.json", '[{"text": "a"},\n{"text": "b"}\n{}]'))
-
-
-def test_json_that_is_no_object(tmp_path):
-    assert "a.jsonl, row 2: expected an object" in error_of(write(tmp_path / "a.jsonl", '{"text": "a"}\n"b"\n'))
-
-
-def test_json_column_of_several_types(tmp_path):
-    message = error_of(write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n'))
-    assert "column 'label' holds values of several types" in message
-
-
-def test_csv_with_more_fields_than_the_header(tmp_path):
-    assert "Expected 2 fields in line 3, saw 3" in error_of(write(tmp_path / "a.csv", "text,label\na,b\na,b,c\n"))
-    assert "more fields than the header" in error_of(write(tmp_path / "a.csv", "text,label\na,b,c\na,b,c\n"))
-
-
-def test_broken_parquet(tmp_path):
-    assert "cannot read" in error_of(write(tmp_path / "a.parquet", "PAR1 and no more"))
+from redpeft.tasks.columns import ROW, where
+from redpeft.tasks.data import DataConfig, is_local, read_evaluation, read_splits
 
 
 def test_folder_with_splits_under_their_usual_names(tmp_path):
@@ -170,6 +47,61 @@ def test_folder_errors(tmp_path):
         read_splits(config)
 
 
+def write_parts(folder, name, rows, parts):
+    """Parquet files as the Hub names them, with its labels by number."""
+    features = Features(text=Value("string"), label=ClassLabel(names=["bad", "good"]))
+    dataset = Dataset.from_list(rows, features=features)
+    for index in range(parts):
+        part = dataset.shard(parts, index, contiguous=True)
+        part.to_parquet(folder / f"{name}-{index:05d}-of-{parts:05d}.parquet")
+
+
+@pytest.mark.parametrize("inside", [".", "data"])
+def test_a_snapshot_of_the_hub_with_files_in_parts(tmp_path, inside):
+    (tmp_path / inside).mkdir(exist_ok=True)
+    (tmp_path / "README.md").write_text("notes")
+    rows = [{"text": f"row {i}", "label": "good" if i % 3 else "bad"} for i in range(10)]
+    write_parts(tmp_path / inside, "train", rows, 3)
+    write_parts(tmp_path / inside, "validation", rows[:4], 1)
+    splits = read_splits(DataConfig(path=str(tmp_path)))
+    train = splits["train"]
+    assert train["text"] == [row["text"] for row in rows]
+    assert train.features["label"].int2str(train["label"]) == [row["label"] for row in rows]
+    assert train[ROW] == list(range(1, 11))
+    assert where(train, 7) == "train (3 parts), row 8"
+    assert where(splits["validation"], 1) == "validation-00000-of-00001.parquet, row 2"
+
+
+def test_parts_that_are_not_whole_or_do_not_agree(tmp_path):
+    config = DataConfig(path=str(tmp_path))
+    rows = [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}] * 3
+    write_parts(tmp_path, "train", rows, 3)
+    middle = tmp_path / "train-00001-of-00003.parquet"
+    middle.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"holds 2 of 3 parts of one file, such as train-00000-of-00003.parquet$"):
+        read_splits(config)
+    (tmp_path / "elsewhere").rename(middle)
+    write_rows(tmp_path / "train.csv", ROWS)
+    with pytest.raises(UserError, match=r"holds both train-00000-of-00003.parquet and .*: remove one$"):
+        read_splits(config)
+    (tmp_path / "train.csv").unlink()
+    Dataset.from_dict({"text": [1.5], "label": [[1]]}).to_parquet(middle)
+    with pytest.raises(UserError, match=r"the parts of train-00000-of-00003.parquet do not agree: ") as caught:
+        read_splits(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_in_parts_and_a_configuration_within_a_folder(tmp_path):
+    (tmp_path / "en").mkdir()
+    write_rows(tmp_path / "en" / "train-00000-of-00002.csv", ROWS[:5])
+    write_rows(tmp_path / "en" / "train-00001-of-00002.csv", ROWS[5:])
+    write_rows(tmp_path / "en" / "dev.csv", ROWS[:2])
+    splits = read_splits(DataConfig(path=str(tmp_path), config_name="en"))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 20, "validation": 2}
+    with pytest.raises(UserError, match=r"no such file or folder: .*/fr$"):
+        read_splits(DataConfig(path=str(tmp_path), config_name="fr"))
+
+
 @pytest.mark.parametrize("name", ["none.csv", "./none", "data/none.csv", "a/b/c", "/none", "~/none"])
 def test_no_such_file_or_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -197,6 +129,10 @@ def test_hub_splits_and_errors(monkeypatch):
     assert {name: len(split) for name, split in splits.items()} == {"train": 8, "validation": 4}  # test has no labels
     assert where(splits["train"], 6) == "owner/rows (train), row 7"
     assert len(read_evaluation("owner/rows")) == 4
+
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_: DatasetDict(test=unlabelled))
+    with pytest.raises(UserError, match="owner/rows has no train, validation or test split with labels"):
+        read_evaluation("owner/rows")
 
     def offline(*names):
         raise ConnectionError("Couldn't reach the Hub\nlong story")

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from datasets import DatasetDict
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig
-from redpeft.training.predict import evaluate, load_run, predict
+from redpeft.tasks import read_file
+from redpeft.tasks.columns import ROW
+from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
 
 FAST = {"learning_rate": 3e-2, "max_steps": 4, "batch_size": 16}
@@ -30,7 +32,7 @@ def test_a_loaded_run_scores_as_it_did_when_it_was_saved(method, runs, data_fold
     scores = evaluate(run, str(data_folder / "validation.jsonl"))
     assert scores["loss"] == pytest.approx(result["validation"]["loss"], abs=1e-6)
     assert scores["accuracy"] == result["validation"]["accuracy"]
-    assert evaluate(run, DataConfig(path=str(data_folder)))["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+    assert evaluate(run, data_folder)["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
 
 
 def test_only_full_saves_the_whole_model(runs):
@@ -51,13 +53,66 @@ def test_predictions_come_in_order_for_objects_and_texts(runs):
         assert row["probabilities"] == pytest.approx(single["probabilities"], abs=1e-5)
 
 
+def test_answers_can_be_joined_with_their_rows(runs):
+    run = load_run(runs["red"][0])
+    rows = [{"id": "a-7", "text": "good"}, {"text": "bad", "id": None}, "awful", {"id": 0, "text": "great", "more": 1}]
+    answers = list(predict(run, rows))
+    assert [{key: answer[key] for key in ("id", "text") if key in answer} for answer in answers] == [
+        {"id": "a-7"},
+        {"text": "bad"},
+        {"text": "awful"},
+        {"id": 0},
+    ]
+    assert all(set(answer) - {"id", "text"} == {"label", "probabilities"} for answer in answers)
+
+
+def test_errors_name_the_row_of_the_input(runs):
+    run = load_run(runs["red"][0])
+    stream = predict(run, ["good"] * 7 + [{"body": "bad"}], batch_size=3)
+    assert [next(stream)["text"] for _ in range(6)] == ["good"] * 6
+    with pytest.raises(UserError, match=r"^row 8 has no 'text'; it has 'body'"):
+        next(stream)
+    with pytest.raises(UserError, match=r"row 5: the text in column 'text' is empty"):
+        list(predict(run, ["good"] * 4 + [" "], batch_size=2))
+    with pytest.raises(UserError, match=r"row 40: the text"):
+        list(predict(run, [{"text": "", ROW: 40}]))
+
+
+def test_wrong_rows_are_found_before_the_model_is_loaded(runs, data_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("redpeft.training.predict._load_model", lambda *_: pytest.fail("loaded the model"))
+    run = open_run(runs["red"][0])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "good", "label": "positive"}\n{"text": "good", "label": "neutral"}\n')
+    for call, message in (
+        (lambda: evaluate(run, tmp_path / "none.csv"), "no such file"),
+        (lambda: evaluate(run, rows), "rows.jsonl, row 2: the label 'neutral' is not among the training labels"),
+        (lambda: next(predict(run, [{"body": "good"}])), "row 1 has no 'text'"),
+        (lambda: next(predict(run, [""])), "row 1: the text in column 'text' is empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_the_configuration_of_a_hub_data_set(runs, data_folder, monkeypatch):
+    asked = []
+
+    def load(*names):
+        asked.append(names)
+        return DatasetDict(test=read_file(data_folder / "test.jsonl").remove_columns(ROW))
+
+    monkeypatch.setattr("redpeft.tasks.data.load_dataset", load)
+    scores = evaluate(load_run(runs["red"][0]), "owner/rows", "sst2")
+    assert asked == [("owner/rows", "sst2")]
+    assert scores["loss"] == pytest.approx(runs["red"][1]["test"]["loss"], abs=1e-6)
+
+
 def test_predictions_stream(runs):
     def endless():
         while True:
             yield "good film"
 
     stream = predict(load_run(runs["red"][0]), endless(), batch_size=2)
-    assert [next(stream)["label"] for _ in range(5)]
+    assert all(next(stream)["label"] for _ in range(5))
 
 
 def test_a_moved_base_and_a_wrong_base(runs, tiny_encoder_folder, tiny_decoder_folder, tmp_path):
@@ -102,7 +157,7 @@ def test_token_classification(tiny_encoder_folder, make_recipe, tmp_path):
     run = load_run(tmp_path / "run")
     assert evaluate(run, tmp_path / "validation.jsonl")["f1"] == 1
     [row] = predict(run, ["the film is good"])
-    assert row["tags"] == ["O", "B-X", "O", "O"]
+    assert row == {"tokens": ["the", "film", "is", "good"], "tags": ["O", "B-X", "O", "O"]}
 
 
 def test_instructions(tiny_decoder_folder, make_recipe, tmp_path):
@@ -121,6 +176,7 @@ def test_instructions(tiny_decoder_folder, make_recipe, tmp_path):
     run = load_run(tmp_path / "run")
     assert evaluate(run, tmp_path / "validation.jsonl")["loss"] == pytest.approx(min(losses), rel=1e-4)
     answers = list(predict(run, ["say good", "say bad, and much longer"], max_new_tokens=4))
+    assert [answer["prompt"] for answer in answers] == ["say good", "say bad, and much longer"]
     assert all(isinstance(answer["text"], str) for answer in answers)
     packed = train(make_recipe(**{**changes, "packing": True, "max_length": 64, "max_steps": 2}), tmp_path / "packed")
     assert packed["steps"] == 2

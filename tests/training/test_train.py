@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -239,13 +240,6 @@ def test_bf16(make_recipe, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
 
 
-def test_a_quantised_base_keeps_its_head_in_fp32(make_recipe, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    result = train(make_recipe(base__load_in="8bit", max_steps=3), tmp_path / "run")
-    assert result["trainable_parameters"] == 2 * 2 * 32 + 66
-    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
-
-
 def test_gradient_checkpointing_changes_nothing(make_recipe, tmp_path):
     train(make_recipe(max_steps=3), tmp_path / "plain")
     train(make_recipe(max_steps=3, gradient_checkpointing=True), tmp_path / "checkpointed")
@@ -274,6 +268,74 @@ def test_continuing_from_an_adapter(whole, make_recipe, tmp_path):
         torch.testing.assert_close(tensor, weights(whole[0])[name], atol=1e-6, rtol=0)
 
 
+def rename_labels(data_folder, folder, names):
+    """The data set with other names for its two labels."""
+    folder.mkdir()
+    for file in data_folder.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.dumps(row | {"label": names[row["label"]]}) + "\n" for row in rows]
+        (folder / file.name).write_text("".join(lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize("start", ["", "adapter"])
+def test_an_adapter_of_other_labels_is_refused(start, whole, make_recipe, data_folder, tmp_path):
+    data = rename_labels(data_folder, tmp_path / "data", {"negative": "negative", "positive": "sports"})
+    recipe = make_recipe(init_from=str(whole[0] / start), data=data)
+    with pytest.raises(UserError) as caught:
+        train(recipe, tmp_path / "run")
+    expected = (
+        f"init_from: label_names is ['negative', 'positive'] in {whole[0] / start} and ['negative', 'sports'] here"
+    )
+    assert str(caught.value).startswith(expected)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_task_is_refused(whole, make_recipe, tmp_path):
+    rows = json.dumps({"tokens": ["a", "b"], "tags": ["negative", "positive"]}) + "\n"
+    (tmp_path / "train.jsonl").write_text(rows * 8)
+    changes = {"task": "token-classification", "data": str(tmp_path / "train.jsonl")}
+    with pytest.raises(UserError, match="init_from: task is classification in .* and token-classification here"):
+        train(make_recipe(init_from=str(whole[0]), **changes), tmp_path / "run")
+
+
+def test_an_adapter_out_of_its_run_says_no_labels(whole, make_recipe, tmp_path, capsys):
+    shutil.copytree(whole[0] / "adapter", tmp_path / "alone")
+    train(make_recipe(init_from=str(tmp_path / "alone"), max_steps=1), tmp_path / "run")
+    assert "alone lies in no run folder: its head is taken for the labels of this data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "no/such/folder"}, "no such model folder"),
+        ({"batch_size": 9}, "batch_size 9 cannot be shared by 2 processes"),
+        ({"method_options__site": "ffn"}, "RedConfig has no 'site'"),
+        ({"method_options__sites": "nowhere"}, "unknown sites"),
+        ({"method_options__unit": -1}, "unit must be"),
+        ({"method": "head", "method_options__r": 4}, "method head has no options"),
+        ({"init_from": "no/such/adapter"}, "no/such/adapter"),
+        ({"report_to": ["trackio"]}, "report_to trackio: pip install trackio"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, make_recipe, tmp_path, monkeypatch):
+    if "report_to" in changes and importlib.util.find_spec("trackio"):
+        pytest.skip("trackio is installed")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("redpeft.training.train.read_splits", lambda *_: pytest.fail("read the data"))
+    with pytest.raises(UserError, match=message):
+        train(make_recipe(**changes), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"data__text": "body"}, "no column"), ({"metric": "x"}, "no metric")]
+)
+def test_wrong_data_is_refused_before_the_model_is_loaded(changes, message, make_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("redpeft.training.train.load_base", lambda *_: pytest.fail("loaded the model"))
+    with pytest.raises(UserError, match=message):
+        train(make_recipe(**changes), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -285,7 +347,7 @@ def test_continuing_from_an_adapter(whole, make_recipe, tmp_path):
         ({"base__dtype": "bf16", "precision": "fp32"}, "base.dtype bf16 needs a precision of 16 bits"),
         ({"method_options__sites": "nowhere"}, "unknown sites"),
         ({"init_from": "no/such/adapter"}, "no/such/adapter"),
-        ({"report_to": ["wandb"]}, "report_to: WandbCallback requires wandb to be installed"),
+        ({"report_to": ["wandb"]}, "report_to wandb: pip install wandb"),
     ],
 )
 def test_wrong_input_writes_nothing(changes, message, make_recipe, tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from redpeft.cli.command import app
+from redpeft.cli.command import app as app
+from redpeft.cli.command import run_app
 
 # importing them registers their commands; --help lists these in this order
 from redpeft.cli import runs  # noqa: F401  # isort: skip
@@ -14,4 +15,4 @@ from redpeft.cli import adapters  # noqa: F401  # isort: skip
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line, `sys.argv` by default, and exit."""
-    sys.exit(app(arguments, prog_name="redpeft"))
+    sys.exit(run_app(sys.argv[1:] if arguments is None else arguments))

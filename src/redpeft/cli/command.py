@@ -24,7 +24,8 @@ from rich.console import Console
 
 from redpeft.errors import RunError, UserError
 
-app = typer.Typer(name="redpeft", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="redpeft", add_completion=False, pretty_exceptions_enable=False)
+UsageError: Any = typer.BadParameter.__base__  # click's; newer typers carry a copy of click of their own
 
 WIDTH = 140  # of tables that do not go to a terminal
 
@@ -68,6 +69,18 @@ def command(example: str) -> Callable[[Callable], Callable]:
     return register
 
 
+def run_app(arguments: list[str]) -> int:
+    """Run the command line and return its exit code. A call that no command understands is one line too."""
+    try:
+        return app(arguments or ["--help"], prog_name="redpeft", standalone_mode=False) or 0
+    except UsageError as error:
+        message, path = error.format_message(), error.ctx.command_path if error.ctx else "redpeft"
+        _tell(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help")
+        return 2
+    except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
+        return 1
+
+
 def _print(answer: Answer | Iterator[dict[str, Any]], as_json: bool, out: TextIO) -> None:
     if isinstance(answer, Iterator):
         for row in answer:
@@ -91,8 +104,12 @@ def _plain(value: Any) -> Any:
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
-    print(f"redpeft: {' '.join(str(error).split())}", file=sys.stderr)
+    _tell(str(error))
     raise typer.Exit(code)
+
+
+def _tell(message: str) -> None:
+    print(f"redpeft: {' '.join(message.split())}", file=sys.stderr)
 
 
 @app.callback()
@@ -101,3 +118,4 @@ def redpeft() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
     logging.basicConfig(format="%(message)s")
     logging.getLogger("redpeft").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every 8-bit layer in every forward pass

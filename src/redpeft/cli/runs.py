@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,7 +53,7 @@ def train(
     recipe = load_recipe(recipes[0] if recipes else None, overrides)
     result = run_recipe(recipe, recipe.run_folder())
     scores = {split: result[split] for split in ("validation", "test") if result[split]}
-    failed = result.get("failed")
+    failed = "; ".join(f"{folder}: {error}" for folder, error in result.get("failed", {}).items())
     return Answer(
         data={"run": recipe.run_folder(), **result},
         shown=[_scores(scores), f"Run: {recipe.run_folder()}"],
@@ -66,13 +65,14 @@ def train(
 def evaluate(
     run: RunFolder,
     data: Annotated[str, typer.Argument(help="A file, a folder, or a data set of the Hub.", show_default=False)],
+    config: Annotated[str | None, typer.Option(help="The Hub data set's configuration, such as sst2.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
 ) -> Answer:
     """Score a trained adapter on data with labels."""
     from redpeft.adapters import find_run
-    from redpeft.training.predict import evaluate, load_run
+    from redpeft.training.predict import evaluate, open_run
 
-    metrics = evaluate(load_run(find_run(run), base), data)
+    metrics = evaluate(open_run(find_run(run), base), data, config)
     return Answer({"run": run, "data": data, "metrics": metrics}, [_scores({data: metrics})])
 
 
@@ -82,13 +82,15 @@ def predict(
     file: Annotated[str, typer.Argument(help="A data file, or - for lines (text or JSON) of standard input.")],
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
 ) -> Iterator[dict[str, Any]]:
-    """Label texts, or answer prompts: one JSON object a row."""
+    """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
     from redpeft.tasks import read_file
-    from redpeft.training.predict import load_run, predict
+    from redpeft.training.predict import BATCH, open_run, predict_batches
+    from redpeft.training.stream import batched, read_lines
 
-    rows = _standard_input() if file == "-" else read_file(file)
-    return predict(load_run(find_run(run), base), rows)
+    opened = open_run(find_run(run), base)
+    batches = read_lines(sys.stdin.buffer, BATCH) if file == "-" else batched(read_file(file), BATCH)
+    return predict_batches(opened, batches)
 
 
 @command("redpeft demo --out runs/demo")
@@ -125,15 +127,3 @@ def _figure(value: float | dict[str, float | None] | None) -> str:
         return "-" if value is None else f"{value:.4f}"
     spread = value["standard_deviation"]
     return _figure(value["mean"]) + ("" if spread is None else f" ± {spread:.4f}")
-
-
-def _standard_input() -> Iterator[dict[str, Any] | str]:
-    """Rows from standard input as they come: a JSON object on a line, or a line of plain text."""
-    for number, line in enumerate(sys.stdin, start=1):
-        if line.lstrip().startswith("{"):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"line {number} of standard input is broken JSON ({error})") from None
-        elif line.strip():
-            yield line.rstrip("\n")

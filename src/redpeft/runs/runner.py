@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import RunError, Stopped, UserError
-from redpeft.training.loop import say, to_json
+from redpeft.training.loop import is_first_process, say, to_json
 from redpeft.training.recipe import Recipe
-from redpeft.training.train import finished, train, write_atomically
+from redpeft.training.run_folder import finished, locked, write_atomically
+from redpeft.training.train import train
 
 SUMMARY = "summary.json"
 
@@ -63,17 +64,20 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
 def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     """Run a recipe in `folder`; returns its result or, for several seeds, the summary written to summary.json.
 
-    Raises the first seed's `UserError` or `RunError` where no seed came to an end; where some did, the summary names
-    those that failed.
+    A seed that fails does not stop the others and raises nothing: the summary names it and its error in `failed`
+    (the command prints the summary and exits with 1). Where no seed came to an end, the first one's `UserError` or
+    `RunError` is raised and there is no summary.
     """
     if recipe.seeds is None:
         return train(recipe, folder)
-    results = run_jobs(jobs_of(recipe, folder))
-    failed = [result for result in results if "error" in result]
-    if len(failed) == len(results):
-        raise (UserError if failed[0]["kind"] == "UserError" else RunError)(failed[0]["error"])
-    summary = summarise(results)
-    write_atomically(Path(folder) / SUMMARY, to_json(summary, indent=2))
+    with locked(Path(folder)):
+        results = run_jobs(jobs_of(recipe, folder))
+        failed = [result for result in results if "error" in result]
+        if len(failed) == len(results):
+            raise (UserError if failed[0]["kind"] == "UserError" else RunError)(failed[0]["error"])
+        summary = summarise(results)
+        if is_first_process():
+            write_atomically(Path(folder) / SUMMARY, to_json(summary, indent=2))
     return summary
 
 

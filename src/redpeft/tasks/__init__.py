@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from redpeft.errors import UserError
 from redpeft.tasks.classification import ClassificationTask
-from redpeft.tasks.data import DataConfig, read_evaluation, read_file, read_splits
+from redpeft.tasks.data import DataConfig, read_evaluation, read_splits
+from redpeft.tasks.files import read_file
 from redpeft.tasks.instruction import InstructionTask
 from redpeft.tasks.token_classification import TokenClassificationTask
 

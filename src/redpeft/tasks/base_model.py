@@ -19,14 +19,20 @@ def load_base(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     Raises:
         UserError: no such folder or hub name, broken files, or an architecture that has no class of this kind.
     """
-    folder = Path(base).expanduser()
-    if is_local(str(base)) and not folder.is_dir():
-        raise UserError(f"no such model folder: {base}")
+    folder = require_folder(base)
     try:
         return auto_class.from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
         raise UserError(f"cannot load {base}{place} with {auto_class.__name__}: {first_line(error)}") from error
+
+
+def require_folder(base: str | Path) -> Path:
+    """The folder that `base` means if it is no hub name. UserError where it must be a folder and there is none."""
+    folder = Path(base).expanduser()
+    if is_local(str(base)) and not folder.is_dir():
+        raise UserError(f"no such model folder: {base}")
+    return folder
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -167,7 +167,7 @@ def rows_to_dataset(
         rows: objects with the task's columns; a plain string is the value of the column `plain`.
         required: columns that every row must have.
         plain: the column that a plain string fills, None if a string is not enough for this task.
-        first: the number of the first row, for errors.
+        first: the number of the first row, for errors; a row that has a number of its own keeps it.
         optional: columns that a row may have.
 
     Raises:
@@ -181,6 +181,7 @@ def rows_to_dataset(
             row = {plain: row}
         if not isinstance(row, dict):
             raise UserError(f"row {number}: expected an object with {', '.join(map(repr, required))}, found {row!r}")
+        number = row.get(ROW, number)
         missing = [column for column in required if column not in row]
         if missing:
             seen = ", ".join(repr(name) for name in row if name != ROW)

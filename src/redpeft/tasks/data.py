@@ -1,23 +1,18 @@
-"""A user's data: where it is, and reading it into splits with errors that say which file and which row."""
+"""A user's data: where it is, and its splits."""
 
 from __future__ import annotations
 
-import io
-import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, load_dataset
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from redpeft.errors import UserError
-from redpeft.tasks.columns import LABEL_COLUMNS, ROW, find_column, first_line, is_missing_label, source, values
+from redpeft.tasks.columns import LABEL_COLUMNS, find_column, first_line, is_missing_label, source, values
+from redpeft.tasks.files import READERS, SHARD, read_file, read_parts, with_rows
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +34,8 @@ class DataConfig(BaseModel):
         "one file (.csv, .tsv, .jsonl, .json, .parquet) that holds the training rows.",
     )
     config_name: str | None = Field(
-        None, description="The hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'."
+        None,
+        description="The hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; of a folder, one inside.",
     )
     train: str | None = Field(None, description="File of training rows; goes before `path`.")
     validation: str | None = Field(None, description="File of validation rows; goes before `path`.")
@@ -99,117 +95,10 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
 def read_evaluation(path: str, config_name: str | None = None) -> Dataset:
     """All rows of a file; of a folder or hub data set the test split, or where it has none the validation split."""
     splits = _read_path(path, config_name)
-    return next(splits[name] for name in ("test", "validation", "train") if name in splits)
-
-
-def read_file(path: str | Path) -> Dataset:
-    """All rows of one file, in memory; the extension decides the format.
-
-    Raises:
-        UserError: no such file, an unknown extension, no rows, or text that is not UTF-8 or breaks its format.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"cannot read {path}: the extension decides the format, and {', '.join(READERS)} are known")
-    try:
-        table = reader(path)
-    except (pa.ArrowException, OSError, pd.errors.ParserError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from None
-    if table is None or len(table) == 0:
-        raise UserError(f"{path} is empty: it holds no rows")
-    return _with_rows(table, path.name)
-
-
-# --- one file -------------------------------------------------------------------------------------------------------
-# Read directly and not with `load_dataset`, which turns the words "None" and "NA" of a CSV file into missing values
-# and dates into timestamps, guesses types block by block, hides the broken line, and copies the data into a cache.
-
-
-def _read_text(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte, line = f"0x{data[error.start]:02x}", data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path} is not UTF-8: byte {byte} at position {error.start}, line {line}; save it as UTF-8"
-        ) from None
-
-
-def _read_delimited(path: Path, separator: str) -> Dataset | None:
-    text = _read_text(path)
-    if not text.strip():
-        return None
-    frame = pd.read_csv(io.StringIO(text), sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
-    frame.columns = frame.columns.str.strip()
-    if not isinstance(frame.index, pd.RangeIndex):
-        raise UserError(
-            f'{path}: the rows have more fields than the header; put texts that hold {separator!r} in "quotes"'
-        )
-    return Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _read_json_lines(path: Path) -> Dataset:
-    return _from_objects(path, _parse_lines(path, _read_text(path)))
-
-
-def _read_json(path: Path) -> Dataset:
-    """A list of objects, or JSON lines under another extension."""
-    text = _read_text(path)
-    if not text.lstrip().startswith("["):
-        return _from_objects(path, _parse_lines(path, text))
-    try:
-        return _from_objects(path, list(enumerate(json.loads(text), start=1)))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
-
-
-def _parse_lines(path: Path, text: str) -> list[tuple[int, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from None
-    return rows
-
-
-def _from_objects(path: Path, rows: list[tuple[int, Any]]) -> Dataset:
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{path}, row {number}: expected an object such as {{"text": ...}}, found {str(row)[:40]!r}'
-            )
-    columns = {}
-    for name in dict.fromkeys(name for _, row in rows for name in row):
-        try:
-            columns[name] = pa.array([row.get(name) for _, row in rows])
-        except (pa.ArrowException, OverflowError) as error:
-            raise UserError(f"{path}: column {name!r} holds values of several types: {first_line(error)}") from None
-    return Dataset(pa.table(columns))
-
-
-def _read_parquet(path: Path) -> Dataset | None:
-    return Dataset(pq.read_table(path)) if path.stat().st_size else None
-
-
-READERS = {
-    ".csv": lambda path: _read_delimited(path, ","),
-    ".tsv": lambda path: _read_delimited(path, "\t"),
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _with_rows(dataset: Dataset, name: str) -> Dataset:
-    dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1))
-    dataset.info.description = name
-    return dataset
+    for name in ("test", "validation", "train"):
+        if name in splits:
+            return splits[name]
+    raise UserError(f"{path} has no train, validation or test split with labels")
 
 
 # --- a folder or a name on the hub ----------------------------------------------------------------------------------
@@ -219,6 +108,8 @@ def _read_path(path: str, config_name: str | None, label: str | list[str] | None
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local)}
+    if local.is_dir() and config_name:
+        return _read_path(str(local / config_name), None, label)
     if is_local(path) and not local.is_dir():
         raise UserError(f"no such file or folder: {path}")
     splits = _read_folder(local) if local.is_dir() else _read_hub(path, config_name)
@@ -235,7 +126,7 @@ def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
         raise UserError(
             f"no file or folder {path!r}, and not read from the Hugging Face hub: {first_line(error)}"
         ) from None
-    return _named_splits({name.lower(): _with_rows(split, f"{path} ({name})") for name, split in found.items()})
+    return _named_splits({name.lower(): with_rows(split, f"{path} ({name})") for name, split in found.items()})
 
 
 def is_local(path: str) -> bool:
@@ -252,17 +143,17 @@ def is_local(path: str) -> bool:
 
 
 def _read_folder(folder: Path) -> dict[str, Dataset]:
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in READERS:
-            if file.stem.lower() in files:
-                raise UserError(f"{folder} holds both {files[file.stem.lower()].name} and {file.name}: remove one")
-            files[file.stem.lower()] = file
+            files.setdefault(SHARD.sub("", file.stem.lower()), []).append(file)
     chosen = _named_splits(files)
-    if not chosen:
-        seen = ", ".join(file.name for file in files.values()) or "no data file"
-        raise UserError(f"{folder} holds no train, validation or test file ({', '.join(READERS)}); it holds {seen}")
-    return {name: read_file(file) for name, file in chosen.items()}
+    if chosen:
+        return {name: read_parts(parts) for name, parts in chosen.items()}
+    if (folder / "data").is_dir():  # as in a snapshot of the Hub
+        return _read_folder(folder / "data")
+    seen = ", ".join(file.name for parts in files.values() for file in parts) or "no data file"
+    raise UserError(f"{folder} holds no train, validation or test file ({', '.join(READERS)}); it holds {seen}")
 
 
 def _named_splits(found: dict) -> dict:

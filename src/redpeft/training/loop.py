@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
 import numpy as np
 import torch
+import transformers
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -116,9 +118,14 @@ def _kept(checkpoints: str) -> str:
     return f"kept: {last}" if last else "there is no checkpoint yet"
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a distributed run that speaks and writes for all, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(line: str) -> None:
     """A line on standard error (standard output is kept for results), from the first process alone."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(line, file=sys.stderr)
 
 
@@ -195,14 +202,38 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
-def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
-    """Give the trainer this module's callbacks; SIGTERM asks it to stop after the next checkpoint."""
-    # Checkpoints less than a second apart make it say that the file system's times are not reliable.
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+def bars_on_terminals_only() -> None:
+    """No progress bars of datasets (tokenising) and transformers (loading weights) in log files."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """While inside, datasets shows no bars: one for each batch would run through the answers."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def show_progress(trainer: Any) -> None:
+    """A bar on a terminal, and nothing of what the trainer itself would print."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if sys.stderr.isatty() and trainer.args.process_index == 0:
         trainer.add_callback(ProgressBar())
+
+
+def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
+    """Give the trainer this module's callbacks; SIGTERM asks it to stop after the next checkpoint."""
+    # Checkpoints less than a second apart make it say that the file system's times are not reliable.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
+    show_progress(trainer)
     callback = RunCallback(trainer, folder, save_steps)
     trainer.add_callback(callback)
     return callback

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -35,15 +36,13 @@ def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[s
     as is the task's head. Everything that is trained is held in fp32. Raises `UserError` for options that the method
     lacks or that do not fit the model.
     """
-    if recipe.base.load_in:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    check_options(recipe)
     head = head_modules(model, recipe.task, new_weights)
     if recipe.init_from is not None:
         trained: torch.nn.Module = load_adapter(model, find_adapter(recipe.init_from), is_trainable=True)
     elif recipe.method in CONFIGS:
         trained = _add_adapter(model, recipe, head)
     else:
-        _refuse_options(recipe)
         _unfreeze(model, recipe.method, head)
         trained = model
     for parameter in trained.parameters():
@@ -80,27 +79,32 @@ def head_parameters(model: torch.nn.Module, head: Iterable[str]) -> dict[str, to
     }
 
 
-def _add_adapter(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> torch.nn.Module:
-    options = dict(recipe.method_options)
-    options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])] or None
-    try:
-        config = _config(recipe, model, options)
-        return get_peft_model(model, config, revision=recipe.base.revision)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(f"method_options: {' '.join(str(error).split())}") from None
-
-
-def _config(recipe: Recipe, model: PreTrainedModel, options: dict[str, Any]) -> PeftConfig:
+def check_options(recipe: Recipe) -> None:
+    """Raises `UserError` for method_options that are wrong whatever the model."""
+    if recipe.method not in CONFIGS:
+        if recipe.method_options:
+            raise UserError(f"method {recipe.method} has no options: leave out {', '.join(recipe.method_options)}")
+        return
     cls = CONFIGS[recipe.method]
     known = [field.name for field in fields(cls)]
-    for key in options:
+    for key in recipe.method_options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise UserError(
                 f"method_options: {cls.__name__} has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
             )
+    with _explained():
+        cls(task_type=TASK_TYPES[recipe.task], **recipe.method_options)
+
+
+def _add_adapter(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> torch.nn.Module:
+    options = dict(recipe.method_options)
+    options["modules_to_save"] = [*head, *(options.get("modules_to_save") or [])] or None
+    with _explained():
+        return get_peft_model(model, _config(recipe, model, options), revision=recipe.base.revision)
+
+
+def _config(recipe: Recipe, model: PreTrainedModel, options: dict[str, Any]) -> PeftConfig:
     family = model.config.model_type
     if recipe.method == "lora" and family not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         options.setdefault("target_modules", "all-linear")
@@ -113,12 +117,18 @@ def _config(recipe: Recipe, model: PreTrainedModel, options: dict[str, Any]) -> 
             f"PEFT knows no IA3 target modules for {family} models: name them in method_options.target_modules and "
             "method_options.feedforward_modules"
         )
-    return cls(task_type=TASK_TYPES[recipe.task], **options)
+    return CONFIGS[recipe.method](task_type=TASK_TYPES[recipe.task], **options)
 
 
-def _refuse_options(recipe: Recipe) -> None:
-    if recipe.method_options:
-        raise UserError(f"method {recipe.method} has no options: leave out {', '.join(recipe.method_options)}")
+@contextmanager
+def _explained() -> Iterator[None]:
+    """PEFT's errors about a configuration as `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"method_options: {' '.join(str(error).split())}") from None
 
 
 def _unfreeze(model: PreTrainedModel, method: str, head: list[str]) -> None:

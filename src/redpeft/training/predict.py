@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,50 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from redpeft.adapters.files import load_adapter
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, Task, read_evaluation, task_from_dict
+from redpeft.tasks import Task, read_evaluation, task_from_dict
+from redpeft.tasks.columns import ROW
 from redpeft.training.base import autocast, load_base
+from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.recipe import Recipe, load_recipe
-from redpeft.training.train import (
-    ADAPTER,
-    MODEL,
-    RECIPE,
-    RESULT,
-    TASK,
-    TRAINED,
-    arguments,
-    plain_scores,
-    trainer_classes,
-)
+from redpeft.training.run_folder import ADAPTER, MODEL, RECIPE, RESULT, TASK, TRAINED
+from redpeft.training.stream import Row, batched
+from redpeft.training.train import plain_scores
+from redpeft.training.trainer import arguments, trainer_classes
 
 BATCH = 32
 
 
 @dataclass
 class Run:
-    """A finished run, ready to use."""
+    """A finished run, ready to use. The model is loaded where it is first needed, unless `load_run` has done it."""
 
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    task: Any
+    folder: Path
     recipe: Recipe
+    task: Any
+
+    @property
+    def model(self) -> Any:
+        """The trained model in evaluation mode, on the GPU where there is one."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that it was trained with."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, PreTrainedTokenizerBase]:
+        model, tokenizer = _load_model(self.folder, self.recipe, self.task)
+        if torch.cuda.is_available() and self.recipe.base.load_in is None:
+            model = model.to("cuda")
+        return model.eval(), tokenizer
 
 
-def load_run(folder: str | Path, base: str | Path | None = None) -> Run:
-    """The trained model of a run folder, on the GPU where there is one.
+def open_run(folder: str | Path, base: str | Path | None = None) -> Run:
+    """A finished run whose model is loaded when it is first needed: wrong rows are found out without waiting for it.
 
     `base` is where the base model lies now, if not where the recipe says. Raises `UserError` for a folder that holds
-    no finished run, or a base model that the adapter was not trained on.
+    no finished run.
     """
     folder = Path(folder)
     if not (folder / RECIPE).is_file():
@@ -62,12 +73,16 @@ def load_run(folder: str | Path, base: str | Path | None = None) -> Run:
         )
     if not (folder / RESULT).is_file():
         raise UserError(f"the run in {folder} is not finished: run the same `redpeft train` command again")
+    bars_on_terminals_only()
     recipe = load_recipe(folder / RECIPE, {"base.model": str(base)} if base is not None else None)
-    task = task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8")))
-    model, tokenizer = _load_model(folder, recipe, task)
-    if torch.cuda.is_available() and recipe.base.load_in is None:
-        model = model.to("cuda")
-    return Run(model.eval(), tokenizer, task, recipe)
+    return Run(folder, recipe, task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8"))))
+
+
+def load_run(folder: str | Path, base: str | Path | None = None) -> Run:
+    """`open_run`, with the model loaded at once. Raises `UserError` too for a base that the run was not trained on."""
+    run = open_run(folder, base)
+    _ = run.model
+    return run
 
 
 def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -94,10 +109,13 @@ def _put_back(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def evaluate(run: Run, data: str | Path | DataConfig) -> dict[str, float]:
-    """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set."""
-    path = data if isinstance(data, DataConfig) else DataConfig.model_validate({"path": str(data)})
-    dataset = read_evaluation(str(path.test or path.path or path.train), path.config_name)
+def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, float]:
+    """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set.
+
+    `config_name` is a hub data set's configuration. The rows are checked before the model is loaded.
+    """
+    dataset = read_evaluation(str(data), config_name)
+    run.task.check(dataset)
     encoded = run.task.encode(dataset, run.tokenizer, run.recipe.max_length)
     recipe = run.recipe.model_copy(update={"report_to": []})
     trainer_class, arguments_class, extra = trainer_classes(recipe)
@@ -111,6 +129,7 @@ def evaluate(run: Run, data: str | Path | DataConfig) -> dict[str, float]:
             processing_class=run.tokenizer,
             compute_metrics=run.task.compute_metrics,
         )
+        show_progress(trainer)
         return plain_scores(trainer.evaluate(), "eval_")
 
 
@@ -119,16 +138,33 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """One dict for each row, in order, as the rows come in: labels and probabilities, a value, or a generated text.
 
-    Rows are objects with the task's columns, or plain texts where one text is all that the task needs.
+    Rows are objects with the task's columns, or plain texts where one text is all that the task needs. An answer
+    begins with its row's `id` where that has one, or else with the columns that were read, so that both can be joined.
     """
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, batch_size)):
-        dataset = run.task.rows_to_dataset(batch)
-        with torch.inference_mode(), autocast(run.recipe, run.model.device):
+    return predict_batches(run, batched(rows, batch_size), max_new_tokens)
+
+
+def predict_batches(run: Run, batches: Iterable[list[Row]], max_new_tokens: int = 256) -> Iterator[dict[str, Any]]:
+    """`predict` for rows that come in lists, each of which goes through the model at once."""
+    first = 1
+    for batch in batches:
+        dataset = run.task.rows_to_dataset(batch, first)
+        run.task.check(dataset, with_labels=False)
+        with torch.inference_mode(), autocast(run.recipe, run.model.device), no_bars():
             if run.task.name == "instruction":
-                yield from run.task.decode(_generate(run, dataset, max_new_tokens))
+                answers = run.task.decode(_generate(run, dataset, max_new_tokens))
             else:
-                yield from _label(run, dataset)
+                answers = _label(run, dataset)
+        for row, read, answer in zip(batch, dataset, answers, strict=True):
+            yield {**_identity(row, read), **answer}
+        first += len(batch)
+
+
+def _identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
+    """What tells which row an answer belongs to."""
+    if isinstance(row, dict) and row.get("id") is not None:
+        return {"id": row["id"]}
+    return {name: value for name, value in read.items() if name != ROW and value is not None}
 
 
 def _label(run: Run, dataset: Dataset) -> list[dict[str, Any]]:

@@ -1,72 +1,60 @@
-"""One job: a recipe with one seed becomes a run folder with a trained adapter.
-
-recipe.yaml     the resolved recipe
-task.json       columns, labels and metric, so that the run can be used without its training data
-adapter/        PEFT's folder with tokenizer and model card; model/ for the methods that are not PEFT's
-metrics.jsonl   one line for each log and evaluation
-plots/          loss and metric
-result.json     written last: the run is finished
-checkpoints/    while it is not
-"""
+"""One job: a recipe with one seed becomes a run folder with a trained adapter."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import sys
+import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import peft
 import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations import TensorBoardCallback
+from transformers import set_seed
 
 import redpeft
-from redpeft import calibrate
 from redpeft.adapters.card import write_card
-from redpeft.errors import RunError, UserError
+from redpeft.adapters.files import find_adapter, find_run, read_adapter
+from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task, read_splits
-from redpeft.training.base import autocast, load_base, new_weights, precision
+from redpeft.tasks.base_model import require_folder
+from redpeft.training.base import load_base, new_weights, precision, require_quantiser
 from redpeft.training.loop import (
-    CHECKPOINT_STATE,
     TIMES,
-    EpochOrder,
     RunCallback,
-    RunTrainer,
     attach,
+    bars_on_terminals_only,
     checkpoint_state,
     last_checkpoint,
     say,
     stop_on_sigterm,
     to_json,
 )
-from redpeft.training.methods import apply_method, head_modules, head_parameters
+from redpeft.training.methods import apply_method, check_options, head_modules, head_parameters
 from redpeft.training.plots import plot_run
-from redpeft.training.recipe import Recipe, load_recipe
-
-CALIBRATION_ROWS = 32
-RECIPE, TASK, RESULT, CHECKPOINTS = "recipe.yaml", "task.json", "result.json", "checkpoints"
-ADAPTER, MODEL, TRAINED = "adapter", "model", "trained.safetensors"
+from redpeft.training.recipe import Recipe
+from redpeft.training.run_folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    RECIPE,
+    RESULT,
+    TASK,
+    TRAINED,
+    finished,
+    locked,
+    naming_a_full_disk,
+    read_result,
+    tidy,
+    write_atomically,
+)
+from redpeft.training.trainer import check_reporters, make_trainer, rows_at_once, trainer_classes
 
 
 def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
@@ -81,17 +69,36 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     a loss that is not finite, a full disk, or SIGTERM.
     """
     recipe, folder = recipe.resolved().model_copy(update={"seeds": None, "output": None}), Path(folder)
-    if (result := finished(recipe, folder)) is not None:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # left by a kill in the last moment
-        return result
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
+    result = finished(recipe, folder)
+    if result is None:
+        _check(recipe)
+        with locked(folder):
+            result = finished(recipe, folder) or _train(recipe, folder)  # another process may just have done it
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # also what a kill in the last moment left
+    return result
 
+
+def _check(recipe: Recipe) -> None:
+    """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
+    require_folder(recipe.base.model)
+    rows_at_once(recipe)
+    precision(recipe)
+    require_quantiser(recipe)
+    check_options(recipe)
+    check_reporters(recipe)
+    trainer_classes(recipe)
+    if recipe.init_from is not None:
+        read_adapter(find_adapter(recipe.init_from))
+
+
+def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    bars_on_terminals_only()
     splits = read_splits(recipe.data, recipe.seed)
     chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
     task = TASKS[recipe.task].from_splits(splits, recipe.data, **chosen)
     say(f"columns: {', '.join(f'{key} = {value}' for key, value in task.columns.items())}")
+    if recipe.init_from is not None:
+        _check_labels(task, recipe.init_from)
 
     set_seed(recipe.seed)  # the head's first weights
     base, tokenizer = load_base(recipe, task)
@@ -100,14 +107,14 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     model = apply_method(base, recipe, new)
     encoded = {name: task.encode(split, tokenizer, recipe.max_length) for name, split in splits.items()}
     encoded |= {name: _by_length(encoded[name]) for name in encoded if name != "train"}
-    trainer = _make_trainer(recipe, folder, task, model, tokenizer, encoded, head)
+    trainer = make_trainer(recipe, folder, task, model, tokenizer, encoded, head)
     callback = attach(trainer, folder, recipe.save_steps)
 
-    with _full_disk(folder):
+    with naming_a_full_disk(folder):
         if trainer.is_world_process_zero():
             recipe.save(folder / RECIPE)
             write_atomically(folder / TASK, to_json(task.to_dict(), indent=2))
-            _tidy(folder / CHECKPOINTS)
+            tidy(folder / CHECKPOINTS)
         trainer.accelerator.wait_for_everyone()
         start = time.perf_counter()
         with stop_on_sigterm(trainer):
@@ -119,37 +126,25 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
             result = _describe(recipe, task, trainer, callback, head, folder) | scores | {"seconds": round(seconds, 3)}
             _write_pages(recipe, task, trainer, folder, result)
             write_atomically(folder / RESULT, to_json(result, indent=2))
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
     return read_result(folder)
 
 
-def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
-    """The result that `folder` holds for this recipe; None where there is work to do.
+def _check_labels(task: Task, init_from: str) -> None:
+    """Raises `UserError` where the run that an adapter comes from learned other labels: its head would answer those.
 
-    Raises `UserError` for a folder of another recipe, or of something else.
+    An adapter that was taken out of its run does not say what its labels are.
     """
-    if (folder / RECIPE).is_file():
-        if other := recipe.differences(load_recipe(folder / RECIPE)):
-            raise UserError(
-                f"{folder} holds a run of another recipe ({', '.join(other[:5])} differ): choose another output folder"
-            )
-        return read_result(folder) if (folder / RESULT).is_file() else None
-    if folder.exists() and (not folder.is_dir() or any(path.name != CHECKPOINTS for path in folder.iterdir())):
-        raise UserError(f"{folder} is not empty and holds no run: choose another output folder")
-    return None
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """What a finished run's result.json holds."""
-    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by a temporary one and a rename, so that it is never seen half written."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    saved = find_run(init_from) / TASK
+    if not saved.is_file():
+        if getattr(task, "label_names", None):
+            say(f"{init_from} lies in no run folder: its head is taken for the labels of this data, in their order")
+        return
+    before, now = json.loads(saved.read_text(encoding="utf-8")), task.to_dict()
+    for key in ("task", "problem_type", "label_names"):
+        if before.get(key) != now.get(key):
+            there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
+            raise UserError(f"init_from: {key} is {there} in {init_from} and {here} here, so its head does not fit")
 
 
 def _by_length(dataset: Dataset) -> Dataset:
@@ -158,131 +153,6 @@ def _by_length(dataset: Dataset) -> Dataset:
         return dataset
     lengths = [len(ids) for ids in dataset["input_ids"]]
     return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
-
-
-def _make_trainer(
-    recipe: Recipe,
-    folder: Path,
-    task: Task,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: dict[str, Dataset],
-    head: list[str],
-) -> Any:
-    trainer_class, arguments_class, extra = trainer_classes(recipe)
-    args = arguments(recipe, folder, task, arguments_class, extra)
-    collator = task.collator(tokenizer)
-    callbacks: list[TrainerCallback] = []
-    if recipe.early_stopping:
-        callbacks.append(EarlyStoppingCallback(recipe.early_stopping))
-    if "tensorboard" in recipe.report_to and args.process_index == 0:
-        callbacks.append(_tensorboard(folder))
-    try:
-        trainer = trainer_class(
-            model=model,
-            args=args,
-            data_collator=collator,
-            train_dataset=encoded["train"],
-            eval_dataset=encoded["validation"],
-            processing_class=tokenizer,
-            compute_metrics=task.compute_metrics,
-            callbacks=callbacks,
-        )
-    except RuntimeError as error:
-        if recipe.report_to and "installed" in str(error):  # transformers names the package to install
-            raise UserError(f"report_to: {error}") from None
-        raise
-    if recipe.task != "instruction":
-        # Trainer takes it from the signature that a model averages its loss over all the pieces of a batch, and
-        # classifiers that do not would learn from the sum of the pieces' means.
-        trainer.model_accepts_loss_kwargs = False
-    rows = trainer.train_dataset
-    if recipe.method == "red":
-        with autocast(recipe, model.device):
-            calibrate(model, _first_batch(trainer))
-    lengths = [len(ids) for ids in rows["input_ids"]] if recipe.group_by_length else None
-    trainer.order = EpochOrder(len(rows), recipe.batch_size, recipe.seed, lengths)
-    trainer.head, trainer.head_lr = head_parameters(model, head).values(), recipe.head_lr
-    return trainer
-
-
-def _tensorboard(folder: Path) -> TensorBoardCallback:
-    """transformers' callback, writing beside the run and not into its checkpoints, which go when it is done."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("report_to tensorboard: pip install tensorboard") from None
-    return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
-
-
-def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
-    """The Trainer with what a run adds, its arguments' class, and arguments of its own."""
-    if recipe.task != "instruction":
-        return type("RunTrainer", (RunTrainer, Trainer), {}), TrainingArguments, {}
-    try:
-        from trl import SFTConfig, SFTTrainer
-    except ImportError:
-        raise UserError("the task instruction needs TRL: pip install redpeft[trl]") from None
-    extra = {"max_length": recipe.max_length, "packing": recipe.packing, "eval_packing": False}
-    return type("RunSFTTrainer", (RunTrainer, SFTTrainer), {}), SFTConfig, extra
-
-
-def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[str, Any]) -> TrainingArguments:
-    known = {field.name for field in fields(cls)}
-    kind = precision(recipe)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows, rest = divmod(recipe.batch_size, processes * recipe.gradient_accumulation)
-    if rest:
-        raise UserError(
-            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes"
-            + (f" in {recipe.gradient_accumulation} pieces each" if recipe.gradient_accumulation > 1 else "")
-        )
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    extra[checkpointing] = recipe.gradient_checkpointing  # TRL's default is True
-    if recipe.gradient_checkpointing:
-        extra[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
-    args = cls(
-        output_dir=str(folder / CHECKPOINTS),
-        run_name=folder.name,
-        learning_rate=recipe.learning_rate,
-        per_device_train_batch_size=rows,
-        per_device_eval_batch_size=max(rows, 8),
-        gradient_accumulation_steps=recipe.gradient_accumulation,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        lr_scheduler_type=recipe.schedule,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        bf16=kind == "bf16",
-        fp16=kind == "fp16",
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
-        seed=recipe.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=1,  # the latest; the best is kept beside it
-        load_best_model_at_end=True,
-        metric_for_best_model=task.metric,
-        greater_is_better=task.greater_is_better,
-        restore_callback_states_from_checkpoint=True,
-        logging_steps=0.01,  # of all steps
-        logging_nan_inf_filter=False,  # it would hide what RunTrainer stops at
-        report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
-        disable_tqdm=True,  # loop.ProgressBar
-        label_names=["labels"],
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **{"warmup_ratio" if "warmup_ratio" in known else "warmup_steps": recipe.warmup},
-        **extra,
-    )
-    args._n_gpu = min(1, args.n_gpu)  # several GPUs by torchrun or accelerate, never by DataParallel
-    return args
-
-
-def _first_batch(trainer: Any) -> dict[str, torch.Tensor]:
-    """The first training rows in the data's order, whatever the seed and the number of processes."""
-    rows = trainer._remove_unused_columns(trainer.train_dataset)
-    rows = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
-    batch = trainer.data_collator(list(rows))
-    return {key: value.to(trainer.model.device) for key, value in batch.items() if torch.is_tensor(value)}
 
 
 def _checkpoint(trainer: Any, folder: Path) -> str | None:
@@ -295,39 +165,6 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
     if state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
         trainer.args.max_steps = state["global_step"]
     return str(checkpoint)
-
-
-def _tidy(checkpoints: Path) -> None:
-    """Remove checkpoints that were cut short; find the best one again in a run folder that was moved."""
-    for path in checkpoints.glob("checkpoint-*"):
-        state = checkpoint_state(path)
-        if state is None:
-            shutil.rmtree(path)
-        elif state.get("best_model_checkpoint"):
-            state["best_model_checkpoint"] = str(checkpoints / Path(state["best_model_checkpoint"]).name)
-            write_atomically(path / CHECKPOINT_STATE, json.dumps(state))
-
-
-@contextmanager
-def _full_disk(folder: Path) -> Iterator[None]:
-    """Name a full disk as what it is, whichever library met it, and free what a checkpoint cut short takes."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RunError) or not _is_full_disk(error):
-            raise
-        _tidy(folder / CHECKPOINTS)
-        raise RunError(
-            f"the disk of {folder} is full: free some space and run the same command again to go on from the last "
-            "checkpoint"
-        ) from error
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # safetensors and torch.save wrap the operating system's error in their own words
-    return any(words in str(error) for words in ("No space left", "PytorchStreamWriter failed", "unexpected pos"))
 
 
 def _scores(trainer: Any, encoded: dict[str, Dataset]) -> dict[str, Any]:
