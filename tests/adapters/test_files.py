@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from redpeft.adapters import find_adapter, load_adapter, read_adapter
+from redpeft.adapters import Adapter, Edit, find_adapter, load_adapter, read_adapter, write_adapter
 from redpeft.errors import UserError
 from redpeft.method.fingerprint import fingerprint
 
@@ -217,3 +219,72 @@ def test_reads_what_peft_writes(tmp_path, encoder):
         torch.testing.assert_close(edit.scale, layer.scale.data)
         torch.testing.assert_close(edit.bias, 0.5 * layer.bias.data)
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_fingerprint"]
+
+
+# Writing
+
+
+@pytest.fixture
+def adapter(adapter_folder):
+    adapter = read_adapter(adapter_folder)
+    head = {"classifier.weight": torch.randn(3, WIDTH).bfloat16(), "classifier.bias": torch.randn(WIDTH, 3).T[0]}
+    return dataclasses.replace(adapter, folder=adapter_folder.parent / "deep" / "new", head=head)
+
+
+def test_writes_what_it_reads(adapter):
+    write_adapter(adapter)
+    again = read_adapter(adapter.folder)
+    assert again.units == adapter.units == dict.fromkeys(SITES, 0.25)
+    for site in SITES:
+        assert torch.equal(again.edits[site].scale, adapter.edits[site].scale)
+        torch.testing.assert_close(again.edits[site].bias, adapter.edits[site].bias)
+    assert again.head.keys() == adapter.head.keys()
+    assert all(torch.equal(again.head[key], tensor) for key, tensor in adapter.head.items())
+    assert again.head["classifier.weight"].dtype == torch.bfloat16
+    assert again.config == adapter.config
+    assert [path.name for path in adapter.folder.parent.iterdir()] == ["new"]
+
+
+def test_the_edits_say_which_modules(adapter, tmp_path):
+    """Also where an edit is one tensor twice, in fp64, and the folder is there and empty, or behind a link."""
+    ones = torch.full((WIDTH,), 3.0, dtype=torch.float64)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty.partial").mkdir()  # of a write that was killed
+    (tmp_path / "empty.partial" / "half").touch()
+    write_adapter(
+        Adapter(tmp_path / "link", {"base_model_name_or_path": None}, {"x.1": Edit(ones, ones)}, {"x.1": 2.0}, {})
+    )
+    written = read_adapter(tmp_path / "empty")
+    assert written.config["target_modules"] == ["x.1"]
+    assert written.config["resolved"] is True
+    assert torch.equal(written.edits["x.1"].bias, ones.float())
+    assert not (tmp_path / "empty.partial").exists()
+
+
+def test_what_is_written_loads_in_peft(adapter, encoder):
+    write_adapter(dataclasses.replace(adapter, head={}))
+    model = PeftModel.from_pretrained(encoder, adapter.folder)
+    for site in SITES:
+        edit = model.get_base_model().get_submodule(site).redpeft_edit["default"]
+        torch.testing.assert_close(edit.shift.data, adapter.edits[site].bias)
+
+
+def test_refuses_to_write(adapter, tmp_path):
+    def refusal(**changes):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as error:
+            write_adapter(dataclasses.replace(adapter, **changes))
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(error.value)
+
+    (tmp_path / "file").touch()
+    for there in (tmp_path / "adapter", tmp_path / "file"):
+        assert f"{there} is there already and is not an empty folder" in refusal(folder=there)
+    assert f"cannot write {tmp_path}/file/x: Not a directory" in refusal(folder=tmp_path / "file" / "x")
+    assert "no site is left to edit" in refusal(edits={})
+    edit = adapter.edits[SITES[0]]
+    for wrong in (Edit(edit.scale.double() * 1e39, edit.bias), Edit(edit.scale, edit.bias * float("nan"))):
+        assert f"{SITES[0]}: " in (message := refusal(edits={SITES[0]: wrong}))
+        assert "not finite (NaN, or too large for fp32)" in message
+    assert "should be of shapes" in refusal(edits={SITES[0]: Edit(edit.scale, edit.bias[:3])})

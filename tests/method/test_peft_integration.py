@@ -17,6 +17,7 @@ from peft import (
     PeftModel,
     get_peft_model,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -196,8 +197,11 @@ def test_what_only_lora_can_do_is_refused(tiny, llama_folders, tmp_path):
         model.load_adapter(tmp_path, "other")
     with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
         lora.add_adapter("other", RedConfig())
-    with pytest.raises(AttributeError, match="no attribute 'add_weighted_adapter'"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(model, 2),
+    ):
+        pass
     assert not hasattr(model, "supports_lora_conversion") or not model.supports_lora_conversion()
 
 

@@ -1,4 +1,4 @@
-"""The one reader of adapter folders.
+"""The one reader of adapter folders, and the one writer beside PEFT's own.
 
     adapter_config.json         what was edited and on which base model
     adapter_model.safetensors   base_model.model.<module path>.redpeft_edit.scale | bias | unit, and the head's tensors
@@ -10,14 +10,18 @@ with the same words. Only safetensors is read, never a pickle.
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from redpeft.errors import UserError
@@ -31,8 +35,7 @@ EDIT = ".redpeft_edit."
 PARTS = ("scale", "bias", "unit")
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(NamedTuple):
     """One site's edit in the output's own size, `h' = scale * h + bias`: fp32 vectors of shape (width,)."""
 
     scale: torch.Tensor
@@ -111,6 +114,49 @@ def read_adapter(folder: str | Path) -> Adapter:
     )
 
 
+def write_adapter(adapter: Adapter) -> None:
+    """Write `adapter` into `adapter.folder`, where `read_adapter` and `PeftModel.from_pretrained` read it back.
+
+    The configuration is `adapter.config`, with the sites of the edits as its `target_modules`. Scales and biases are
+    rounded to fp32, a bias after division by its unit; the head is written as it is. Raises `UserError` for a folder
+    that is there and not empty or cannot be written, for no edits, shapes that disagree and values not finite in fp32;
+    nothing is left behind then.
+    """
+    if not adapter.edits:
+        raise UserError(f"{adapter.folder}: no site is left to edit, so there is nothing to write")
+    tensors = {f"{PREFIX}{key}": tensor.contiguous().clone() for key, tensor in adapter.head.items()}
+    for site, edit in adapter.edits.items():
+        unit = torch.tensor([adapter.units[site]])
+        part = {"scale": edit.scale.float(), "bias": (edit.bias / unit).float(), "unit": unit}
+        _check_tensors(f"{adapter.folder}: {site}", **part)
+        tensors |= {f"{PREFIX}{site}{EDIT}{name}": tensor.contiguous().clone() for name, tensor in part.items()}
+    config = {**adapter.config, "peft_type": "REDPEFT", "target_modules": sorted(adapter.edits), "resolved": True}
+    with new_folder(adapter.folder) as folder:
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to write into, which becomes `path` at the end and is removed after an error.
+
+    Raises `UserError` for a `path` that is there and not an empty folder, or cannot be written.
+    """
+    final = path.resolve()
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise UserError(f"{path} is there already and is not an empty folder: choose another, or remove it")
+    temporary = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def load_adapter(
     base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default"
 ) -> PeftModel:
@@ -152,7 +198,7 @@ def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Ten
         (f"has tensors that {CONFIG_NAME} does not name:", left_over),
     ):
         if names:
-            raise UserError(f"{folder / WEIGHTS_NAME}: {what} {_some(names)}; the folder is damaged or was mixed up")
+            raise UserError(f"{folder / WEIGHTS_NAME}: {what} {some(names)}; the folder is damaged or was mixed up")
 
 
 def _matches(target: str, site: str) -> bool:
@@ -166,7 +212,7 @@ def _check_tensors(where: str, scale: torch.Tensor, bias: torch.Tensor, unit: to
         raise UserError(f"{where}: scale, bias and unit should be of shapes (width,), (width,), (1,), not {shapes}")
     for name, tensor in (("scale", scale), ("bias", bias), ("unit", unit)):
         if not tensor.isfinite().all():
-            raise UserError(f"{where}: {name} has values that are not finite (NaN or infinite); train it again")
+            raise UserError(f"{where}: {name} has values that are not finite (NaN, or too large for fp32)")
     if unit <= 0:
         raise UserError(f"{where}: the unit is {unit.item():g}, and a unit is a positive number")
 
@@ -176,7 +222,7 @@ def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     modules = dict(base_model.named_modules(remove_duplicate=False))
     unknown = [site for site in adapter.edits if site not in modules]
     if unknown:
-        return f"this one ({type(base_model).__name__}) has no module {_some(unknown)}"
+        return f"this one ({type(base_model).__name__}) has no module {some(unknown)}"
     for site, edit in adapter.edits.items():
         width = output_width(modules[site], base_model)
         if width != edit.scale.numel():
@@ -192,7 +238,7 @@ def _head_misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     heads = [name for name, _ in base_model.named_modules() if name.endswith(saved)] if saved else []
     expected = {key for key in state if any(key.startswith(f"{name}.") for name in heads)}
     if missing := sorted(expected - adapter.head.keys()):
-        return f"the adapter has no tensors for its head {_some(missing)}"
+        return f"the adapter has no tensors for its head {some(missing)}"
     for key, tensor in adapter.head.items():
         if key not in state:
             return f"this one ({type(base_model).__name__}) has no head {key}"
@@ -201,7 +247,7 @@ def _head_misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     return None
 
 
-def _some(names: list[str], at_most: int = 3) -> str:
+def some(names: list[str], at_most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

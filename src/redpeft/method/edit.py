@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from redpeft.method.compose import Affine, weighted_sum
+
 HALF = (torch.float16, torch.bfloat16)
 DEEPSPEED = ("ds_id", "_hp_mapping")  # what DeepSpeed's ZeRO leaves on the parameters that it manages
 
@@ -73,25 +75,31 @@ class Edit(nn.Module):
             else:
                 self.register_buffer(name, vector)
         self.register_buffer("unit", torch.full((1,), 1.0 if unit == "auto" else float(unit), **kind))
+        self.strength = 1.0  # of a live edit (RedLayer.set_scale); neither learned nor saved
         self.auto_unit = unit == "auto" and use_bias
         self.unit_known = not self.auto_unit
         self._uncast: dict[str, torch.Tensor] | None = None
         self._remember()
 
     def reset(self, identity: bool = True) -> None:
-        """Set the identity (scale 1, bias 0), or random vectors far from it for tests."""
+        """Set the identity (scale 1, bias 0), or for tests random vectors far from it, of those that are learned."""
         with torch.no_grad():
             self.scale.fill_(1.0)
             self.bias.zero_()
-            if not identity:
-                self.scale.add_(torch.randn_like(self.scale))
-                self.bias.add_(torch.randn_like(self.bias))
+            for vector in self.parameters() if not identity else ():
+                vector.add_(torch.randn_like(vector))
         self._remember()
 
     @property
     def shift(self) -> torch.Tensor:
         """What is added to the output: `unit * bias` (width,), in the output's own size."""
         return self.unit * self.bias
+
+    @property
+    def acting(self) -> Affine:
+        """Scale and bias (width,) as they act at this strength; the bias in the output's own size."""
+        edit = (self.scale, self.shift)
+        return edit if self.strength == 1.0 else weighted_sum([edit], [self.strength])
 
     @property
     def unit_pending(self) -> bool:
@@ -111,7 +119,7 @@ class Edit(nn.Module):
             self._meet_cast()
         if self.training and self.trainable:
             self._uncast = None  # from here on the vectors learn
-        return apply_edit(hidden, self.scale, self.shift)
+        return apply_edit(hidden, *self.acting)
 
     @torch.no_grad()
     def set_unit(self, unit: float | torch.Tensor) -> None:

@@ -71,6 +71,9 @@ class EditTable:
             used = [edits[adapters[slot]] for slot in slots]
             self.rows[slots, 0] = torch.stack([edit.scale for edit in used])
             self.rows[slots, 1] = torch.stack([edit.bias for edit in used]) * torch.stack([edit.unit for edit in used])
+        for slot in slots:  # a table by `acting` alone would be twice the small operations
+            if (edit := edits[adapters[slot]]).strength != 1.0:
+                self.rows[slot] = torch.stack(edit.acting)
 
     def apply(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
