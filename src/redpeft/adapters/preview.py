@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.inspect import place
 from redpeft.errors import UserError
@@ -35,13 +35,14 @@ class Preview:
     times_fewer_than_lora: float | None
 
 
-def preview(model: str, sites: str | Sequence[str] = "ffn") -> Preview:
+def preview(model: str, sites: str | Sequence[str] = "ffn", layers: Sequence[int] | int | None = None) -> Preview:
     """Where RED would edit `model`, a hub name or a folder with a config.json; no weights are read.
 
-    Raises `UserError` for a model that cannot be found or built, and for one without such sites.
+    `layers` keeps the blocks with these indices. Raises `UserError` for a model that cannot be found or built, and for
+    one without such sites or blocks.
     """
     empty = empty_model(model)
-    found = find_sites(empty, sites)
+    found = find_sites(empty, sites, layers)
     parameters = sum(2 * site.width for site in found)
     base_parameters = sum(parameter.numel() for parameter in empty.parameters())
     architecture = type(empty).__name__
@@ -60,13 +61,18 @@ def preview(model: str, sites: str | Sequence[str] = "ffn") -> Preview:
     )
 
 
-def empty_model(model: str) -> PreTrainedModel:
-    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
+def model_config(model: str) -> PretrainedConfig:
+    """The configuration of a model, a hub name or a folder with a config.json. UserError where there is none."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model}: no config.json in such a folder, nor a model of that name ({reason})") from error
+
+
+def empty_model(model: str) -> PreTrainedModel:
+    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
+    config = model_config(model)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         return AutoModel.from_config(config) if architecture is None else architecture._from_config(config)
@@ -74,7 +80,7 @@ def empty_model(model: str) -> PreTrainedModel:
 
 def preview_table(preview: Preview) -> Table:
     """One row per place in the layers, then the sums."""
-    table = Table(title=f"{preview.model} ({preview.architecture})", show_footer=True)
+    table = Table(show_footer=True)
     places: dict[str, list[Site]] = {}
     for site in preview.sites:
         places.setdefault(place(site.name), []).append(site)
