@@ -63,23 +63,32 @@ def config_fields() -> str:
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters
-    from redpeft.adapters import card, preview
+    from redpeft.adapters import card, compose, expression, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.runs import runner
-    from redpeft.tasks import data
+    from redpeft.tasks import data, files
     from redpeft.training import predict, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
-        "redpeft.adapters": [adapters.read_adapter, adapters.load_adapter, adapters.Adapter, adapters.Edit],
+        "redpeft.RedModel": [redpeft.RedModel.add_weighted_adapter, redpeft.RedModel.set_scale],
+        "redpeft.adapters": [getattr(adapters, name) for name in ("read_adapter", "load_adapter", "write_adapter")]
+        + [adapters.Adapter, adapters.Edit],
         "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
         "redpeft.adapters.preview": [preview.preview],
         "redpeft.adapters.card": [card.write_card],
+        "redpeft.adapters.compose": [
+            *(compose.weighted_sum, compose.sequence, compose.inverse, compose.keep_scale, compose.keep_bias),
+            *(compose.keep_layers, compose.trim, compose.take_head, compose.check_same_base),
+        ],
+        "redpeft.adapters.expression": [expression.compose],
+        "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
-        "redpeft.training.predict": [predict.load_run, predict.evaluate, predict.predict],
+        "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
-        "redpeft.tasks.data": [data.read_splits, data.read_file],
+        "redpeft.tasks.data": [data.read_splits],
+        "redpeft.tasks.files": [files.read_file],
         "redpeft.errors": [redpeft.errors.UserError, redpeft.errors.RunError],
     }
     sections = [f"### `{module}`\n\n" + "\n".join(map(_signature, names)) for module, names in shown.items()]
@@ -107,16 +116,22 @@ def _command(command: CommandInfo) -> str:
             usage.append(shown if required else f"[{shown}]")
         else:
             names = [name for name in (says.default, *(says.param_decls or ())) if isinstance(name, str)]
-            shown = (names or [f"--{parameter.name}"])[0] + ("" if kind is bool else " TEXT")
+            shown = (names or [f"--{parameter.name}"])[0] + ("" if kind is bool else f" {_value(kind)}")
         given = parameter.default not in (inspect.Parameter.empty, None, False)
         rows.append((f"`{shown}`", "required" if required else f"`{parameter.default}`" if given else "", says.help))
-    name, example = command.callback.__name__, command.epilog.removeprefix("Example: ")
+    name, example = command.callback.__name__.replace("_", "-"), command.epilog.removeprefix("Example: ")
     return (
         f"## `redpeft {name}`\n\n{inspect.getdoc(command.callback)}\n\n"
         f"```text\nredpeft {' '.join([name, '[OPTIONS]', *usage])}\n```\n\n"
         + _table(("argument or option", "default", "meaning"), rows)
         + f"\n\nExample:\n\n```bash\n{example}\n```"
     )
+
+
+def _value(kind: typing.Any) -> str:
+    """What an option takes: the names to choose among, or any text."""
+    literal = next((k for k in (kind, *typing.get_args(kind)) if typing.get_origin(k) is typing.Literal), None)
+    return "\\|".join(typing.get_args(literal)) if literal else "TEXT"
 
 
 def tensors() -> str:

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 from redpeft import RedConfig, cli
 from redpeft.errors import RunError, UserError
+from redpeft.training import loop
 
 
 @pytest.fixture
@@ -44,11 +45,15 @@ def adapter(tiny_encoder_folder, tmp_path):
 SITES = [f"encoder.layer.{index}.output.dense" for index in range(2)]
 
 
+def standard_input(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
 def one_line(text):
     return text.count("\n") == 1 and "Traceback" not in text
 
 
-@pytest.mark.parametrize("name", ["init", "train", "evaluate", "predict", "sites", "inspect", "demo", "version"])
+@pytest.mark.parametrize("name", [name.callback.__name__.replace("_", "-") for name in cli.app.registered_commands])
 def test_every_command_has_help_with_an_example_and_json(redpeft, name):
     code, out, _ = redpeft(name, "--help")
     assert code == 0
@@ -61,8 +66,35 @@ def test_the_process_answers_a_mistake_without_a_traceback():
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "No such command 'trian'. Did you mean 'train'?" in done.stderr
+    assert done.stderr.endswith("redpeft: No such command 'trian'. Did you mean 'train'? See redpeft --help\n")
     assert "Traceback" not in done.stderr
+    assert "Usage" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["nosuch"], "No such command 'nosuch'. See redpeft --help"),
+        (["train", "--nosuch"], "No such option: --nosuch"),
+        (["evaluate"], "Missing argument 'run'. See redpeft evaluate --help"),
+        (["predict", "run"], "Missing argument 'file'. See redpeft predict --help"),
+        (["train", "a.yaml", "--out"], "Option '--out' requires an argument. See redpeft"),
+        (["version", "extra"], "unexpected extra argument"),
+    ],
+)
+def test_a_wrong_call_is_one_line(redpeft, call, message):
+    code, out, err = redpeft(*call)
+    assert (code, out) == (2, "")
+    assert one_line(err)
+    assert err.startswith("redpeft: ")
+    assert message.lower() in err.lower()
+
+
+def test_no_command_shows_the_help(redpeft):
+    code, out, err = redpeft()
+    assert (code, err) == (0, "")
+    assert "evaluate" in out
+    assert out == redpeft("--help")[1]
 
 
 @pytest.mark.parametrize(("error", "expected"), [(UserError, 2), (RunError, 1)])
@@ -116,6 +148,16 @@ def test_sites(redpeft, tiny_decoder_folder):
     code, out, _ = redpeft("sites", tiny_decoder_folder)
     assert code == 0
     assert "model.layers.*.mlp.down_proj" in out
+    code, out, _ = redpeft("sites", tiny_decoder_folder, "--layers", "1", "--json")
+    assert [site["name"] for site in json.loads(out)["sites"]] == ["model.layers.1.mlp.down_proj"]
+
+
+def test_sites_keeps_a_long_path_on_one_line(redpeft, tiny_decoder_folder, tmp_path):
+    folder = tmp_path / ("a-long-name-" * 12) / ("and-another-" * 5)
+    folder.parent.mkdir()
+    folder.symlink_to(tiny_decoder_folder)
+    out = redpeft("sites", folder)[1]
+    assert f"{folder} (LlamaForCausalLM)" in out.splitlines()
 
 
 def test_sites_of_nothing(redpeft, tmp_path, tiny_decoder_folder):
@@ -125,6 +167,12 @@ def test_sites_of_nothing(redpeft, tmp_path, tiny_decoder_folder):
     code, out, err = redpeft("sites", tiny_decoder_folder, "--sites", "fnn")
     assert (code, out) == (2, "")
     assert "fnn" in err
+    code, out, err = redpeft("sites", tiny_decoder_folder, "--layers", "0,7")
+    assert (code, out) == (2, "")
+    assert "no block to edit has the index [7]" in err
+    code, out, err = redpeft("sites", tiny_decoder_folder, "--layers", "first")
+    assert (code, out) == (2, "")
+    assert "--layers takes the numbers of blocks, as 0,1,11, not 'first'" in err
 
 
 def test_inspect_one_and_two_adapters(redpeft, adapter, tmp_path):
@@ -150,6 +198,34 @@ def test_inspect_refuses_a_broken_adapter(redpeft, adapter):
     assert (code, out) == (2, "")
     assert one_line(err)
     assert "corrupt or truncated" in err
+
+
+def test_released_checkpoints_there_and_back(redpeft, tmp_path, tiny_decoder_folder):
+    sites = [f"model.layers.{index}.mlp.down_proj" for index in range(2)]
+    torch.manual_seed(0)
+    parts = {"bias": 5 * torch.randn(1, 32), "scaling": torch.ones(1, 32)}
+    tensors = {f"{s}.delta_vector.activation_{part}": parts[part].bfloat16() for s in sites for part in parts}
+    torch.save(tensors, tmp_path / "delta_vector.pth")
+    call = ["import-released", tmp_path, "--base", tiny_decoder_folder, "--out"]
+    code, out, err = redpeft(*call, tmp_path / "a", "--json")
+    found = json.loads(out)
+    assert (code, found["architecture"], found["parameters"]) == (0, "LlamaForCausalLM", 128)
+    assert (found["adapter"], found["dtype"], len(found["bias_rms"])) == (str(tmp_path / "a"), "bfloat16", 2)
+    code, out, _ = redpeft(*call, tmp_path / "b")
+    assert code == 0
+    assert "ffn: 2 modules in 2 layers" in out
+    assert found["notes"][0] in out
+    code, out, err = redpeft(*call, tmp_path / "b")
+    assert (code, out) == (2, "")
+    assert one_line(err)
+    assert "is there already" in err
+    code, out, _ = redpeft("export-released", tmp_path / "a", "--out", tmp_path / "c", "--json")
+    file = tmp_path / "c" / "delta_vector.pth"
+    assert (code, json.loads(out)) == (0, {"files": [str(file)], "modules": 2, "dtype": "bfloat16"})
+    again = torch.load(file, weights_only=True)
+    assert list(again) == list(tensors)
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert "delta_vector.pth (bfloat16)" in redpeft("export-released", tmp_path / "a", "--out", tmp_path / "d")[1]
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +271,38 @@ def test_train_without_a_file_and_with_seeds(redpeft, tmp_path, tiny_encoder_fol
 
 
 def test_a_failed_seed_is_reported_after_the_others(redpeft, monkeypatch, tmp_path, tiny_encoder_folder, data_folder):
-    summary = {"validation": {"accuracy": 0.5}, "test": None, "failed": {"seed-4": "the loss is not finite"}}
-    monkeypatch.setattr("redpeft.runs.runner.run_recipe", lambda *_: summary)
-    code, out, err = redpeft("train", f"base={tiny_encoder_folder}", f"data={data_folder}", "--json")
+    """Exit code 1, with the others' scores printed and kept; where every seed fails, the first one's error alone."""
+    step = loop.RunTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.args.seed == 4:
+            raise RunError("the loss is not finite at step 1")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(loop.RunTrainer, "training_step", failing)
+    call = ["train", f"base={tiny_encoder_folder}", f"data={data_folder}", "max_steps=1", "--json"]
+    code, out, err = redpeft(*call, "--seeds", "4,5", "--out", tmp_path / "run")
+    summary = json.loads(out)
     assert code == 1
-    assert json.loads(out)["validation"] == {"accuracy": 0.5}
-    assert "the loss is not finite" in err
+    assert summary["seeds"] == [5]
+    assert summary["failed"] == {str(tmp_path / "run" / "seed-4"): "the loss is not finite at step 1"}
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"] == summary["validation"]
+    last = f"redpeft: not all seeds came to an end: {tmp_path}/run/seed-4: the loss is not finite at step 1"
+    assert err.splitlines()[-1] == last
+    code, out, err = redpeft(*call, "--seeds", "4", "--out", tmp_path / "all")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "redpeft: the loss is not finite at step 1"
+    assert not (tmp_path / "all" / "summary.json").exists()
+
+
+def test_demo_does_not_write_into_another_run(redpeft, trained):
+    run, _ = trained
+    before = sorted(path.name for path in run.iterdir())
+    code, out, err = redpeft("demo", "--out", run)
+    assert (code, out) == (2, "")
+    assert one_line(err)
+    assert "holds no demo but" in err
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -231,7 +333,10 @@ def test_evaluate_takes_a_run_or_its_adapter(redpeft, trained, data_folder):
     code, found, _ = redpeft("evaluate", run / "adapter", test, "--json")
     assert code == 0
     assert json.loads(found)["metrics"]["accuracy"] == json.loads(out)["test"]["accuracy"]
-    assert "accuracy" in redpeft("evaluate", run, test)[1]
+    _, out, err = redpeft("evaluate", run, test)
+    assert "accuracy" in out
+    assert "eval_loss" not in err
+    assert "it/s" not in err
 
 
 def test_evaluate_refuses_what_is_no_run(redpeft, tmp_path, data_folder):
@@ -246,15 +351,80 @@ def test_predict_writes_a_json_line_a_row(redpeft, trained, data_folder, monkeyp
     rows = [json.loads(line) for line in out.splitlines()]
     assert (code, len(rows)) == (0, 8)
     assert all(row["label"] in ("yes", "no") and set(row["probabilities"]) == {"yes", "no"} for row in rows)
-    monkeypatch.setattr("sys.stdin", io.StringIO('the film is good\n\n{"text": "the film is bad"}\n'))
+    assert [row["text"] for row in rows[:2]] == ["the film is good", "the film is bad"]
+    standard_input(monkeypatch, 'the film is good\n\n{"text": "the film is bad", "id": 17}\n')
     code, out, _ = redpeft("predict", run, "-")
     assert code == 0
+    assert [json.loads(line).get("id") for line in out.splitlines()] == [None, 17]
     again = [json.loads(line)["probabilities"]["yes"] for line in out.splitlines()]
     assert again == pytest.approx([row["probabilities"]["yes"] for row in rows[:2]], rel=1e-4)
 
 
 def test_predict_names_a_broken_line(redpeft, trained, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO('the film\n{"text": \n'))
+    standard_input(monkeypatch, 'the film\n{"text": \n')
     code, _, err = redpeft("predict", trained[0], "-")
     assert code == 2
     assert "line 2 of standard input is broken JSON" in err.splitlines()[-1]
+    standard_input(monkeypatch, 'the film\n\n{"body": "the film"}\n')
+    code, out, err = redpeft("predict", trained[0], "-")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "redpeft: row 3 has no 'text'; it has 'body'"
+
+
+@pytest.mark.timeout(120)
+def test_predict_answers_a_line_before_the_next_one_comes(trained):
+    """As a person at a terminal, or a program at the other end of two pipes, expects it."""
+    call = [sys.executable, "-m", "redpeft", "predict", str(trained[0]), "-"]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        for line in ("the film is good", "the film is bad"):
+            process.stdin.write(f"{line}\n".encode())
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline())["text"] == line
+        assert process.communicate()[0] == b""
+        assert process.returncode == 0
+
+
+def test_fold_writes_a_checkpoint_and_says_how_exact_it_is(redpeft, adapter, tiny_encoder_folder, tmp_path):
+    folder = adapter("one")
+    code, out, err = redpeft("fold", folder, "--base", tiny_encoder_folder, "--out", tmp_path / "folded", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["architecture"], found["dtype"], found["adapter"]) == ("BertModel", "float32", None)
+    assert [site["form"] for site in found["sites"]] == ["weight and bias"] * 2
+    assert all(site["error"] < 1e-6 and site["vanished"] == 0 for site in found["sites"])
+    folded, base = AutoModel.from_pretrained(tmp_path / "folded"), AutoModel.from_pretrained(tiny_encoder_folder)
+    weight = "encoder.layer.1.output.dense.weight"
+    assert not torch.equal(folded.state_dict()[weight], base.state_dict()[weight])
+
+    code, out, _ = redpeft(
+        "fold", folder, "--base", tiny_encoder_folder, "--out", tmp_path / "table", "--dtype", "bf16"
+    )
+    assert code == 0
+    for text in ("BertModel, bfloat16", "encoder.layer.*.output.dense", "rounding / edit", f"Checkpoint: {tmp_path}"):
+        assert text in out
+
+
+def test_fold_shows_its_plan_for_a_model_or_an_adapter(redpeft, adapter, tiny_encoder_folder, tiny_decoder_folder):
+    code, out, _ = redpeft("fold", "--plan", tiny_decoder_folder, "--sites", "red+")
+    assert code == 0
+    assert "a bias by attention_bias=True, mlp_bias=True" in out
+    assert "A plain checkpoint carries all of it." in out
+    code, out, _ = redpeft("fold", adapter("one"), "--plan", tiny_encoder_folder, "--json")
+    assert json.loads(out)["forms"] == dict.fromkeys(SITES, "weight and bias")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["ADAPTER"], "name an adapter and --out, or a model with --plan MODEL"),
+        (["ADAPTER", "--out", "OUT", "--base", "nowhere"], "no such model folder"),
+        (["ADAPTER", "--out", "OUT", "--as", "llama"], "BertModel is not known to be Llama by another name"),
+    ],
+)
+def test_a_wrong_call_of_fold_is_one_line(redpeft, adapter, tmp_path, arguments, said):
+    names = {"ADAPTER": adapter("one"), "OUT": tmp_path / "out"}
+    code, out, err = redpeft("fold", *(names.get(argument, argument) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert said in err
+    assert one_line(err)
+    assert not (tmp_path / "out").exists()

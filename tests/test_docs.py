@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import typer
 
 from redpeft import cli, demo
 from redpeft.training.methods import DEFAULT_RATES
@@ -24,7 +25,8 @@ from redpeft.training.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w+)( run)?\n(.*?)^ *```$", re.M | re.S)
-COMMANDS = {command.callback.__name__: command for command in cli.app.registered_commands}
+COMMANDS = {command.callback.__name__.replace("_", "-"): command for command in cli.app.registered_commands}
+OPTIONS = typer.main.get_command(cli.app).commands
 
 
 def page_name(page: Path) -> str:
@@ -95,11 +97,8 @@ def test_commands_exist_with_the_options_used(page):
         name, *arguments = shlex.split(call)[1:]
         assert name in COMMANDS, call
         options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
-        known = {f"--{option}" for option in COMMANDS[name].callback.__wrapped__.__annotations__} | {
-            "--help",
-            "--json",
-        }
-        assert options <= known, call
+        known = {option for parameter in OPTIONS[name].params for option in parameter.opts}
+        assert options <= known | {"--help"}, call
         overrides = [argument for argument in arguments if re.match(r"[a-z_.]+=", argument)]
         if name == "train" and overrides:
             load_recipe(None, ["base=model", "data.path=rows.csv", *overrides])
@@ -136,7 +135,8 @@ def run_commands(text: str, monkeypatch) -> None:
     for line in text.replace("\\\n", " ").splitlines():
         said, _, call = line.rpartition(" | ")
         if call.startswith("redpeft "):
-            monkeypatch.setattr("sys.stdin", io.StringIO(said and shlex.split(said)[-1] + "\n"))
+            typed = io.BytesIO((said and shlex.split(said)[-1] + "\n").encode())
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
             with pytest.raises(SystemExit) as exit_:
                 cli.main(shlex.split(os.path.expandvars(call), comments=True)[1:])
             assert exit_.value.code == 0, line

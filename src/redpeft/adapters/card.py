@@ -64,6 +64,29 @@ def write_card(
     return path
 
 
+def write_folded_card(
+    folder: Path, base: str, auto_class: str, changes: Mapping[str, Any], sites: int, left: Sequence[str]
+) -> None:
+    """Write `folder`/README.md for a folded checkpoint. `left`: the sites whose edits stayed in `folder`/adapter."""
+    local = Path(base).exists()
+    name = Path(base).name
+    data = ModelCardData(base_model=None if local else base, library_name="transformers", tags=["redpeft"])
+    changed = f" Its configuration got {', '.join(f'`{key}: {value}`' for key, value in changes.items())}." * bool(
+        changes
+    )
+    parts = [
+        f"# {name} with a RED adapter folded into it",
+        f"The edits of {sites} sites (RED, [{PAPER.rpartition('/')[2]}]({PAPER})) are part of the weights.{changed}",
+    ]
+    load = f'model = {auto_class}.from_pretrained("path/to/this/folder")'
+    if left:
+        parts += [f"What has no place in a plain checkpoint is a RED adapter in `adapter/` ({len(left)} sites)."]
+        load = f"import redpeft  # registers RED with PEFT\nfrom peft import PeftModel\n\n{load}\n"
+        load += 'model = PeftModel.from_pretrained(model, "path/to/this/folder/adapter")'
+    parts += [f"```python\nfrom transformers import {auto_class}\n{load}\n```"]
+    ModelCard("---\n" + data.to_yaml() + "\n---\n\n" + "\n\n".join(parts) + "\n").save(folder / "README.md")
+
+
 def _what_it_is(adapter: Adapter, name: str) -> str:
     edit = sum(edit.scale.numel() + edit.bias.numel() for edit in adapter.edits.values())
     head = sum(tensor.numel() for tensor in adapter.head.values())

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from redpeft.cli.command import Answer, RunFolder, command
+from redpeft.errors import UserError
 
 
 @command("redpeft sites roberta-base --sites red+")
 def sites(
     model: Annotated[str, typer.Argument(help="A Hub name, or a folder with a config.json.", show_default=False)],
     sites: Annotated[str, typer.Option(help="ffn, attention, qkv, several as ffn,qkv, or red+ (all five).")] = "ffn",
+    layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, as 0,1,11.")] = None,
 ) -> Answer:
     """Show which modules would be edited and how few parameters that takes. No weights are needed."""
     from redpeft.adapters.preview import preview, preview_table
 
-    found = preview(model, sites.split(","))
-    return Answer(dataclasses.asdict(found), [preview_table(found)])
+    found = preview(model, sites.split(","), None if layers is None else _numbers(layers))
+    return Answer(dataclasses.asdict(found), [f"{found.model} ({found.architecture})", preview_table(found)])
 
 
 @command("redpeft inspect runs/demo/red/seed-0 --plot red.png")
@@ -43,3 +45,98 @@ def inspect(
         data["plot"] = inspect.plot(adapters, plot)
         shown.append(f"Drew {plot}")
     return Answer(data, shown)
+
+
+@command("redpeft fold runs/reviews --out models/reviews")
+def fold(
+    adapter: Annotated[
+        Path | None, typer.Argument(help="A run folder, or the adapter folder in it.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the weights, if not the base's own.")
+    ] = None,
+    as_: Annotated[
+        Literal["llama"] | None,
+        typer.Option("--as", help="Write the model as Llama, where that is the same function."),
+    ] = None,
+    format_: Annotated[
+        Literal["checkpoint", "bundle"],
+        typer.Option("--format", help="A bundle leaves what has no place in a plain checkpoint as an adapter in it."),
+    ] = "checkpoint",
+    plan: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Only show what folding would write for this model.")
+    ] = None,
+    sites: Annotated[str, typer.Option(help="With --plan and no adapter: ffn, attention, qkv, red+.")] = "ffn",
+) -> Answer:
+    """Fold an adapter into its base model's weights: a plain checkpoint that needs no redpeft."""
+    from redpeft.adapters import find_adapter, read_adapter
+    from redpeft.adapters.fold import fold, preview_fold, tables
+
+    if plan:
+        preview = preview_fold(plan, sites.split(","), read_adapter(find_adapter(adapter)) if adapter else None)
+        return Answer(dataclasses.asdict(preview), [tables.preview_table(preview, plan), *preview.notes])
+    if adapter is None or out is None:
+        raise UserError("name an adapter and --out, or a model with --plan MODEL")
+    result = fold(adapter, out, base, dtype=dtype, llama=as_ == "llama", bundle=format_ == "bundle")
+    return Answer(result.summary(), [tables.result_table(result), *result.notes, f"Checkpoint: {out}"])
+
+
+@command("redpeft compose 'runs/formal:0.7 + runs/brief:0.3' --out adapters/both")
+def compose(
+    expression: Annotated[
+        str,
+        typer.Argument(
+            help="Adapter folders (in quotes where they hold blanks or signs): a:0.7 + b:0.3 is the weighted sum, "
+            "a >> b is b after a; inverse(a), scale(a), bias(a), layers(a, 0-5, 11), trim(a, 80%).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+    head: Annotated[Path | None, typer.Option(help="The adapter whose head to keep, where several bring one.")] = None,
+) -> Answer:
+    """Make an adapter from others by exact arithmetic on their edits."""
+    from redpeft.adapters import inspect
+    from redpeft.adapters.expression import compose
+
+    made = compose(expression, out, head)
+    rows = inspect.summarize(made)
+    kept = made.config["base_fingerprint"]
+    data = {"adapter": out, "expression": expression, "base_fingerprint": kept, "sites": rows}
+    unchecked = "No fingerprint of the base model: none was made for exactly these sites."
+    shown = [inspect.summary_table(rows, expression), *([] if kept else [unchecked]), f"Adapter: {out}"]
+    return Answer(data, shown)
+
+
+@command("redpeft import-released RoBERTa_base/checkpoint/mnli --base FacebookAI/roberta-base --out adapters/mnli")
+def import_released(
+    path: Annotated[Path, typer.Argument(help="A delta_vector.pth, or the folder that holds it.", show_default=False)],
+    base: Annotated[str, typer.Option(help="The base model: a Hub name, or a folder with a config.json.")],
+    out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
+) -> Answer:
+    """Turn a checkpoint of the paper's own code into an adapter, and tell what is in it."""
+    from redpeft.adapters.released import import_released, import_table
+
+    found = import_released(path, base, out)
+    return Answer(dataclasses.asdict(found), [import_table(found), *found.notes, f"Adapter: {out}"])
+
+
+@command("redpeft export-released adapters/mnli --out mnli")
+def export_released(
+    adapter: RunFolder,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> Answer:
+    """Write an adapter as the paper's own code saves it: delta_vector.pth, and classifier.pth for RoBERTa's head."""
+    from redpeft.adapters import find_adapter, read_adapter
+    from redpeft.adapters.released import export_released
+
+    found = export_released(read_adapter(find_adapter(adapter)), out)
+    return Answer(dataclasses.asdict(found), [f"Wrote {file} ({found.dtype})" for file in found.files])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--layers takes the numbers of blocks, as 0,1,11, not {text!r}") from None

@@ -8,7 +8,7 @@ same checkpoint loaded in fp32, bf16 or fp16 agrees with itself.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,19 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 RELATIVE, ABSOLUTE = 2.0**-8, 2.0**-24
 
 
-@torch.no_grad()
 def fingerprint(model: nn.Module, module_names: Iterable[str]) -> dict | None:
     """The fingerprint of the weights of the named modules: {"shapes": digest, "samples": [float, ...]}.
 
     None where it cannot be computed: quantised or sharded weights, or weights on the meta device.
     """
-    names = sorted(module_names)
-    tensors = [weight for name in names if _readable(weight := _weight(model.get_submodule(name)))]
+    return fingerprint_of({name: _weight(model.get_submodule(name)) for name in module_names})
+
+
+@torch.no_grad()
+def fingerprint_of(weights: Mapping[str, Any]) -> dict | None:
+    """As `fingerprint`, of weights by their modules' names: those of a checkpoint, say."""
+    names = sorted(weights)
+    tensors = [weights[name] for name in names if _readable(weights[name])]
     if not tensors or len(tensors) < len(names):
         return None
     shapes = "\n".join(f"{name} {tuple(weight.shape)}" for name, weight in zip(names, tensors, strict=True))

@@ -1,0 +1,69 @@
+"""The weights of a base model's folder, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from redpeft.errors import UserError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NOT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")  # what is copied beside them
+
+
+class Checkpoint:
+    """`files`: the names of the safetensors files, each with its tensors' names. Raises `UserError` for a folder
+    without such weights, a pickle among them, and files that are missing or corrupt."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = self._files()
+        self._file_of = {key: file for file, keys in self.files.items() for key in keys}
+
+    @property
+    def keys(self) -> Iterable[str]:
+        return self._file_of.keys()
+
+    def read(self, key: str) -> torch.Tensor:
+        """One tensor, on the CPU."""
+        with self.open(self._file_of[key]) as file:
+            return file.get_tensor(key)
+
+    def open(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder / file}: missing, corrupt or truncated ({error}); copy it again") from error
+
+    def _files(self) -> dict[str, list[str]]:
+        if (self.folder / INDEX).is_file():
+            shards = sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        elif (self.folder / WEIGHTS).is_file():
+            shards = [WEIGHTS]
+        else:
+            raise UserError(
+                f"{self.folder}: no {WEIGHTS} there, and redpeft reads no pickles; load the model with transformers "
+                "and save it with save_pretrained, which writes one"
+            )
+        found = {}
+        for shard in shards:
+            with self.open(shard) as file:
+                found[shard] = list(file.keys())
+        return found
+
+
+def local_folder(model: str) -> Path:
+    """The folder of a model, a path or a hub name: then it is downloaded, pickles left out."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{model}: no such model folder, nor a model of that name ({reason})") from error

@@ -1,0 +1,133 @@
+"""What a stock checkpoint can carry of an edit, seen from the configuration alone: no weight is read.
+
+An edit after a linear layer is another linear layer: `W' = scale * W`, `b' = scale * b + bias`. Its bias is the hard
+part where the layer has none. In this order:
+
+1. The layer has a bias (BERT, GPT-2, ViT, ...): the checkpoint keeps its configuration.
+2. A switch of the configuration adds biases (`mlp_bias` of Llama and many others). Found by trying the switches on the
+   meta device: one that only adds biases to linear layers is exact, since the biases that no edit fills are zero.
+3. On request, the same model written as another that has such a switch (`as_llama`).
+4. What is left over stays an edit beside the checkpoint (a bundle).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from redpeft.adapters.files import some
+from redpeft.errors import UserError
+
+# What becomes of a site's edit
+FOLDED = "weight and bias"
+NEW_BIAS = "weight, and a bias by"  # the changes of the configuration follow
+BIAS_LEFT = "weight; its bias stays an edit"
+LEFT = "stays an edit"
+
+
+class Parts(NamedTuple):
+    """Which parts of a site's edit are not the identity."""
+
+    scale: bool = True
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fold would write: `model` is the model of the checkpoint on the meta device, `changes` what its
+    configuration gets beyond the base's, `forms` what becomes of each site's edit."""
+
+    model: PreTrainedModel
+    changes: dict[str, Any]
+    forms: dict[str, str]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def left(self) -> list[str]:
+        """The sites that keep an edit, or the bias of one."""
+        return [site for site, form in self.forms.items() if form in (BIAS_LEFT, LEFT)]
+
+
+def plan_fold(model: PreTrainedModel, sites: Mapping[str, Parts]) -> Plan:
+    """Plan the fold of edits at `sites` of `model`, which is on the meta device.
+
+    Raises `UserError` for a site that the model does not have.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if unknown := [site for site in sites if site not in modules]:
+        raise UserError(f"this base model ({type(model).__name__}) has no module {some(unknown)}")
+    forms = {site: _form(site, modules[site], parts, model.config) for site, parts in sites.items()}
+    without = [site for site, form in forms.items() if form == BIAS_LEFT]
+    if not without or LEFT in forms.values():  # a bundle is needed anyway
+        return Plan(model, {}, forms)
+    found = _switch_on_biases(model, without)
+    if found is None:
+        return Plan(model, {}, forms)
+    changed, changes = found
+    new = f"{NEW_BIAS} {', '.join(f'{name}={value}' for name, value in changes.items())}"
+    return Plan(changed, changes, forms | dict.fromkeys(without, new))
+
+
+def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights. `model_class`: an auto class, or a model's own."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        return build(copy.deepcopy(config))
+
+
+def is_quantised(config: PretrainedConfig, site: str) -> bool:
+    """Whether the checkpoint keeps this module's weight in a quantised form, by its configuration."""
+    settings = getattr(config, "quantization_config", None)
+    settings = settings if isinstance(settings, dict) or settings is None else settings.to_dict()
+    if not settings:
+        return False
+    plain = settings.get("llm_int8_skip_modules") or settings.get("modules_to_not_convert") or ()
+    return not any(name in site for name in plain)
+
+
+def _form(site: str, module: nn.Module, parts: Parts, config: PretrainedConfig) -> str:
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return LEFT
+    if parts.scale and is_quantised(config, site):
+        return LEFT  # to scale its rows would take them apart and quantise them again
+    return FOLDED if module.bias is not None or not parts.bias else BIAS_LEFT
+
+
+def _switch_on_biases(model: PreTrainedModel, sites: list[str]) -> tuple[PreTrainedModel, dict[str, bool]] | None:
+    """The fewest switches of the configuration that give all these sites a bias and change nothing else."""
+    text = model.config.get_text_config()
+    switches = [name for name, value in text.to_dict().items() if value is False and "bias" in name]
+    for count in range(1, len(switches) + 1):
+        for chosen in combinations(switches, count):
+            config = copy.deepcopy(model.config)
+            for name in chosen:
+                setattr(config.get_text_config(), name, True)
+            try:
+                changed = on_meta(type(model), type(config).from_dict(config.to_dict()))
+            except Exception:  # some configurations refuse some combinations, each in its own way
+                continue
+            if _only_adds_biases(model, changed) and all(changed.get_submodule(s).bias is not None for s in sites):
+                return changed, dict.fromkeys(chosen, True)
+    return None
+
+
+def _only_adds_biases(model: PreTrainedModel, changed: PreTrainedModel) -> bool:
+    before, after = ({key: tensor.shape for key, tensor in m.state_dict().items()} for m in (model, changed))
+    added = after.keys() - before.keys()
+    kinds = [changed.get_submodule(key.rpartition(".")[0]) for key in added]
+    return (
+        all(before[key] == after.get(key) for key in before)
+        and all(key.endswith(".bias") for key in added)
+        and all(isinstance(module, (nn.Linear, Conv1D)) for module in kinds)
+    )

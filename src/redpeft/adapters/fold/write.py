@@ -1,0 +1,121 @@
+"""Write the folded checkpoint: the base's files one after another, with the tensors of edited layers changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from redpeft.adapters.files import CONFIG_NAME, Adapter
+from redpeft.adapters.fold.checkpoint import INDEX, NOT_WEIGHTS, Checkpoint
+from redpeft.adapters.fold.names import find_key
+from redpeft.adapters.fold.survey import FoldedSite, rows
+from redpeft.method.edit import fold_edit
+from redpeft.method.fingerprint import FLOATS
+
+
+@dataclass
+class Changes:
+    """What happens to the base's tensors, by their keys in its checkpoint.
+
+    `added` are new tensors, by the key beside which they are written and their own names.
+    """
+
+    scaled: dict[str, FoldedSite] = field(default_factory=dict)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    added: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, beside: str, name: str, tensor: torch.Tensor) -> None:
+        self.added.setdefault(beside, {})[name] = tensor
+
+
+def changes(
+    sites: list[FoldedSite], model: PreTrainedModel, zeros: set[str], names: Mapping[str, str], dtype: torch.dtype
+) -> Changes:
+    """What to change in the base's checkpoint. `zeros`: biases of `model` that are new and that no edit fills."""
+    found, state = Changes(), model.state_dict()
+    for site in sites:
+        if site.key is not None and site.scale is not None:
+            found.scaled[site.key] = site
+        if site.key is not None and site.bias is not None:
+            key = site.key.removesuffix("weight") + "bias"
+            if key in names:
+                found.replaced[key] = site.bias
+            else:
+                found.add(site.key, names[site.key].removesuffix("weight") + "bias", site.bias)
+    for name in sorted(zeros):
+        key = find_key(name.removesuffix("bias") + "weight", names)
+        found.add(key, names[key].removesuffix("weight") + "bias", torch.zeros(state[name].shape, dtype=dtype))
+    return found
+
+
+def write_weights(
+    folder: Path,
+    checkpoint: Checkpoint,
+    changes: Changes,
+    names: Mapping[str, str],
+    model: PreTrainedModel,
+    head: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    convert: bool,
+) -> None:
+    """Write the base's tensors under their new `names`, those without a name left out, and the head after the last.
+
+    Files are split as the base's are. `dtype` is that of what is new or folded; of all else too with `convert`.
+    """
+    weight_map: dict[str, str] = {}
+    total = 0
+    files = list(checkpoint.files.items())
+    for file, keys in track(files, "Folding", console=Console(stderr=True), disable=len(files) == 1):
+        tensors = {}
+        with checkpoint.open(file) as shard:
+            for key in keys:
+                if key in names:
+                    tensor = shard.get_tensor(key)
+                    tensors[names[key]] = _changed(key, tensor, changes, model, dtype, convert).contiguous()
+                    tensors |= changes.added.get(key, {})
+        if file == files[-1][0]:
+            tensors |= {name: tensor.to(dtype).contiguous() for name, tensor in head.items()}
+        if tensors:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_rest(folder: Path, base: Path, adapter: Adapter, model: PreTrainedModel) -> None:
+    """The configuration, and what lies beside the weights: tokenizer (the adapter's, if it has one), templates, ..."""
+    for source in (base, adapter.folder):
+        for pattern in NOT_WEIGHTS:
+            for file in source.glob(pattern):
+                if file.name not in ("config.json", CONFIG_NAME, INDEX):
+                    shutil.copyfile(file, folder / file.name)
+    model.config.architectures = [type(model).__name__]
+    if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
+        model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id  # as in training
+    model.config.save_pretrained(folder)
+
+
+def _changed(
+    key: str, tensor: torch.Tensor, changes: Changes, model: PreTrainedModel, dtype: torch.dtype, convert: bool
+) -> torch.Tensor:
+    if key in changes.replaced:
+        return changes.replaced[key]
+    if key not in changes.scaled:
+        return tensor.to(dtype) if convert and tensor.dtype in FLOATS else tensor
+    site = changes.scaled[key]
+    assert site.scale is not None
+    module = model.get_submodule(site.site)
+    scale = site.scale.to(torch.promote_types(tensor.dtype, site.scale.dtype))
+    folded, _ = fold_edit(rows(tensor, module), None, scale, torch.zeros_like(scale))
+    return rows(folded, module).to(dtype)

@@ -1,0 +1,44 @@
+"""What transformers says of loading a checkpoint, without loading it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+
+def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: Any) -> dict[str, Any]:
+    """transformers' report of loading `checkpoint` into a model of this class and configuration, by the tensors' names
+    and shapes alone: `missing_keys`, `unexpected_keys` and `mismatched_keys`. `options` go to `from_pretrained`."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with quiet():
+        _, info = type(model).from_pretrained(
+            checkpoint,
+            config=config,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return info
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' words and bars on what it loads."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
