@@ -15,13 +15,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# For the tests alone: beside torchao, every process that imports PEFT prints four lines of torchao's.
+$(VENV)/.torchao: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[torchao]"
+	touch $@
+
 demo: $(VENV)/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
 	$(BIN)/redpeft demo
 
-test: $(VENV)/.ready  ## the tests that every change must pass
+test: $(VENV)/.torchao  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.ready  ## what takes longer: several processes, whole demos
+test-slow: $(VENV)/.torchao  ## what takes longer: several processes, whole demos
 	$(BIN)/python -m pytest -m slow
 
 test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports

@@ -67,7 +67,7 @@ def signatures() -> str:
     from redpeft.adapters import inspect as inspection
     from redpeft.runs import runner
     from redpeft.tasks import data, files
-    from redpeft.training import predict, recipe, train
+    from redpeft.training import methods, predict, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
@@ -85,6 +85,7 @@ def signatures() -> str:
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
+        "redpeft.training.methods": [methods.trainable_parameters, methods.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
         "redpeft.tasks.data": [data.read_splits],
@@ -131,7 +132,7 @@ def _command(command: CommandInfo) -> str:
 def _value(kind: typing.Any) -> str:
     """What an option takes: the names to choose among, or any text."""
     literal = next((k for k in (kind, *typing.get_args(kind)) if typing.get_origin(k) is typing.Literal), None)
-    return "\\|".join(typing.get_args(literal)) if literal else "TEXT"
+    return "|".join(typing.get_args(literal)) if literal else "TEXT"
 
 
 def tensors() -> str:

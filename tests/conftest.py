@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -132,5 +133,110 @@ def tiny_decoder_folder(tmp_path_factory) -> Path:
         eos_token_id=tokenizer.eos_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def e2e_rows(names) -> list[dict[str, str]]:
+    """Meaning representations as in the E2E challenge, with two texts each, in the columns of the public files."""
+    return [
+        {"mr": f"name[{name}], food[{food}], area[{area}]", "ref": text.format(name, food, area)}
+        for name in names
+        for food in ("Thai", "English")
+        for area in ("riverside", "city centre")
+        for text in ("{} serves {} food in the {} area.", "There is a place called {0} in the {2}, with {1} food.")
+    ]
+
+
+@pytest.fixture(scope="session")
+def e2e_folder(tmp_path_factory) -> Path:
+    """trainset.csv (24 rows), devset.csv (8 rows, 4 MRs) and testset_w_refs.csv (8 rows, 4 MRs)."""
+    folder = tmp_path_factory.mktemp("e2e")
+    files = {"trainset": ["The Mill", "Blue Spice", "Aromi"], "devset": ["Zizzi"], "testset_w_refs": ["Cotto"]}
+    for name, names in files.items():
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ["mr", "ref"])
+            writer.writeheader()
+            writer.writerows(e2e_rows(names))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_folder(tmp_path_factory) -> Path:
+    """A saved GPT2LMHeadModel (hidden 32, 2 layers, random weights). As the real one's, its tokenizer knows one
+    special token, which begins, ends and is unknown, and has none to pad with. Do not write into it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder, end = tmp_path_factory.mktemp("tiny_gpt2"), "<|endoftext|>"
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[end],
+        show_progress=False,
+    )
+    texts = [text for row in e2e_rows(["The Mill", "Blue Spice", "Aromi", "Zizzi", "Cotto"]) for text in row.values()]
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token=end, bos_token=end, eos_token=end, model_max_length=256
+    )
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=256,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_t5_folder(tmp_path_factory) -> Path:
+    """A saved T5ForConditionalGeneration (hidden 32, 2 + 2 layers, random weights); its tokenizer cuts texts into
+    single characters and puts </s> behind each text. Do not write into it."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tiny_t5")
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:?!'-_\u2581"
+    ids = {piece: index for index, piece in enumerate(["<pad>", "</s>", "<unk>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", ids["</s>"])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=128,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=ids["<pad>"],
+        pad_token_id=ids["<pad>"],
+        eos_token_id=ids["</s>"],
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

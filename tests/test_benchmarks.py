@@ -15,12 +15,17 @@ TINY = ["--rounds=2", "--layers=2", "--width=32", "--vocabulary=50", "--batch=2"
 METHODS = ["frozen floor", "floor again", "RED", "LoRA r=8 on q, v", "LoRA r=16 on all", "IA3", "full"]
 
 
-@pytest.fixture(scope="module")
-def training_step() -> Iterator[ModuleType]:
-    file = Path(__file__).parents[1] / "benchmarks" / "training_step.py"
-    spec = importlib.util.spec_from_file_location("training_step", file)
+def benchmark(name: str) -> ModuleType:
+    file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def training_step() -> Iterator[ModuleType]:
+    module = benchmark("training_step")
     threads = torch.get_num_threads()
     yield module
     torch.set_num_threads(threads)
@@ -53,3 +58,22 @@ def test_the_table_names_the_machine_and_every_method(training_step, capsys):
     assert "threads 1" in shown
     assert "torch " in shown
     assert "bert" not in shown
+
+
+def test_an_edit_adds_the_same_to_every_quantised_base(capsys):
+    module = benchmark("quantised_bases")
+    tiny = ["--layers=2", "--width=64", "--vocabulary=50", "--batch=2", "--tokens=8"]
+    module.main([*tiny, "--json"])
+    rows = json.loads(capsys.readouterr().out)["bases"]
+    assert [row["format"] for row in rows] == list(module.formats())
+    for row in rows:
+        assert row["edit_bytes"] == 2 * 4 * (64 + 64 + 1)
+        assert row["saved_activations_per_site"] == 1.0
+        assert row["base_bytes"] > row["block_bytes"]
+    bits = {row["format"]: row["bits_per_block_weight"] for row in rows}
+    assert (bits["fp32"], bits["bf16"]) == (32, 16)
+    assert 4.5 < bits.get("4bit", 4.6) < 5  # fp32 for each block of 64 weights; norms are bf16
+    assert all(8 < bits[name] < 9 for name in ("8bit", "int8_weight_only") if name in bits)
+    module.main(tiny)
+    shown = capsys.readouterr().out
+    assert all(row["format"] in shown for row in rows)

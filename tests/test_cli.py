@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -428,3 +429,61 @@ def test_a_wrong_call_of_fold_is_one_line(redpeft, adapter, tmp_path, arguments,
     assert said in err
     assert one_line(err)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_to_text_from_training_to_scores(redpeft, tmp_path, tiny_gpt2_folder, e2e_folder, monkeypatch):
+    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    call = ["train", "task=e2e", f"base={tiny_gpt2_folder}", f"data={e2e_folder}", "max_steps=3", "batch_size=8"]
+    code, out, err = redpeft(*call, "--out", tmp_path / "run", "--json")
+    assert code == 0, err
+    trained = json.loads(out)["test"]
+    test = e2e_folder / "testset_w_refs.csv"
+    code, out, _ = redpeft("predict", tmp_path / "run", test)
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert (code, len(rows), len({row["mr"] for row in rows})) == (0, 4, 4)
+    (tmp_path / "predictions.jsonl").write_text(out)
+    code, out, err = redpeft(
+        "score", "e2e", "--references", test, "--predictions", tmp_path / "predictions.jsonl", "--json"
+    )
+    found = json.loads(out)
+    assert (code, found["benchmark"]) == (0, "e2e")
+    assert found["scores"] == {name: trained[name] for name in ("bleu", "nist", "meteor", "rouge_l", "cider")}
+    assert "since they need Java: install" in err
+    assert one_line(err)
+    code, out, _ = redpeft("evaluate", tmp_path / "run", test)
+    assert code == 0
+    for name in ("loss", "bleu", "nist", "cider"):
+        assert name in out
+
+
+def test_score_prints_a_table(redpeft, tmp_path, monkeypatch):
+    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    (tmp_path / "label.txt").write_text("Zizzi is a pub by the river.\nA pub by the river is Zizzi.\n\nCotto.\n\n")
+    (tmp_path / "pred.txt").write_text("Zizzi is a pub by the river.\nCotto.\n")
+    files = ["--references", tmp_path / "label.txt", "--predictions", tmp_path / "pred.txt"]
+    code, out, _ = redpeft("score", "e2e", *files)
+    assert code == 0
+    assert re.search(r"bleu *│ 100\.0000", out)
+    assert re.search(r"meteor *│ - ", out)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "predictions", "message"),
+    [
+        ("e2e", "One.\nTwo.\n", "holds 2 predictions and "),
+        ("e2e", "", "pred.txt is empty"),
+        ("e2e", "One.\n\nTwo.\n", "pred.txt, line 2: the line is empty"),
+        ("e2e", None, "no such file: "),
+        ("e2e", "Caf\udce9\n", "pred.txt is not UTF-8"),
+        ("e3e", "One.\n", "'e3e' is not 'e2e'"),
+    ],
+)
+def test_score_refuses_what_is_wrong(redpeft, tmp_path, benchmark, predictions, message):
+    (tmp_path / "label.txt").write_text("One.\n")
+    if predictions is not None:
+        (tmp_path / "pred.txt").write_bytes(predictions.encode("utf-8", "surrogateescape"))
+    files = ["--references", tmp_path / "label.txt", "--predictions", tmp_path / "pred.txt"]
+    code, out, err = redpeft("score", benchmark, *files)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert one_line(err)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from redpeft import RedConfig
-from redpeft.errors import UserError
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
 
@@ -123,51 +122,29 @@ def test_grpo(tiny, base, tokenizer, tmp_path):
         trainer.train()
 
 
-# Quantised bases
+# Quantised bases (more in test_quantised.py)
 
 
 @pytest.fixture
-def quantised(tiny_decoder_folder, tmp_path):
-    """A model of width 64, the least that bitsandbytes takes on a CPU."""
+def load_in_4_bit(tiny_decoder_folder):
     pytest.importorskip("bitsandbytes", reason="needs the extra [bnb]")
-    config = AutoConfig.from_pretrained(tiny_decoder_folder, hidden_size=64, head_dim=32)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
-
-    def load(bits: int) -> torch.nn.Module:
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        config = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
-        return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "wide", quantization_config=config, dtype=torch.bfloat16
-        )
-
-    return load
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    config = BitsAndBytesConfig(load_in_4bit=True, **options)
+    return lambda: AutoModelForCausalLM.from_pretrained(
+        tiny_decoder_folder, quantization_config=config, dtype=torch.bfloat16
+    )
 
 
-def test_sft_on_a_4_bit_base_undoes_the_cast_of_the_edits(tiny, quantised, tokenizer, tmp_path):
-    trainer = sft(quantised(4), tokenizer, tmp_path, peft_config=config(), bf16=True)
+def test_sft_on_a_4_bit_base_undoes_the_cast_of_the_edits(tiny, load_in_4_bit, tokenizer, tmp_path):
+    trainer = sft(load_in_4_bit(), tokenizer, tmp_path, peft_config=config(), bf16=True)
     trainer.train()
     assert tiny.dtypes(trainer.model) == {torch.float32}
     assert all((edit.scale != 1).any() and edit.bias.any() for edit in tiny.edits(trainer.model))
     trainer.save_model(tmp_path / "adapter")
     assert {t.dtype for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
 
-    model = PeftModel.from_pretrained(quantised(4), tmp_path / "adapter", is_trainable=True)
+    model = PeftModel.from_pretrained(load_in_4_bit(), tmp_path / "adapter", is_trainable=True)
     expected = tiny.values(model)
     trainer = sft(model, tokenizer, tmp_path, bf16=True, learning_rate=0.0)
     trainer.train()
     tiny.assert_same(tiny.values(model), expected)
-
-
-@torch.no_grad()  # with gradients bitsandbytes computes by another kernel
-@pytest.mark.parametrize(("bits", "layer"), [(4, "Linear4bit"), (8, "Linear8bitLt")])
-def test_quantised_layers_are_edited_but_not_merged(tiny, quantised, bits, layer):
-    model = get_peft_model(quantised(bits), config()).eval()
-    ids = tiny.tokens()
-    clean = model(ids).logits
-    assert not torch.equal(tiny.far(model)(ids).logits, clean)
-    message = f"cannot be merged: the weights of {layer} are quantised or sharded .* merge into the unquantised model"
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(UserError, match=message):
-            merge()
-    with model.disable_adapter():
-        assert torch.equal(model(ids).logits, clean)

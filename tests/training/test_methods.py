@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from transformers import (
@@ -17,8 +19,15 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.training.methods import apply_method, head_modules, head_parameters
-from redpeft.training.recipe import load_recipe
+from redpeft.training.methods import (
+    DEFAULT_RATES,
+    METHODS,
+    apply_method,
+    head_modules,
+    head_parameters,
+    trainable_parameters,
+)
+from redpeft.training.recipe import Recipe, load_recipe
 
 SMALL = {
     "vocab_size": 50,
@@ -39,6 +48,31 @@ def llama(cls=LlamaForCausalLM):
 
 def recipe(method, **more):
     return load_recipe(None, {"base": "m", "data": "d", "method": method, **more})
+
+
+def small(method):
+    """A recipe with options that fit a model of two narrow blocks."""
+    options = {
+        "adapter": {"bottleneck": 3},
+        "adapter_ffn": {"bottleneck": 3},
+        "adapter_drop": {"bottleneck": 3, "drop_layers": 1},
+        "prompt": {"num_virtual_tokens": 5},
+        "prefix": {"num_virtual_tokens": 5},
+        "top_layers": {"layers": 1},
+    }
+    return recipe(method, method_options=options.get(method, {}))
+
+
+def test_every_method_can_be_named_in_a_recipe():
+    named = Recipe.model_fields["method"].annotation
+    assert list(get_args(named)) == list(METHODS) == list(DEFAULT_RATES)
+    assert all(recipe(method).resolved().learning_rate == rate for method, rate in DEFAULT_RATES.items())
+
+
+def test_a_resolved_recipe_says_what_the_method_chose():
+    resolved = recipe("adapter_drop", method_options={"drop_layers": 2, "bottleneck": 8}).resolved()
+    assert resolved.method_options == {"layer_norms": True, "drop_layers": 2, "bottleneck": 8}
+    assert recipe("red").resolved().method_options == {}
 
 
 def trained(model):
@@ -62,32 +96,40 @@ def test_a_pooler_is_trained_only_if_the_checkpoint_lacks_it():
     model = bert()
     new = ["bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "not.a.parameter"]
     assert head_modules(model, "classification", new) == ["classifier", "bert.pooler.dense"]
-    for method in ("red", "lora", "ia3", "bitfit", "head"):
-        model = apply_method(bert(), recipe(method), new)
+    for method in set(METHODS) - {"full"}:
+        model = apply_method(bert(), small(method), new)
         names = trained(model)
         assert any("pooler.dense" in name and name.endswith("weight") for name in names), method
         assert any("classifier" in name and name.endswith("weight") for name in names), method
         assert not any(
-            "pooler" in name and name.endswith("weight") for name in trained(apply_method(bert(), recipe(method)))
+            "pooler" in name and name.endswith("weight") for name in trained(apply_method(bert(), small(method)))
         )
 
 
 def test_what_each_method_trains_beside_the_head():
     head = 2 * 16 + 2
     counts = {}
-    for method in ("red", "lora", "ia3", "bitfit", "head", "full"):
-        model = apply_method(bert(), recipe(method))
+    for method in METHODS:
+        model = apply_method(bert(), small(method))
         counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found = head_parameters(model, ["classifier"])
         assert sum(p.numel() for p in found.values()) == head, method
+        assert trainable_parameters(bert(), small(method)) == (counts[method] - head, head), method
     whole = bert()
     encoder = {name: p for name, p in whole.named_parameters() if not name.startswith("classifier")}
     assert counts["red"] == 2 * 2 * 16 + head
     assert counts["head"] == head
     assert counts["bitfit"] == sum(p.numel() for name, p in encoder.items() if name.endswith("bias")) + head
     assert counts["full"] == sum(p.numel() for p in whole.parameters())
-    assert counts["lora"] > head
-    assert counts["ia3"] > head
+    assert counts["lora"] == 2 * 2 * 2 * 8 * 16 + head
+    assert counts["ia3"] == 2 * (16 + 16 + 16 + 32) + head
+    bottleneck, norms = 2 * 16 * 3 + 3 + 16, 2 * 16
+    assert counts["adapter"] == 4 * bottleneck + 5 * norms + head
+    assert counts["adapter_ffn"] == 2 * bottleneck + head
+    assert counts["adapter_drop"] == 2 * bottleneck + 2 * norms + head
+    assert counts["prompt"] == 5 * 16 + head
+    assert counts["prefix"] == 5 * 2 * 2 * 16 + head
+    assert counts["top_layers"] == sum(p.numel() for name, p in encoder.items() if "encoder.layer.1." in name) + head
 
 
 def test_options_reach_the_configuration():
@@ -99,8 +141,8 @@ def test_options_reach_the_configuration():
 
 
 def test_everything_trained_is_fp32_on_a_half_precision_base():
-    for method in ("red", "lora", "head"):
-        model = apply_method(bert().to(torch.bfloat16), recipe(method))
+    for method in ("red", "lora", "adapter", "prompt", "prefix", "head"):
+        model = apply_method(bert().to(torch.bfloat16), small(method))
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}, method
         assert torch.bfloat16 in {p.dtype for p in model.parameters()}
 

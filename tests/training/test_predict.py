@@ -9,6 +9,7 @@ from datasets import DatasetDict
 from redpeft.errors import UserError
 from redpeft.tasks import read_file
 from redpeft.tasks.columns import ROW
+from redpeft.training.methods import METHODS
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
 
@@ -19,13 +20,20 @@ FAST = {"learning_rate": 3e-2, "max_steps": 4, "batch_size": 16}
 def runs(make_recipe, tmp_path_factory):
     """A short run of every method: {method: (folder, result)}."""
     folder = tmp_path_factory.mktemp("runs")
-    return {
-        method: (folder / method, train(make_recipe(method=method, **FAST), folder / method))
-        for method in ("red", "lora", "ia3", "bitfit", "full", "head")
+    options = {
+        "adapter_drop": {"drop_layers": 1},
+        "prompt": {"num_virtual_tokens": 5},
+        "prefix": {"num_virtual_tokens": 5},
+        "top_layers": {"layers": 1},
     }
+    found = {}
+    for method in METHODS:
+        changes = FAST | {"max_length": 48, "method_options": options.get(method, {})}
+        found[method] = folder / method, train(make_recipe(method=method, **changes), folder / method)
+    return found
 
 
-@pytest.mark.parametrize("method", ["red", "lora", "ia3", "bitfit", "full", "head"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_loaded_run_scores_as_it_did_when_it_was_saved(method, runs, data_folder):
     folder, result = runs[method]
     run = load_run(folder)
@@ -121,8 +129,9 @@ def test_a_moved_base_and_a_wrong_base(runs, tiny_encoder_folder, tiny_decoder_f
     assert next(predict(load_run(runs["red"][0], base=moved), ["good"]))["label"]
     with pytest.raises(UserError, match=r"adapter|base"):
         load_run(runs["red"][0], base=tiny_decoder_folder)
-    with pytest.raises(UserError, match=r"trained.safetensors was trained on another base model: .*"):
-        load_run(runs["head"][0], base=tiny_decoder_folder)
+    for method in ("head", "adapter"):
+        with pytest.raises(UserError, match=r"trained.safetensors was trained on another base model: .*"):
+            load_run(runs[method][0], base=tiny_decoder_folder)
 
 
 def test_folders_that_hold_no_finished_run(runs, make_recipe, tmp_path):

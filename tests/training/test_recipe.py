@@ -51,6 +51,7 @@ def test_overrides_reach_every_level_and_win_over_the_file(tmp_path):
         (["method=lora", "init_from=somewhere"], "method must be red, not lora"),
         (["packing=true"], "packing is for the task instruction"),
         (["gradient_accumulation=5"], "batch_size 32 cannot be cut"),
+        (["base.load_in=3bit"], "base.load_in: .*'8bit', '4bit' or 'int8_weight_only', not '3bit'"),
         (["base.load_in=4bit", "method=full"], "base.load_in quantises the base.* not for full"),
     ],
 )

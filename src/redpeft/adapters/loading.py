@@ -17,9 +17,10 @@ def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: An
     and shapes alone: `missing_keys`, `unexpected_keys` and `mismatched_keys`. `options` go to `from_pretrained`."""
     config = copy.deepcopy(model.config)
     config.__dict__.pop("quantization_config", None)
+    loader: Any = type(model)
     with quiet():
-        _, info = type(model).from_pretrained(
-            checkpoint,
+        _, info = loader.from_pretrained(
+            str(checkpoint),
             config=config,
             device_map="meta",
             ignore_mismatched_sizes=True,

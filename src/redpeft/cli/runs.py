@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
@@ -91,6 +91,29 @@ def predict(
     opened = open_run(find_run(run), base)
     batches = read_lines(sys.stdin.buffer, BATCH) if file == "-" else batched(read_file(file), BATCH)
     return predict_batches(opened, batches)
+
+
+@command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")
+def score(
+    benchmark: Annotated[Literal["e2e"], typer.Argument(help="Whose metrics: e2e, those of the E2E NLG challenge.")],
+    references: Annotated[
+        Path,
+        typer.Option(
+            help="Several a meaning representation: a table with columns mr and ref, or lines with an empty line after "
+            "each group."
+        ),
+    ],
+    predictions: Annotated[
+        Path,
+        typer.Option(help="One a meaning representation, in their order: lines, or what `redpeft predict` wrote."),
+    ],
+) -> Answer:
+    """Score generated texts by a benchmark's official metrics."""
+    from redpeft.tasks.e2e_files import score_files
+
+    scores = score_files(references, predictions)
+    data = {"benchmark": benchmark, "references": references, "predictions": predictions, "scores": scores}
+    return Answer(data, [_scores({str(predictions): scores})])
 
 
 @command("redpeft demo --out runs/demo")

@@ -11,6 +11,7 @@ a mixture-of-experts block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
+from redpeft.method.compose import Combination
 from redpeft.method.config import RedConfig
 from redpeft.method.edit import Edit, fold_edit
 from redpeft.method.fingerprint import FLOATS
@@ -107,6 +109,27 @@ class RedLayer(nn.Module, BaseTunerLayer):
             if not edit.scale.is_meta:
                 edit.to(device)
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """PEFT's name for an adapter's strength: 0 is the identity, 1 the edit as it was learned. Nothing stored
+        changes, and nothing of it is saved. A layer without this adapter ignores it; a merged one refuses."""
+        if self.merged:
+            raise UserError("the strength of a merged adapter is fixed: call model.unmerge_adapter() first")
+        if adapter in self.redpeft_edit:
+            self.redpeft_edit[adapter].strength = float(scale)
+
+    def combine(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination: Combination
+    ) -> None:
+        """Fill the edit of `adapter_name` with a combination of those of other adapters, in the first one's unit."""
+        weighted = [
+            (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.redpeft_edit
+        ]
+        if weighted:
+            edits = [self.redpeft_edit[name] for name, _ in weighted]
+            scale, bias = combination([edit.acting for edit in edits], [weight for _, weight in weighted])
+            unit = edits[0].unit
+            self.redpeft_edit[adapter_name].load_state_dict({"scale": scale, "bias": bias / unit, "unit": unit})
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -188,7 +211,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         dtype, rows = weight.dtype, weight.T if transposed else weight
         for name in names:
             edit: Edit = self.redpeft_edit[name]
-            rows, bias = fold_edit(rows, bias, edit.scale, edit.shift)
+            rows, bias = fold_edit(rows, bias, *edit.acting)
         return (rows.T if transposed else rows).to(dtype).contiguous(), bias.to(dtype)
 
     def unmerge(self) -> None:

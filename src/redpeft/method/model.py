@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -15,12 +18,16 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from redpeft.errors import UserError
+from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads
 from redpeft.method.config import RedConfig
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
 from redpeft.method.mixed import BASE, MixedBatch, run_by_adapter
+from redpeft.method.quantised import leave_unpacked
 from redpeft.method.register import PREFIX, REDPEFT
 from redpeft.method.sites import find_sites
+
+logger = logging.getLogger(__name__)
 
 _PEFT_PREFIX = "base_model.model."  # of the keys in adapter files
 
@@ -43,6 +50,8 @@ class RedModel(BaseTuner):
             config.target_modules, config.resolved = {site.name for site in sites}, True
         if config.resolved:
             config.target_modules = frozenset(config.target_modules)  # PEFT shortens a large set to name endings
+        if not config.inference_mode:
+            leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Full names, also where PEFT was given endings: loading goes by these.
         edited = {name for name, layer in _red_layers(model).items() if adapter_name in layer.redpeft_edit}
@@ -50,7 +59,13 @@ class RedModel(BaseTuner):
         self._check_base(model, config, adapter_name)
 
     def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
-        found = fingerprint(model, config.target_modules)
+        found = fingerprint(model, config.target_modules or ())
+        if found is None:
+            logger.info(
+                "adapter '%s': the base model's weights are quantised, sharded or not loaded, so its fingerprint "
+                "cannot be taken, and another base model of the same shape would not be noticed",
+                adapter_name,
+            )
         differs = difference(config.base_fingerprint, found)
         if differs:
             named = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
@@ -118,6 +133,70 @@ class RedModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # the layer has put its edit on the right device already
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
+
+        `h' = h + scale * (edit(h) - h)` in forward passes, mixed batches and merges from now on. What is stored stays,
+        and the strength is not saved: `add_weighted_adapter([name], [scale], other)` makes an adapter to save. Heads
+        are not touched. Raises `UserError` for an unknown name, a scale that is not finite, and a merged adapter.
+        """
+        self._check_known([adapter_name])
+        if not math.isfinite(scale):
+            raise UserError(f"the strength of an adapter must be a finite number, not {scale}")
+        for layer in _red_layers(self.model).values():
+            layer.set_scale(adapter_name, scale)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head: str | None = None,
+    ) -> None:
+        """Add an adapter that is made from others, by exact arithmetic at each site.
+
+        "linear": the weighted sum of their differences from the identity, `scale = 1 + sum of w (s - 1)` and
+        `bias = sum of w b`; "sequence": one after another in this order, each with its weight as its strength. They
+        count as they act now (`set_scale`). A site that an adapter lacks is the identity there. Heads
+        (`modules_to_save`): one that comes alone is kept, several are averaged where the weights sum to 1, or `head`
+        names the adapter whose head to take. The new adapter is neither active nor trained yet: `set_adapter` does it.
+
+        Raises `UserError` for unknown or taken names, weights that are not one finite number for each adapter, an
+        unknown `combination_type`, and heads that cannot be combined; the model is unchanged then.
+        """
+        self._check_known([*adapters, *([head] if head else [])])
+        if adapter_name in self.peft_config:
+            raise UserError(f"there is an adapter '{adapter_name}' already: choose another name, or delete it first")
+        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise UserError(f"an adapter cannot be called '{adapter_name}': torch keeps that name for itself")
+        if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+            raise UserError(f"give one finite weight for each adapter, not {list(weights)} for {list(adapters)}")
+        if combination_type not in COMBINATIONS:
+            raise UserError(f"unknown combination_type {combination_type!r}: choose {' or '.join(COMBINATIONS)}")
+        bringing = [head] if head else list(adapters)
+        heads = [_head(self.model, name) for name in bringing]
+        new_head = combine_heads(bringing, heads, weights if combination_type == "linear" else None)
+        owner = next((name for name, found in zip(bringing, heads, strict=True) if found), None)
+        configs = [self.peft_config[name] for name in adapters]
+        sites = {site for config in configs for site in config.target_modules}
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            **combine_configs([config.to_dict() for config in configs], sites),
+            modules_to_save=list(self.peft_config[owner].modules_to_save) if owner else None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in _red_layers(self.model).values():
+            layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
+        for name, module in _head_modules(self.model, adapter_name).items():
+            module.load_state_dict({key: new_head[f"{name}.{key}"] for key in module.state_dict()})
+
+    def _check_known(self, adapters: Sequence[str]) -> None:
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise UserError(f"unknown adapters: {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         reasons = {layer.why_not_mergeable(): name for name, layer in _red_layers(self.model).items()}
@@ -175,6 +254,21 @@ class RedModel(BaseTuner):
 
 def _listed(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "none"
+
+
+def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+    """An adapter's copies of the modules to save, by their names in the base model."""
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name: wrapper.modules_to_save[adapter]
+        for name, wrapper in wrappers.items()
+        if adapter in wrapper.modules_to_save
+    }
+
+
+def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    heads = _head_modules(model, adapter).items()
+    return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
 
 
 def _red_layers(model: nn.Module) -> dict[str, RedLayer]:

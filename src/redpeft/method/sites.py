@@ -85,7 +85,7 @@ def find_sites(
     Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or in doubt.
     """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    blocks = _of_the_language_model(list(_blocks("", model, tower=model, nested=False)), model)
+    blocks = _edited_blocks(model)
     modules = dict(_walk("", model))
     found: dict[int, Site] = {}  # by module
     for kind in _kinds(sites):
@@ -96,6 +96,19 @@ def find_sites(
     order = {name: position for position, name in enumerate(modules)}
     ordered = sorted(found.values(), key=lambda site: order[site.name])
     return ordered if layers is None else _of_layers(ordered, [layers] if isinstance(layers, int) else list(layers))
+
+
+def find_blocks(model: nn.Module) -> dict[str, list[str]]:
+    """The blocks that `find_sites` looks into: names in the model's order, by the name of the stack that they are in.
+
+    Raises `UserError` for a model without repeated blocks.
+    """
+    stacks: dict[str, list[str]] = {}
+    for block in _edited_blocks(model):
+        stacks.setdefault(_parent(block.name), []).append(block.name)
+    if not stacks:
+        raise UserError(f"{type(model).__name__} has no repeated blocks")
+    return stacks
 
 
 def _kinds(sites: str | Sequence[str]) -> list[str]:
@@ -227,6 +240,10 @@ def _members(name: str, stack: nn.Module, tower: nn.Module) -> Iterator[_Block]:
         block, inner = _Block(*member, index, tower), list(_blocks(*member, tower, nested=True))
         is_stage = any(one.attends for one in inner) or not (block.ffn or block.attentions)
         yield from inner if inner and is_stage else [block]
+
+
+def _edited_blocks(model: nn.Module) -> list[_Block]:
+    return _of_the_language_model(list(_blocks("", model, tower=model, nested=False)), model)
 
 
 def _of_the_language_model(blocks: list[_Block], model: nn.Module) -> list[_Block]:

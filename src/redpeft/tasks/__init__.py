@@ -4,9 +4,18 @@ task = TASKS["classification"].from_splits(splits, data_config, **options)   # g
 task.columns, task.metric, task.greater_is_better
 model = task.load_model(base, tokenizer, **from_pretrained_kwargs)
 encoded = task.encode(dataset, tokenizer, max_length)                        # with_labels=False: rows to predict
-task.collator(tokenizer), task.compute_metrics                               # None where TRL brings its own
+task.collator(tokenizer)                                                     # None where TRL brings its own
+task.compute_metrics(prediction)                                             # None: the loss alone
 task.decode(predictions, dataset, encoded)                                   # one JSON-able dict a row
 task_from_dict(task.to_dict())                                               # the same task, without the data
+
+What differs where a model answers with texts (None, or absent where that is None, for the others):
+
+task.generation                     # None: answers are logits. Otherwise the arguments of `generate` that give a text;
+                                    # `compute_metrics` then gets texts, expected and generated, and `decode` texts
+task.unanswered(dataset, answered)  # rows to answer, where rows with equal prompts get one answer
+task.score_answers(texts, dataset)  # scores beside the loss of the answers to `task.questions(dataset)`: at the end of
+                                    # training on the test split, and in `redpeft evaluate`
 """
 
 from __future__ import annotations
@@ -14,13 +23,16 @@ from __future__ import annotations
 from redpeft.errors import UserError
 from redpeft.tasks.classification import ClassificationTask
 from redpeft.tasks.data import DataConfig, read_evaluation, read_splits
+from redpeft.tasks.e2e import E2ETask
 from redpeft.tasks.files import read_file
 from redpeft.tasks.instruction import InstructionTask
+from redpeft.tasks.text_to_text import TextToTextTask
 from redpeft.tasks.token_classification import TokenClassificationTask
 
-Task = ClassificationTask | TokenClassificationTask | InstructionTask
+Task = ClassificationTask | TokenClassificationTask | InstructionTask | E2ETask | TextToTextTask
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (ClassificationTask, TokenClassificationTask, InstructionTask)
+    task.name: task
+    for task in (ClassificationTask, TokenClassificationTask, InstructionTask, E2ETask, TextToTextTask)
 }
 
 
@@ -40,8 +52,10 @@ __all__ = [
     "TASKS",
     "ClassificationTask",
     "DataConfig",
+    "E2ETask",
     "InstructionTask",
     "Task",
+    "TextToTextTask",
     "TokenClassificationTask",
     "read_evaluation",
     "read_file",

@@ -57,6 +57,9 @@ class ClassificationTask:
     problem_type: str
     label_names: list[str]
     metric: str
+    generation: ClassVar[dict[str, Any] | None] = None
+    unanswered: ClassVar[None] = None
+    score_answers: ClassVar[None] = None
     name: ClassVar[str] = "classification"
     task_type: ClassVar[str] = "SEQ_CLS"
 
@@ -137,9 +140,9 @@ class ClassificationTask:
         limit = token_limit(tokenizer, max_length)
         encoded = cols.tokenise(
             dataset,
-            lambda rows: tokenizer(*(rows[name] for name in self._text_columns), truncation=True, max_length=limit),
+            lambda rows: tokenizer(*self._texts(rows), truncation=True, max_length=limit),
         )
-        return encoded.add_column("labels", self.labels(dataset)) if with_labels else encoded
+        return encoded.add_column("labels", self._targets(dataset, tokenizer)) if with_labels else encoded
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these labels; a decoder without a pad token gets the tokenizer's."""
@@ -191,6 +194,14 @@ class ClassificationTask:
     @property
     def _text_columns(self) -> list[str]:
         return [self.columns[key] for key in ("text", "text_pair") if key in self.columns]
+
+    def _texts(self, rows: dict[str, list]) -> list[list[str]]:
+        """The texts that the tokenizer gets, as one column or two."""
+        return [rows[name] for name in self._text_columns]
+
+    def _targets(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list:
+        """Each row's "labels"."""
+        return self.labels(dataset)
 
     def _logits(self, predictions: Any) -> np.ndarray:
         logits = metrics.logits_of(predictions).astype(np.float64)

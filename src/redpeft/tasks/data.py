@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset, load_dataset
@@ -13,14 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from redpeft.errors import UserError
 from redpeft.tasks.columns import LABEL_COLUMNS, find_column, first_line, is_missing_label, source, values
 from redpeft.tasks.files import READERS, SHARD, read_file, read_parts, with_rows
+from redpeft.tasks.glue import glue_splits
 
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched"),
-    "test": ("test",),
+    "train": ("train", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "devset"),
+    "test": ("test", "testset_w_refs"),
 }
+"""What the files of a split are called, after a common habit, GLUE's and the E2E challenge's."""
 
 
 class DataConfig(BaseModel):
@@ -40,6 +43,12 @@ class DataConfig(BaseModel):
     train: str | None = Field(None, description="File of training rows; goes before `path`.")
     validation: str | None = Field(None, description="File of validation rows; goes before `path`.")
     test: str | None = Field(None, description="File of test rows; goes before `path`.")
+    protocol: Literal["glue", "glue-t5"] | None = Field(
+        None,
+        description="GLUE's own test sets have no public labels: make the test split as the RED paper does, of the "
+        "public validation set, drawn by the seed; glue-t5 is its variant for T5. The task is named by config_name, "
+        "or else by the last part of the path.",
+    )
     text: str | None = Field(None, description="Classification: the text's column.")
     text_pair: str | None = Field(None, description="Classification of pairs: the second text's column.")
     label: str | list[str] | None = Field(
@@ -49,10 +58,22 @@ class DataConfig(BaseModel):
     )
     tokens: str | None = Field(None, description="Token classification: the column with each row's list of words.")
     tags: str | None = Field(None, description="Token classification: the column with each word's tag.")
-    prompt: str | None = Field(None, description="Instruction: the prompt's column.")
-    response: str | None = Field(None, description="Instruction: the response's column.")
+    prefix: str | None = Field(
+        None,
+        description="Text to text: what stands before the texts, such as 'mrpc', each of which then follows its "
+        "column's name, as T5 was trained. When not given, the texts stand alone.",
+    )
+    prompt: str | None = Field(
+        None, description="Instruction: the prompt's column. E2E: the meaning representation's."
+    )
+    response: str | None = Field(None, description="Instruction: the response's column. E2E: the text's.")
     messages: str | None = Field(
         None, description="Instruction: the column with a chat, a list of {'role': ..., 'content': ...}."
+    )
+    template: Literal["auto", "plain"] = Field(
+        "auto",
+        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain where it "
+        "has none; plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...', whatever the tokenizer has.",
     )
     validation_fraction: float = Field(
         0.1,
@@ -76,8 +97,8 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     """The splits "train", "validation" and, where there is one, "test".
 
     Where there is no validation split, `validation_fraction` of the training rows becomes one. The test split of a
-    folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes them). The seed draws the
-    rows. Each split's `info.description` says where it comes from.
+    folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes them); `protocol` makes
+    one as `redpeft.tasks.glue` says. The seed draws the rows. Each split's `info.description` says where it comes from.
 
     Raises:
         UserError: data that is missing, empty or unreadable.
@@ -86,6 +107,9 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     splits |= {name: read_file(file) for name in SPLIT_NAMES if (file := getattr(config, name))}
     if "train" not in splits:
         raise UserError(f"{config.path} has no training split; it has {', '.join(splits)}. Give the file as `train`.")
+    if config.protocol:
+        name = config.config_name or Path(config.path or "").name
+        splits = glue_splits(splits, name, config.protocol, seed)
     if "validation" not in splits:
         splits["train"], splits["validation"] = _split_off(splits["train"], config, seed)
     limits = {"train": config.max_train_rows, "validation": config.max_eval_rows, "test": config.max_eval_rows}

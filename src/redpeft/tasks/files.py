@@ -28,9 +28,7 @@ def read_file(path: str | Path) -> Dataset:
     Raises:
         UserError: no such file, an unknown extension, no rows, or text that is not UTF-8 or breaks its format.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
+    path = existing(path)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"cannot read {path}: the extension decides the format, and {', '.join(READERS)} are known")
@@ -41,6 +39,14 @@ def read_file(path: str | Path) -> Dataset:
     if table is None or len(table) == 0:
         raise UserError(f"{path} is empty: it holds no rows")
     return with_rows(table, path.name)
+
+
+def existing(path: str | Path) -> Path:
+    """The path of a file that is there. UserError where there is none."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    return path
 
 
 def read_parts(files: Sequence[Path]) -> Dataset:
@@ -77,7 +83,8 @@ def with_rows(dataset: Dataset, name: str) -> Dataset:
 # and dates into timestamps, guesses types block by block, hides the broken line, and copies the data into a cache.
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's text. UserError, with the first byte and line that are wrong, where it is not UTF-8."""
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -89,7 +96,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_delimited(path: Path, separator: str) -> Dataset | None:
-    text = _read_text(path)
+    text = read_text(path)
     if not text.strip():
         return None
     frame = pd.read_csv(io.StringIO(text), sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
@@ -102,12 +109,12 @@ def _read_delimited(path: Path, separator: str) -> Dataset | None:
 
 
 def _read_json_lines(path: Path) -> Dataset:
-    return _from_objects(path, _parse_lines(path, _read_text(path)))
+    return _from_objects(path, _parse_lines(path, read_text(path)))
 
 
 def _read_json(path: Path) -> Dataset:
     """A list of objects, or JSON lines under another extension."""
-    text = _read_text(path)
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         return _from_objects(path, _parse_lines(path, text))
     try:

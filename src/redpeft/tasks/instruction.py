@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from redpeft.tasks.data import DataConfig
 from redpeft.tasks.metrics import choose_metric
 
 PLAIN_TURNS = {"system": "{}\n\n", "user": "Human: {}\n\n", "assistant": "Assistant: {}\n\n"}
-"""The paper's template of its instruction tuning, where a tokenizer has none: `Human: {prompt}`, an empty line,
+"""The plain template, which is the paper's of its instruction tuning: `Human: {prompt}`, an empty line,
 `Assistant: {response}`.
 
 The space after `Assistant:` belongs to the response, where tokenizers join it to the first word.
@@ -41,13 +41,18 @@ class InstructionTask:
 
     Attributes:
         columns: "prompt", "response" and perhaps "input" (more of the prompt), or "messages".
-        metric: "loss", the mean over the responses' tokens.
+        metric: "loss", the mean over the responses' tokens (over all tokens where the recipe learns the prompts too).
+        template: "auto", the tokenizer's chat template or the plain one where it has none; or "plain".
     """
 
     columns: dict[str, str]
     metric: str = "loss"
+    template: Literal["auto", "plain"] = "auto"
     greater_is_better: ClassVar[bool] = False
     compute_metrics: ClassVar[None] = None  # Trainer's own eval_loss; gathering logits over a vocabulary costs memory
+    generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
+    unanswered: ClassVar[None] = None
+    score_answers: ClassVar[None] = None
     name: ClassVar[str] = "instruction"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -60,7 +65,7 @@ class InstructionTask:
         Raises:
             UserError: a column that is missing, an empty prompt or response, a chat without an answer.
         """
-        task = cls(_find_columns(splits["train"], data), choose_metric(metric, ["loss"]))
+        task = cls(_find_columns(splits["train"], data), choose_metric(metric, ["loss"]), data.template)
         for split in splits.values():
             task.check(split)
         return task
@@ -95,7 +100,7 @@ class InstructionTask:
     ) -> Dataset:
         """TRL's prompt-completion format, which it tokenises, cuts at its own `max_length` and masks itself.
 
-        Chats if the tokenizer has a chat template, else plain text (`PLAIN_TURNS`). A chat with several answers
+        Chats if the tokenizer's chat template is used, else plain text (`PLAIN_TURNS`). A chat with several answers
         becomes one row an answer, so that the loss on the responses needs no markers in the chat template.
 
         Returns:
@@ -103,7 +108,7 @@ class InstructionTask:
         """
         self.check(dataset, with_labels)
         pairs = [pair for row in dataset for pair in self._pairs(row, with_labels)]
-        plain = not tokenizer.chat_template
+        plain = self._is_plain(tokenizer)
         encoded: dict[str, list] = {"prompt": [_plain_prompt(chat) if plain else chat for chat, _ in pairs]}
         if with_labels:
             encoded["completion"] = [f" {answer[0]['content']}" if plain else answer for _, answer in pairs]
@@ -112,17 +117,21 @@ class InstructionTask:
     def format_prompt(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
         """A row's prompt as the text to continue; see `prompt_inputs` for its tokens."""
         [(prompt, _)] = self._pairs(row, with_labels=False)
-        if tokenizer.chat_template:
-            return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
-        return _plain_prompt(prompt)
+        if self._is_plain(tokenizer):
+            return _plain_prompt(prompt)
+        return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
 
     def prompt_inputs(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
         """The prompts as tensors for `generate`, padded on the left."""
-        ensure_pad_token(tokenizer)
         self.check(dataset, with_labels=False)
+        return self.pad_prompts([self.format_prompt(row, tokenizer) for row in dataset], tokenizer)
+
+    def pad_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
+        """What `format_prompt` made as tensors for `generate`, padded on the left."""
+        ensure_pad_token(tokenizer)
         return tokenizer(
-            [self.format_prompt(row, tokenizer) for row in dataset],
-            add_special_tokens=not tokenizer.chat_template,  # a template writes its own
+            prompts,
+            add_special_tokens=self._is_plain(tokenizer),  # a chat template writes its own
             padding=True,
             padding_side="left",
             return_tensors="pt",
@@ -152,6 +161,9 @@ class InstructionTask:
     def from_dict(cls, values: dict[str, Any]) -> InstructionTask:
         """The task that `to_dict` described."""
         return cls(**{key: value for key, value in values.items() if key != "task"})
+
+    def _is_plain(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        return self.template == "plain" or not tokenizer.chat_template
 
     def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[tuple[Chat, Chat]]:
         """What comes before an answer, and the answer; without labels the last question alone, and nothing."""

@@ -12,6 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_sq
 from redpeft.errors import RunError, UserError
 
 LOWER_IS_BETTER = {"mse", "loss"}
+IGNORED = -100
+"""The label of a token that is neither learned nor scored; also what pads predictions and labels of uneven length."""
 
 
 def choose_metric(asked: str | None, offered: list[str]) -> str:

@@ -21,9 +21,7 @@ from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
 from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
 from redpeft.tasks.data import DataConfig
-
-IGNORED = -100
-"""The label of a token that is not scored: it is special, or not the first of its word."""
+from redpeft.tasks.metrics import IGNORED
 
 TAG_IDS = "__tag_ids__"
 TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
@@ -42,6 +40,9 @@ class TokenClassificationTask:
     columns: dict[str, str]
     label_names: list[str]
     metric: str
+    generation: ClassVar[dict[str, Any] | None] = None
+    unanswered: ClassVar[None] = None
+    score_answers: ClassVar[None] = None
     name: ClassVar[str] = "token-classification"
     task_type: ClassVar[str] = "TOKEN_CLS"
 

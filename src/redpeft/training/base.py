@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TorchAoConfig,
+)
 
+from redpeft.adapters.loading import loading_report, quiet
 from redpeft.errors import UserError
+from redpeft.method.quantised import leave_unpacked
 from redpeft.tasks import Task
 from redpeft.tasks.base_model import load_base as load_or_explain
-from redpeft.training.methods import head_modules
+from redpeft.training.methods import METHODS, head_modules
 from redpeft.training.recipe import Recipe
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTISERS = {  # load_in: what does it, and the extra that brings it
+    "8bit": ("bitsandbytes", "bnb"),
+    "4bit": ("bitsandbytes", "bnb"),
+    "int8_weight_only": ("torchao", "torchao"),
+}
 DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
 
 
@@ -39,6 +50,15 @@ def precision(recipe: Recipe) -> str:
     return recipe.precision
 
 
+def require_quantiser(recipe: Recipe) -> None:
+    """Raises `UserError` where the package that `base.load_in` needs is not installed."""
+    if recipe.base.load_in is None:
+        return
+    package, extra = QUANTISERS[recipe.base.load_in]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"base.load_in {recipe.base.load_in} needs {package}: pip install redpeft[{extra}]")
+
+
 def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
     """The context in which the recipe's model computes: fp32 edits and heads beside a half-precision base need it."""
     kind = precision(recipe)
@@ -48,51 +68,56 @@ def autocast(recipe: Recipe, device: torch.device) -> AbstractContextManager:
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model with the task's head, and its tokenizer.
 
-    Raises `UserError` for a folder or hub name that cannot be read.
+    Raises `UserError` for a folder or hub name that cannot be read, and a `load_in` that does nothing to this model.
     """
     name, revision = recipe.base.model, recipe.base.revision
-    with _quiet():  # transformers' report of a head that is new is no news here
+    with quiet():  # transformers' report of a head that is new is no news here
         tokenizer = load_or_explain(AutoTokenizer, name, revision=revision)
-        if recipe.base.load_in is None:
-            options = {DTYPE_ARGUMENT: _dtype(recipe)}
-        else:
+        options: dict[str, Any] = {DTYPE_ARGUMENT: _dtype(recipe)}
+        if recipe.base.load_in is not None:
             outline = task.load_model(name, tokenizer, revision=revision, device_map="meta")
             head = head_modules(outline, recipe.task, new_weights(outline, recipe))
-            options = {"quantization_config": _quantization(recipe, head)}
-        return task.load_model(name, tokenizer, revision=revision, **options), tokenizer
+            options["quantization_config"] = _quantization(recipe, head)
+        model = task.load_model(name, tokenizer, revision=revision, **options)
+    if recipe.base.load_in is not None and not _quantised(model):
+        raise UserError(
+            f"base.load_in {recipe.base.load_in} leaves every weight of {type(model).__name__} as it is: choose "
+            f"another of {', '.join(QUANTISERS)}, or leave it out"
+        )
+    leave_unpacked(model)  # for every method, and a loaded run scores as it did in training
+    return model, tokenizer
 
 
 def new_weights(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     """Names of the weights that the base's checkpoint lacks or has in another shape, seen by loading names only."""
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    with _quiet():
-        loader: Any = type(model)
-        _, info = loader.from_pretrained(
-            str(Path(recipe.base.model).expanduser()) if recipe.base.model.startswith("~") else recipe.base.model,
-            revision=recipe.base.revision,
-            config=config,
-            device_map="meta",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    info = loading_report(model, Path(recipe.base.model).expanduser(), revision=recipe.base.revision)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
-    return sorted(set(info["missing_keys"]) | mismatched)
+    new = set(info["missing_keys"]) | mismatched
+    # a checkpoint that was saved quantised stores those weights in other shapes and names
+    return sorted(new - _quantised(model))
+
+
+def _quantised(model: torch.nn.Module) -> set[str]:
+    """Names of the weights that are no plain parameters."""
+    return {name for name, weight in model.named_parameters() if type(weight) is not torch.nn.Parameter}
 
 
 def _dtype(recipe: Recipe) -> torch.dtype | str:
     if recipe.base.dtype == "auto":
-        own_weights = recipe.method in ("full", "bitfit")
+        own_weights = METHODS[recipe.method].own_weights
         return torch.float32 if own_weights or precision(recipe) == "fp32" else "auto"
     if recipe.base.dtype != "fp32" and precision(recipe) == "fp32":
         raise UserError(f"base.dtype {recipe.base.dtype} needs a precision of 16 bits too: bf16, or fp16 on a GPU")
     return DTYPES[recipe.base.dtype]
 
 
-def _quantization(recipe: Recipe, head: list[str]) -> BitsAndBytesConfig:
-    """bitsandbytes' configuration; the head is trained, so it stays as it is."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("base.load_in needs bitsandbytes: pip install redpeft[bnb]")
+def _quantization(recipe: Recipe, head: list[str]) -> BitsAndBytesConfig | TorchAoConfig:
+    """How the base is quantised; the head is trained, so it stays as it is."""
+    require_quantiser(recipe)
+    if recipe.base.load_in == "int8_weight_only":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=head or None)
     return BitsAndBytesConfig(
         load_in_8bit=recipe.base.load_in == "8bit",
         load_in_4bit=recipe.base.load_in == "4bit",
@@ -101,12 +126,3 @@ def _quantization(recipe: Recipe, head: list[str]) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=DTYPES[precision(recipe)],
     )
 
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)

@@ -21,7 +21,9 @@ from redpeft.errors import UserError
 from redpeft.tasks import Task, read_evaluation, task_from_dict
 from redpeft.tasks.columns import ROW
 from redpeft.training.base import autocast, load_base
+from redpeft.training.generating import answer_scores, metrics_function
 from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
+from redpeft.training.methods import METHODS, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run_folder import ADAPTER, MODEL, RECIPE, RESULT, TASK, TRAINED
 from redpeft.training.stream import Row, batched
@@ -90,18 +92,19 @@ def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrain
         trained = recipe.base.model_copy(update={"model": str(folder / MODEL), "revision": None})
         return load_base(recipe.model_copy(update={"base": trained}), task)
     base, _ = load_base(recipe, task)
-    saved = folder / (MODEL if recipe.method in ("bitfit", "head") else ADAPTER)
+    saved = folder / (ADAPTER if METHODS[recipe.method].is_peft else MODEL)
     tokenizer = AutoTokenizer.from_pretrained(saved)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
-    if recipe.method in ("lora", "ia3"):
+    if METHODS[recipe.method].is_peft:
         return PeftModel.from_pretrained(base, saved), tokenizer
-    _put_back(base, saved / TRAINED)
-    return base, tokenizer
+    model = apply_method(base, recipe)  # bottleneck adapters and added biases are no part of the base
+    _put_back(model, saved / TRAINED)
+    return model, tokenizer
 
 
 def _put_back(model: torch.nn.Module, path: Path) -> None:
-    """Load what bitfit or head trained into the base model."""
+    """Load what a method that is not PEFT's trained."""
     trained, own = load_file(path), dict(model.named_parameters())
     wrong = [name for name, tensor in trained.items() if name not in own or own[name].shape != tensor.shape]
     if wrong:
@@ -116,6 +119,8 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
     """
     dataset = read_evaluation(str(data), config_name)
     run.task.check(dataset)
+    if run.task.score_answers is not None:
+        run.task.questions(dataset)  # what they cannot be scored without is missed now
     encoded = run.task.encode(dataset, run.tokenizer, run.recipe.max_length)
     recipe = run.recipe.model_copy(update={"report_to": []})
     trainer_class, arguments_class, extra = trainer_classes(recipe)
@@ -127,37 +132,47 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
             train_dataset=encoded,  # TRL wants one
             eval_dataset=encoded,
             processing_class=run.tokenizer,
-            compute_metrics=run.task.compute_metrics,
+            compute_metrics=metrics_function(run.task, run.tokenizer),
         )
         show_progress(trainer)
-        return plain_scores(trainer.evaluate(), "eval_")
+        scores = plain_scores(trainer.evaluate(), "eval_")
+        return scores | answer_scores(trainer, run.task, dataset, recipe.max_length)
 
 
 def predict(
-    run: Run, rows: Iterable[dict[str, Any] | str], batch_size: int = BATCH, max_new_tokens: int = 256
+    run: Run, rows: Iterable[dict[str, Any] | str], batch_size: int = BATCH, max_new_tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """One dict for each row, in order, as the rows come in: labels and probabilities, a value, or a generated text.
 
     Rows are objects with the task's columns, or plain texts where one text is all that the task needs. An answer
     begins with its row's `id` where that has one, or else with the columns that were read, so that both can be joined.
+    Data to text answers each distinct meaning representation once, where it first comes. `max_new_tokens` is the
+    longest text to generate, if not the task's own.
     """
     return predict_batches(run, batched(rows, batch_size), max_new_tokens)
 
 
-def predict_batches(run: Run, batches: Iterable[list[Row]], max_new_tokens: int = 256) -> Iterator[dict[str, Any]]:
+def predict_batches(
+    run: Run, batches: Iterable[list[Row]], max_new_tokens: int | None = None
+) -> Iterator[dict[str, Any]]:
     """`predict` for rows that come in lists, each of which goes through the model at once."""
-    first = 1
+    first, answered = 1, set[str]()
     for batch in batches:
         dataset = run.task.rows_to_dataset(batch, first)
         run.task.check(dataset, with_labels=False)
+        first += len(batch)
+        if run.task.unanswered is not None:
+            new = run.task.unanswered(dataset, answered)
+            if not new:
+                continue
+            batch, dataset = [batch[index] for index in new], dataset.select(new)
         with torch.inference_mode(), autocast(run.recipe, run.model.device), no_bars():
-            if run.task.name == "instruction":
-                answers = run.task.decode(_generate(run, dataset, max_new_tokens))
-            else:
+            if run.task.generation is None:
                 answers = _label(run, dataset)
+            else:
+                answers = run.task.decode(_generate(run, dataset, max_new_tokens))
         for row, read, answer in zip(batch, dataset, answers, strict=True):
             yield {**_identity(row, read), **answer}
-        first += len(batch)
 
 
 def _identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
@@ -174,8 +189,17 @@ def _label(run: Run, dataset: Dataset) -> list[dict[str, Any]]:
     return run.task.decode(run.model(**inputs).logits.float().cpu().numpy(), dataset, encoded)
 
 
-def _generate(run: Run, dataset: Dataset, max_new_tokens: int) -> list[str]:
-    inputs = run.task.prompt_inputs(dataset, run.tokenizer).to(run.model.device)
+def _generate(run: Run, dataset: Dataset, max_new_tokens: int | None) -> list[str]:
+    task, tokenizer, model = run.task, run.tokenizer, run.model
+    collator = task.collator(tokenizer)
+    if collator is None:
+        inputs = task.prompt_inputs(dataset, tokenizer)
+    else:
+        inputs = collator(list(task.encode(dataset, tokenizer, run.recipe.max_length, with_labels=False)))
+    inputs = inputs.to(model.device)
     inputs.pop("token_type_ids", None)
-    tokens = run.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return run.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    options = task.generation | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+    tokens = model.generate(**inputs, **options)
+    if not model.config.is_encoder_decoder:
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(tokens, skip_special_tokens=True)

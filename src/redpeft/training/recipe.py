@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redpeft.errors import UserError
 from redpeft.tasks.data import DataConfig
-from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.methods import DEFAULT_RATES, all_options
 
 HEADER = """\
 # A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others
@@ -33,13 +33,15 @@ class Base(BaseModel):
 
     model: str = Field(description="Folder of the base model, or its name on the Hugging Face Hub.")
     revision: str | None = Field(None, description="Branch, tag or commit of a base model on the Hub.")
-    load_in: Literal["8bit", "4bit"] | None = Field(
-        None, description="Load the base model quantised with bitsandbytes: 8bit or 4bit."
+    load_in: Literal["8bit", "4bit", "int8_weight_only"] | None = Field(
+        None,
+        description="Load the base model quantised: 8bit or 4bit by bitsandbytes, int8_weight_only by torchao.",
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="Number format of the base model's weights. auto: fp32 when computing in fp32 or when the base's "
-        "own weights are trained, otherwise as the checkpoint stores them.",
+        description="Number format of the base model's weights (of those that are not quantised, with load_in). auto: "
+        "fp32 when computing in fp32 or when the base's own weights are trained, otherwise as the checkpoint stores "
+        "them.",
     )
 
 
@@ -49,10 +51,12 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     base: Base = Field(description="The base model: a folder or a name on the Hugging Face Hub, or these fields.")
-    task: Literal["classification", "token-classification", "instruction"] = Field(
+    task: Literal["classification", "token-classification", "instruction", "e2e", "text-to-text"] = Field(
         "classification",
-        description="What is learned: classification (also multi-label and regression), token-classification, or "
-        "instruction (prompt and response, or chat messages; the loss is on the responses).",
+        description="What is learned: classification (also multi-label and regression), token-classification, "
+        "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
+        "meaning representation and a text that says it), or text-to-text (classification with an encoder-decoder such "
+        "as T5, which writes the label).",
     )
     metric: str | None = Field(
         None, description="The metric that chooses the best epoch. The task's usual one when not given."
@@ -63,13 +67,25 @@ class Recipe(BaseModel):
         "the labels when not given.",
     )
     data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
-    method: Literal["red", "lora", "ia3", "bitfit", "full", "head"] = Field(
-        "red", description="What is trained beside the head: red, or a baseline (lora, ia3, bitfit, full, head)."
-    )
+    method: Literal[
+        "red",
+        "lora",
+        "ia3",
+        "adapter",
+        "adapter_ffn",
+        "adapter_drop",
+        "prompt",
+        "prefix",
+        "bitfit",
+        "top_layers",
+        "full",
+        "head",
+    ] = Field("red", description="What is trained beside the head: red, or a baseline (all the others).")
     method_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the method: the fields of RedConfig (sites, unit, ...), LoraConfig (r, lora_alpha, "
-        "target_modules, ...) or IA3Config.",
+        description="Options of the method: the fields of RedConfig (sites, unit, ...) or of PEFT's configuration "
+        "(lora: r, lora_alpha, target_modules, ...; prompt and prefix: num_virtual_tokens, ...), or bottleneck, "
+        "drop_layers, ... (adapter), add_biases (bitfit), layers (top_layers).",
     )
     init_from: str | None = Field(
         None, description="A RED adapter, or a run with one, to continue from; it brings its own method options."
@@ -87,7 +103,9 @@ class Recipe(BaseModel):
     batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, over all processes.")
     epochs: float = Field(5, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps, whatever the epochs.")
-    warmup: float = Field(0.06, ge=0, lt=1, description="Share of the steps in which the rate rises from 0.")
+    warmup: float = Field(
+        0.06, ge=0, description="Share of the steps in which the rate rises from 0; of 1 and more, their number."
+    )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls after the warm-up."
     )
@@ -95,6 +113,11 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
     max_length: int = Field(256, ge=1, description="Longest row in tokens; longer ones are cut.")
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
+    learn_prompt: bool = Field(
+        False,
+        description="Instruction: learn the prompts too, as the RED paper's released script does; otherwise the loss is "
+        "on the responses alone.",
+    )
     group_by_length: bool = Field(
         True, description="Make batches of rows of like length, so that short rows do not pay for long ones."
     )
@@ -147,8 +170,13 @@ class Recipe(BaseModel):
             raise ValueError(f"init_from continues a RED adapter, so method must be red, not {self.method}")
         if self.init_from is not None and self.method_options:
             raise ValueError("init_from brings its own method_options; leave them out")
-        if self.packing and self.task != "instruction":
-            raise ValueError(f"packing is for the task instruction, not {self.task}")
+        for name in ("packing", "learn_prompt"):
+            if getattr(self, name) and self.task != "instruction":
+                raise ValueError(f"{name} is for the task instruction, not {self.task}")
+        if self.packing and self.method in ("prompt", "prefix"):
+            raise ValueError(f"packing puts several rows behind one prompt: leave it out with method {self.method}")
+        if self.gradient_checkpointing and self.method == "prefix":
+            raise ValueError("method prefix does not work with gradient_checkpointing, which drops what it puts in")
         if self.base.load_in and self.method not in ("red", "lora", "ia3"):
             raise ValueError(f"base.load_in quantises the base: for red, lora and ia3, not for {self.method}")
         if self.batch_size % self.gradient_accumulation:
@@ -158,8 +186,9 @@ class Recipe(BaseModel):
         return self
 
     def resolved(self) -> Recipe:
-        """This recipe with the method's learning rate written out."""
-        return self.model_copy(update={"learning_rate": self.learning_rate or DEFAULT_RATES[self.method]})
+        """This recipe with the method's learning rate and its own choice of options written out."""
+        rate = self.learning_rate or DEFAULT_RATES[self.method]
+        return self.model_copy(update={"learning_rate": rate, "method_options": all_options(self)})
 
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or runs/<data>-<method>."""
@@ -187,9 +216,9 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mappi
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_yaml(path)
+        values = read_yaml(path)
     if not isinstance(overrides, Mapping):
-        overrides = dict(_parse_override(text) for text in overrides or ())
+        overrides = dict(parse_override(text) for text in overrides or ())
     for key, value in overrides.items():
         _set(values, key, value)
     try:
@@ -213,7 +242,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The fields in a YAML file. Raises `UserError` for one that cannot be read or holds none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.load(text, _Loader) or {}
@@ -226,7 +256,8 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """The key and the value of `key=value`. Raises `UserError` for a text of another form."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{text!r} is not of the form key=value")

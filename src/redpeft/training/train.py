@@ -25,6 +25,7 @@ from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task, read_splits
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import load_base, new_weights, precision, require_quantiser
+from redpeft.training.generating import answer_scores
 from redpeft.training.loop import (
     TIMES,
     RunCallback,
@@ -62,7 +63,7 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
     That is: scores by split (`validation` at the best epoch, `test` or None), `metric`, `best_epoch`, `steps`,
     `epochs`, `seconds` and the median `seconds_per_step` (of the process that came to the end), parameter counts,
-    `adapter_bytes`, `versions`, and what the recipe says of task, base, method, seed and learning rate.
+    `rows` by split, `adapter_bytes`, `versions`, and what the recipe says of task, base, method, seed and rate.
 
     A finished run is not repeated, an unfinished one goes on from its last checkpoint. Raises `UserError`, with
     nothing written, for wrong input or a folder of another recipe, and `RunError`, with the last checkpoint kept, for
@@ -121,9 +122,12 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
             trainer.train(resume_from_checkpoint=_checkpoint(trainer, folder))
         seconds = time.perf_counter() - start
         scores = _scores(trainer, encoded)
+        if scores["test"]:
+            scores["test"] |= answer_scores(trainer, task, splits["test"], recipe.max_length)
         _save_model(trainer, folder)
         if trainer.is_world_process_zero():
             result = _describe(recipe, task, trainer, callback, head, folder) | scores | {"seconds": round(seconds, 3)}
+            result["rows"] = {name: len(split) for name, split in splits.items()}
             _write_pages(recipe, task, trainer, folder, result)
             write_atomically(folder / RESULT, to_json(result, indent=2))
         trainer.accelerator.wait_for_everyone()
@@ -199,7 +203,7 @@ def _save_model(trainer: Any, folder: Path) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if isinstance(model, PeftModel) or len(trained) == len(list(model.parameters())):
         model.save_pretrained(temporary, state_dict=state)
-    else:  # bitfit, head: what was trained, to be put into the base model
+    else:  # what was trained, to be put into the base model
         tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
         model.config.save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TRAINED)

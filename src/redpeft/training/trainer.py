@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -21,8 +22,9 @@ from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
 from redpeft.errors import UserError
-from redpeft.tasks import Task
+from redpeft.tasks import TASKS, Task
 from redpeft.training.base import autocast, precision
+from redpeft.training.generating import GeneratingTrainer, metrics_function
 from redpeft.training.loop import EpochOrder, RunTrainer
 from redpeft.training.methods import head_parameters
 from redpeft.training.recipe import Recipe
@@ -56,12 +58,12 @@ def make_trainer(
         train_dataset=encoded["train"],
         eval_dataset=encoded["validation"],
         processing_class=tokenizer,
-        compute_metrics=task.compute_metrics,
+        compute_metrics=metrics_function(task, tokenizer),
         callbacks=callbacks,
     )
-    if recipe.task != "instruction":
+    if task.task_type != "CAUSAL_LM":
         # Trainer takes it from the signature that a model averages its loss over all the pieces of a batch, and
-        # classifiers that do not would learn from the sum of the pieces' means.
+        # classifiers and T5, which do not, would learn from the sum of the pieces' means.
         trainer.model_accepts_loss_kwargs = False
     rows = trainer.train_dataset
     if recipe.method == "red":
@@ -90,12 +92,21 @@ def check_reporters(recipe: Recipe) -> None:
 def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     """The Trainer with what a run adds, its arguments' class, and arguments of its own."""
     if recipe.task != "instruction":
-        return type("RunTrainer", (RunTrainer, Trainer), {}), TrainingArguments, {}
+        generation = TASKS[recipe.task].generation
+        if generation is None:
+            return type("RunTrainer", (RunTrainer, Trainer), {}), TrainingArguments, {}
+        run_trainer = type("RunGeneratingTrainer", (RunTrainer, GeneratingTrainer), {"generation": generation})
+        return run_trainer, Seq2SeqTrainingArguments, {"predict_with_generate": True}
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError:
         raise UserError("the task instruction needs TRL: pip install redpeft[trl]") from None
-    extra = {"max_length": recipe.max_length, "packing": recipe.packing, "eval_packing": False}
+    extra = {
+        "max_length": recipe.max_length,
+        "packing": recipe.packing,
+        "eval_packing": False,
+        "completion_only_loss": not recipe.learn_prompt,
+    }
     return type("RunSFTTrainer", (RunTrainer, SFTTrainer), {}), SFTConfig, extra
 
 
@@ -149,7 +160,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         disable_tqdm=True,  # loop.ProgressBar
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
-        **{"warmup_ratio" if "warmup_ratio" in known else "warmup_steps": recipe.warmup},
+        **{"warmup_ratio" if recipe.warmup < 1 and "warmup_ratio" in known else "warmup_steps": recipe.warmup},
         **extra,
     )
     args._n_gpu = min(1, args.n_gpu)  # several GPUs by torchrun or accelerate, never by DataParallel

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceC
 from redpeft.adapters import read_adapter
 from redpeft.adapters.fold import fold
 from redpeft.errors import UserError
+from redpeft.method.quantised import leave_unpacked
 
 from .models import (
     CAUSAL,
@@ -422,3 +423,42 @@ def test_a_head_that_nobody_brings(folders):
     config["base_fingerprint"] = None
     (folders / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     refused(folders, r"does not load from what the fold would write: classifier\.")
+
+
+# --- quantised bases -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_bits(tmp_path):
+    """A 4-bit Llama with biases, saved as it is, and what it says; skipped without bitsandbytes."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    tiny("LlamaForCausalLM", tiny_config("llama", mlp_bias=True, intermediate_size=128)).save_pretrained(
+        tmp_path / "plain"
+    )
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings).eval()
+    model.save_pretrained(tmp_path / "base")
+    return model
+
+
+def test_biases_fold_into_a_quantised_checkpoint_and_its_weights_stay(four_bits, tmp_path):
+    adapted = edited(four_bits, CAUSAL, use_scale=False)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted, token_ids())
+    result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
+    assert {site.form for site in result.sites} == {"weight and bias"}
+    base, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert base.keys() == out.keys()
+    changed = {key for key in base if not torch.equal(base[key], out[key])}
+    assert changed == {f"model.layers.{index}.mlp.down_proj.bias" for index in range(3)}
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    leave_unpacked(folded)  # or bitsandbytes computes the folded one by another kernel, in bf16
+    assert relative(logits(folded, token_ids()), expected) <= EXACT
+
+
+def test_scales_on_quantised_weights_are_refused_with_the_choices(four_bits, tmp_path):
+    edited(four_bits, CAUSAL).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"no place for the edits of .*write a bundle .* or use the adapter as it is"):
+        fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
+    with pytest.raises(UserError, match=r"nothing of .* ship the base model and the adapter"):
+        fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", bundle=True)

@@ -1,0 +1,133 @@
+"""The command that runs the paper's tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from redpeft.cli.command import Answer, command
+from redpeft.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from redpeft.reproduce import published
+    from redpeft.reproduce.report import Report
+
+
+@command("redpeft reproduce glue-roberta-base --rows red,lora --tasks rte,mrpc --seeds 42,43 --out runs/glue")
+def reproduce(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TABLE|[ROW:]KEY=VALUE",
+            help="A table of the paper, and fields of all its recipes, or of one row's, that go before the paper's.",
+        ),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name every table and what it needs.")] = False,
+    rows: Annotated[str | None, typer.Option(help="Methods, as red,lora. All of the paper's when not given.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Data sets, as rte,cola: the table's, or folders of --data.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, as 42,43. The paper's when not given.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another base model: a folder, or a name on the Hub.")] = None,
+    base_folder: Annotated[
+        Path | None, typer.Option("--base-folder", help="Where the paper's base models lie, instead of the Hub.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder with a folder for each data set.")] = None,
+    settings: Annotated[
+        Literal["paper", "released", "default"] | None,
+        typer.Option(
+            help="Whose values: the paper's, those of its released scripts where they differ, or redpeft's default "
+            "learning rates and units (the default with --model)."
+        ),
+    ] = None,
+    budget: Annotated[
+        Literal["smoke", "full"], typer.Option(help="smoke: a few steps of a tiny model on made-up data.")
+    ] = "full",
+    plan: Annotated[bool, typer.Option("--plan", help="Only tell which runs, and how long.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Spread the runs over a Ray cluster.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The folder of runs and report. runs/TABLE when not given.")] = None,
+) -> Answer:
+    """Run a table of the paper, or a part of it, and write a report beside the published figures."""
+    from redpeft.reproduce.command import reproduce, show_plan
+    from redpeft.reproduce.plan import Request, parse_changes
+    from redpeft.reproduce.published import find_table, tables
+
+    if list_:
+        return _list(tables().values())
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    if len(names) != 1:
+        raise UserError("name one table; `redpeft reproduce --list` shows them")
+    table = find_table(names[0])
+    changes, row_changes = parse_changes([argument for argument in arguments or [] if "=" in argument], table)
+    request = Request(
+        table=table,
+        out=out or Path("runs") / table.name,
+        rows=rows.split(",") if rows else None,
+        tasks=tasks.split(",") if tasks else None,
+        seeds=_numbers(seeds) if seeds else None,
+        model=model,
+        base_folder=base_folder,
+        data=data,
+        settings=settings or ("default" if model else "paper"),
+        changes=changes,
+        row_changes=row_changes,
+        smoke=budget == "smoke",
+    )
+    if plan:
+        planned = show_plan(request)
+        runs = [{"run": run.job.folder, "recipe": run.job.recipe.resolved().model_dump()} for run in planned.runs]
+        facts = {"done": planned.done, "seconds": planned.seconds, "problem": planned.problem}
+        return Answer({"table": table.name, **facts, "runs": runs}, [planned.line()])
+    return _report(reproduce(request, ray))
+
+
+def _report(report: Report) -> Answer:
+    from redpeft.reproduce.report import as_data, grid
+
+    head, rows = grid(report)
+    shown = Table(title=report.table.title)
+    for index, name in enumerate(head):
+        shown.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        shown.add_row(*("".join(part if isinstance(part, str) else part.text for part in cell) for cell in row))
+    page = report.request.out / f"{report.table.name}.html"
+    failed = "; ".join(f"{folder}: {error}" for folder, error in report.failed.items())
+    return Answer(
+        data={**as_data(report), "report": page},
+        shown=[shown, *report.left, f"Report: {page}"],
+        error=RunError(f"{len(report.failed)} runs failed: {failed}") if failed else None,
+    )
+
+
+def _list(tables: Iterable[published.Table]) -> Answer:
+    from redpeft.reproduce.settings import base_of
+
+    shown = Table("table", "what it is", "base model", "rows", "data", "runs", "needs")
+    found = {}
+    for table in tables:
+        published = [row.name for row in table.rows.values() if row.is_published]
+        more = [row.name for row in table.rows.values() if not row.is_published]
+        runs = len(published) * sum(len(table.seeds_of(task)) for task in table.tasks)
+        names = ", ".join(published) + (f" (when named: {', '.join(more)})" if more else "")
+        base, data = base_of(table.values), ", ".join(table.tasks)
+        shown.add_row(table.name, table.title, base, names, data, str(runs), table.needs)
+        found[table.name] = {
+            "title": table.title,
+            "base": base,
+            "rows": [row.name for row in table.rows.values()],
+            "tasks": table.tasks,
+            "runs": runs,
+            "needs": table.needs,
+        }
+    return Answer({"tables": found}, [shown])
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds takes whole numbers, as 42,43, not {text!r}") from None

@@ -1,0 +1,41 @@
+"""Adapters as a model of EleutherAI's lm-evaluation-harness. Importing this module registers it there as `redpeft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from peft import PeftModel
+
+from redpeft.reproduce.language_model import attach, load_language_model
+
+
+@register_model("redpeft")
+class AdaptersLM(HFLM):
+    """lm-eval's own model of transformers: one base model, on which adapters of any PEFT type come and go.
+
+    Args:
+        pretrained: folder or hub name of the base model.
+        adapter: what is on it at first; None is the base model alone.
+        batch_size: requests computed together, or "auto".
+        kwargs: HFLM's, of those that do not say how to load a model.
+
+    Raises `UserError` for a base model or adapter that cannot be loaded, or that do not belong together.
+    """
+
+    def __init__(
+        self, pretrained: str, adapter: str | Path | None = None, batch_size: int | str = 8, **kwargs: Any
+    ) -> None:
+        base, tokenizer = load_language_model(pretrained)
+        super().__init__(base, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
+        self.pretrained = pretrained  # its name, by which lm-eval looks up the revision
+        self.use(adapter)
+
+    def use(self, adapter: str | Path | None) -> None:
+        """Take what is on the base model off it, and put `adapter` on, if any."""
+        if isinstance(self._model, PeftModel):
+            self._model = self._model.unload()
+        if adapter is not None:
+            self._model = attach(self._model, adapter)

@@ -1,0 +1,83 @@
+"""`redpeft reproduce`: plan the runs of a table, estimate, run or resume them, and write the report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from redpeft.errors import RunError, UserError
+from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
+from redpeft.reproduce.probe import estimate, in_words
+from redpeft.reproduce.report import Report, make_report, write_report
+from redpeft.runs.on_ray import run_on_ray
+from redpeft.runs.runner import run_jobs
+from redpeft.training.loop import bars_on_terminals_only, say
+from redpeft.training.run_folder import finished, locked
+
+ASSETS = ".smoke"  # in the output folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a request: how many, how many of them are done, and how long the others take in seconds.
+
+    `seconds` is None where `problem` says why nothing can be tried here.
+    """
+
+    runs: list[Run]
+    done: int
+    seconds: float | None
+    problem: str | None = None
+
+    def line(self) -> str:
+        rows, tasks, seeds = ({getattr(run, key) for run in self.runs} for key in ("row", "task", "seed"))
+        counts = f"{len(rows)} methods, {len(tasks)} data sets, {len(seeds)} seeds"
+        time = f"no estimate of the time: {self.problem}"
+        if self.seconds is not None:
+            time = f"about {in_words(self.seconds)} for the others"
+        return f"{len(self.runs)} runs ({counts}), {self.done} of them done; {time}"
+
+
+def show_plan(request: Request) -> Plan:
+    """What a request would run; nothing is kept of it. Raises `UserError` as `plan` and `check_folder` do."""
+    bars_on_terminals_only()
+    check_folder(request)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = plan(request, request.out / ASSETS if (request.out / ASSETS).is_dir() else Path(folder))
+        todo = _unfinished(runs)
+        try:
+            return Plan(runs, len(runs) - len(todo), estimate(todo))
+        except (UserError, RunError) as error:
+            return Plan(runs, len(runs) - len(todo), None, str(error))
+
+
+def reproduce(request: Request, ray: bool = False) -> Report:
+    """Run what is not done of a request, and write the report. The same call goes on with what was interrupted.
+
+    A run that fails does not stop the others; the report shows it. Raises `UserError`, with nothing written, for names
+    that are not there, a base model or data that is missing, and an output folder of something else.
+    """
+    bars_on_terminals_only()
+    check_folder(request)
+    with locked(request.out):
+        runs = plan(request, request.out / ASSETS)
+        todo = _unfinished(runs)
+        say(Plan(runs, len(runs) - len(todo), estimate(todo)).line())
+        claim(request)
+        try:
+            results = (run_on_ray if ray else run_jobs)([run.job for run in todo])
+        except BaseException:  # an interrupt: what is done is shown all the same
+            write_report(make_report(request, runs, {}))
+            raise
+        failed = {
+            run.job.folder: result["error"] for run, result in zip(todo, results, strict=True) if "error" in result
+        }
+        report = make_report(request, runs, failed)
+        write_report(report)
+    return report
+
+
+def _unfinished(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if finished(run.job.recipe, run.job.folder) is None]

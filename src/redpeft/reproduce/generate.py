@@ -1,0 +1,94 @@
+"""Answers to the questions of AlpacaEval and MT-Bench, in the files that those projects' own judges read."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from redpeft.adapters.files import find_run
+from redpeft.errors import UserError
+from redpeft.reproduce import alpaca_eval, mt_bench
+from redpeft.reproduce.journal import JOURNAL, Journal
+from redpeft.reproduce.language_model import Decoding, LanguageModel, fingerprint_of, open_language_model
+from redpeft.tasks.instruction import Chat
+from redpeft.training.run_folder import naming_a_full_disk, write_atomically
+
+BENCHMARKS: dict[str, Any] = {"alpaca-eval": alpaca_eval, "mt-bench": mt_bench}
+
+
+def generate(
+    benchmark: str,
+    model: str,
+    questions: str | Path,
+    out: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    name: str | None = None,
+    decoding: Decoding | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """Let a model answer every question in the file `questions` and write the answers to `out`; returns a summary.
+
+    `benchmark` is "alpaca-eval" or "mt-bench" and decides both files' formats, `model` and `adapter` are as in
+    `open_language_model`, and `name` is what the benchmark is to call the model (the run's, adapter's or model's own
+    name when not given).
+
+    Answers are kept in `out`.journal batch by batch, so that the same call after a kill goes on from there; `out`
+    itself is written when all are there, in the questions' order. Batches change no answer but for rounding, so a
+    resumed call may have another `batch_size`.
+
+    Raises `UserError`, with nothing written, for questions that cannot be read, a model that cannot be loaded, and an
+    `out` that is there already or has a journal of other settings.
+    """
+    kind, out, decoding = BENCHMARKS[benchmark], Path(out), decoding or Decoding()
+    rows = kind.read_questions(questions)
+    name = name or find_run(adapter or model).resolve().name
+    journal = Journal(
+        out.with_name(out.name + JOURNAL),
+        {
+            "benchmark": benchmark,
+            "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:16],
+            "model": model,
+            "adapter": None if adapter is None else str(adapter),
+            "adapter_weights": fingerprint_of(adapter or model),
+            **asdict(decoding),
+        },
+    )
+    if out.exists() and not journal.entries:
+        raise UserError(f"{out} is there already, and not as work to go on with: choose another --out, or remove it")
+    done = {entry["question"] for entry in journal.entries}
+    todo = [index for index in range(len(rows)) if index not in done]
+    if todo:
+        speaker = open_language_model(model, adapter)
+        with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as progress:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                found = converse(speaker, [kind.turns(rows[index]) for index in batch], decoding)
+                now = time.time()
+                journal.append(
+                    {"question": index, "answers": answers, "time": now}
+                    for index, answers in zip(batch, found, strict=True)
+                )
+                progress.update(len(batch))
+    entries = sorted(journal.entries, key=lambda entry: entry["question"])
+    with naming_a_full_disk(out.parent):
+        write_atomically(out, kind.text(rows, entries, name))
+    return {"benchmark": benchmark, "model": name, "questions": len(rows), "generated": len(todo), "out": str(out)}
+
+
+def converse(speaker: LanguageModel, questions: list[list[str]], decoding: Decoding) -> list[list[str]]:
+    """The answers to each question's turns; a later turn sees what was asked and answered before it."""
+    chats: list[Chat] = [[] for _ in questions]
+    for turn in range(max(map(len, questions))):
+        asked = [index for index, turns in enumerate(questions) if turn < len(turns)]
+        for index in asked:
+            chats[index].append({"role": "user", "content": questions[index][turn]})
+        answers = speaker.answer([chats[index] for index in asked], decoding)
+        for index, answer in zip(asked, answers, strict=True):
+            chats[index].append({"role": "assistant", "content": answer})
+    return [[turn["content"] for turn in chat if turn["role"] == "assistant"] for chat in chats]

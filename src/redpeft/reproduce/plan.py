@@ -1,0 +1,187 @@
+"""A table asked for becomes runs: rows x tasks x seeds, each a recipe and a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from redpeft.errors import UserError
+from redpeft.reproduce.published import Table, nearest
+from redpeft.reproduce.settings import base_of, family_of, recipe_for
+from redpeft.reproduce.smoke import SMOKE, make_data, make_model
+from redpeft.runs.runner import Job
+from redpeft.tasks.glue import GLUE
+from redpeft.training.recipe import parse_override
+from redpeft.training.run_folder import write_atomically
+
+IDENTITY = "reproduce.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run of a table, and on what.
+
+    Attributes:
+        rows, tasks, seeds: what is asked for; None: the rows, tasks and seeds of the paper (of its tasks, those that
+            `data` has).
+        model: a base model (a folder, or a name on the Hub) instead of the paper's.
+        base_folder: where the paper's base models lie, by their names on the Hub or the last parts of these.
+        data: a folder with a folder for each task; the Hub when not given.
+        settings: one of `redpeft.reproduce.settings.SETTINGS`.
+        changes: fields of all recipes, and `row_changes` of the recipes of one row.
+        smoke: a few steps of a tiny model on made-up data, but for a `model` or `data` that is given.
+    """
+
+    table: Table
+    out: Path
+    rows: Sequence[str] | None = None
+    tasks: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    model: str | None = None
+    base_folder: Path | None = None
+    data: Path | None = None
+    settings: str = "paper"
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    row_changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    smoke: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What every run in one folder has in common."""
+        return {
+            "values": self.table.values,
+            "model": self.model,
+            "base_folder": self.base_folder and str(self.base_folder),
+            "data": self.data and str(self.data),
+            "settings": self.settings,
+            "budget": "smoke" if self.smoke else "full",
+            "changes": dict(self.changes),
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a table."""
+
+    row: str
+    task: str
+    job: Job
+
+    @property
+    def seed(self) -> int:
+        return self.job.recipe.seed
+
+
+def parse_changes(texts: Sequence[str], table: Table) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """`key=value` for every recipe and `row:key=value` for those of one row. UserError for another form or row."""
+    changes: dict[str, Any] = {}
+    by_row: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        key, value = parse_override(text)
+        row, colon, name = key.partition(":")
+        if colon:
+            by_row.setdefault(nearest(row, table.rows, f"row of {table.name}"), {})[name] = value
+        else:
+            changes[key] = value
+    return changes, by_row
+
+
+def plan(request: Request, assets: Path) -> list[Run]:
+    """The runs of a request, row by row. A smoke test's tiny model and data are written into the folder `assets`.
+
+    Raises `UserError` for a row, a task or a data set that is not there, and for a field that no recipe has.
+    """
+    table = request.table
+    asked = request.rows or [name for name, row in table.rows.items() if row.is_published]
+    rows = [nearest(row, table.rows, f"row of {table.name}") for row in dict.fromkeys(asked)]
+    tasks = _tasks(request)
+    base = _base(request, assets)
+    data = make_data(assets / "data", tasks) if request.smoke and request.data is None else request.data
+    runs = []
+    for row in rows:
+        for task in tasks:
+            for seed in dict.fromkeys(request.seeds or table.seeds_of(task)[: 1 if request.smoke else None]):
+                changes = {
+                    "base.model": base,
+                    **_data(table, task, data),
+                    **(SMOKE if request.smoke else {}),
+                    **request.changes,
+                    **request.row_changes.get(row, {}),
+                    "seed": seed,
+                }
+                recipe = recipe_for(table.values, row, task, request.settings, changes)
+                runs.append(Run(row, task, Job(recipe, request.out / row / task / f"seed-{seed}")))
+    return runs
+
+
+def check_folder(request: Request) -> None:
+    """Raises `UserError` for an output folder of something else, or of runs with other settings."""
+    path = request.out / IDENTITY
+    if path.is_file():
+        there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(request.identity()))
+        if other := [key for key in here if here[key] != there.get(key)]:
+            raise UserError(
+                f"{request.out} holds runs with another {', '.join(other)}: choose another --out, or ask for the same"
+            )
+    elif request.out.exists() and (
+        not request.out.is_dir() or any(not path.name.startswith(".") for path in request.out.iterdir())
+    ):
+        raise UserError(f"{request.out} is not empty and holds no reproduction: choose another --out")
+
+
+def claim(request: Request) -> None:
+    """Write into the output folder whose it is."""
+    request.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(request.out / IDENTITY, json.dumps(request.identity(), indent=2))
+
+
+def _tasks(request: Request) -> list[str]:
+    """The tasks asked for; the paper's, or those of them that the data has, where none are."""
+    table, data = request.table, request.data
+    if data is None:
+        if not request.tasks:
+            return list(dict.fromkeys([table.tasks[0], table.tasks[-1]])) if request.smoke else table.tasks
+        hint = "; other data sets need --data FOLDER"
+        return [nearest(task, table.tasks, f"task of {table.name}", hint) for task in dict.fromkeys(request.tasks)]
+    if not data.is_dir():
+        raise UserError(f"no such data folder: {data}")
+    there = sorted(path.name for path in data.iterdir() if path.is_dir())
+    if request.tasks:
+        return [nearest(task, there, f"data set in {data}") for task in dict.fromkeys(request.tasks)]
+    found = [task for task in table.tasks if task in there]
+    if not found:
+        raise UserError(
+            f"{data} has none of the data sets of {table.name} ({', '.join(table.tasks)}): put them there as folders, "
+            f"or choose of what it has by --tasks: {', '.join(there) or 'nothing'}"
+        )
+    return found
+
+
+def _base(request: Request, assets: Path) -> str:
+    name = base_of(request.table.values)
+    if request.model:
+        local = Path(request.model).expanduser()
+        return str(local.resolve()) if local.is_dir() else request.model
+    if request.smoke:
+        return str(make_model(assets / "model", family_of(request.table.values)))
+    if request.base_folder is None:
+        return name
+    places = [request.base_folder / name, request.base_folder / name.rpartition("/")[2]]
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise UserError(f"no base model {name} in {request.base_folder}: it would be {' or '.join(map(str, places))}")
+    return str(found.resolve())
+
+
+def _data(table: Table, task: str, data: Path | None) -> dict[str, Any]:
+    """Where a task's rows are: in a folder of that name in `data`, or where the recipe says on the Hub."""
+    one = len(table.tasks) == 1
+    if data is None:
+        return {} if one else {"data.config_name": task}
+    return {
+        "data.path": str((data / task).resolve()),
+        "data.config_name": None,
+        **({} if one or task in GLUE else {"data.protocol": None}),
+    }

@@ -1,0 +1,80 @@
+"""The pictures of a report: score against trained parameters, and each column's scores as bars."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redpeft.reproduce.report import Report
+
+COLUMNS = 4  # panels side by side
+
+
+def plot_parameters(report: Report, path: Path) -> Path | None:
+    """The average (or the first column) of each method against the parameters that it trains; hollow: published.
+
+    None, and no file, where there is nothing to draw.
+    """
+    first = report.columns[0]
+    figure, panels = _figure(7, 4.4)
+    axes = panels[0, 0]
+    drawn = False
+    for index, line in enumerate(report.lines):
+        cell = line.cells[first]
+        score, deviation = (line.average(), None) if report.table.average else (cell.headline, cell.headline_deviation)
+        published = line.published_average(report.table) if report.table.average else line.row.scores.get(first)
+        colour = f"C{index % 10}"
+        if score is not None and line.trained:
+            axes.errorbar(line.trained, score, yerr=deviation, fmt="o", capsize=3, color=colour)
+            axes.annotate(line.row.label, (line.trained, score), (6, 6), textcoords="offset points")
+            drawn = True
+        if published is not None and line.row.parameter_count:
+            axes.plot(line.row.parameter_count, published, "o", mfc="none", color=colour)
+    if not drawn:
+        return None
+    one = len({column.task for column in report.columns}) == 1
+    name = "average" if report.table.average else first.name(one)
+    axes.set(xscale="log", xlabel="trained parameters, without the head", ylabel=f"{name} (hollow: published)")
+    axes.margins(x=0.15, y=0.15)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def plot_columns(report: Report, path: Path) -> Path | None:
+    """A panel for each column with a bar for each method; the line across a bar is the published value."""
+    lines = [line for line in report.lines if any(cell.headline is not None for cell in line.cells.values())]
+    if not lines:
+        return None
+    wide = min(COLUMNS, len(report.columns))
+    high = math.ceil(len(report.columns) / wide)
+    figure, panels = _figure(2.6 * wide + 1, 2.6 * high + 0.6, high, wide)
+    one = len({column.task for column in report.columns}) == 1
+    for panel, column in zip(panels.flat, report.columns, strict=False):
+        values: list[float] = []
+        for index, line in enumerate(lines):
+            cell, published = line.cells[column], line.row.scores.get(column)
+            if cell.headline is not None:
+                panel.bar(index, cell.headline, yerr=cell.headline_deviation, capsize=2, color=f"C{index % 10}")
+                values += [cell.headline - (cell.headline_deviation or 0), cell.headline]
+            if published is not None:
+                panel.plot([index - 0.4, index + 0.4], [published] * 2, color="black", linewidth=2)
+                values.append(published)
+        if values:
+            room = 0.15 * (max(values) - min(values)) or 1
+            panel.set_ylim(min(values) - room, max(values) + room)
+        panel.set_title(column.name(one))
+        panel.set_xticks(range(len(lines)), [line.row.label for line in lines], rotation=90)
+    for panel in panels.flat[len(report.columns) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -1,0 +1,172 @@
+"""What `--budget smoke` runs on: tiny models of random weights and made-up rows, to tell that a table runs."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from redpeft.errors import UserError
+from redpeft.tasks.glue import GLUE, HELD_OUT
+
+SMOKE: dict[str, Any] = {
+    "epochs": 1,
+    "max_steps": 3,
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "max_length": 96,
+    "data.max_train_rows": 32,
+    "data.max_eval_rows": 8,
+    "data.validation_fraction": 0.1,
+}
+"""Fields of the recipes of a smoke test."""
+
+SPECIAL = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+TEMPLATES = {  # what a family's tokenizer puts around a text, and around a pair
+    "roberta": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "t5": ("$A </s>", "$A $B </s>"),
+    "gpt2": ("$A", "$A $B"),
+    "llama2": ("<s> $A", "<s> $A $B"),
+}
+WORDS = (
+    "the",
+    "a",
+    "old",
+    "small",
+    "cat",
+    "house",
+    "river",
+    "food",
+    "staff",
+    "reads",
+    "sees",
+    "finds",
+    "near",
+    "never",
+)
+
+
+def make_model(folder: Path, family: str) -> Path:
+    """A model of random weights in the shape of `family` (width 32; six blocks in each stack, since AdapterDrop
+    leaves five without), with a tokenizer of single bytes. Returns its folder, in which it is made once."""
+    if not (folder / "config.json").is_file():
+        tokenizer = _tokenizer(family)
+        torch.manual_seed(0)
+        model = MODELS[family](len(tokenizer), {key: tokenizer.convert_tokens_to_ids(SPECIAL[key]) for key in SPECIAL})
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return folder.resolve()
+
+
+def make_data(folder: Path, tasks: Sequence[str]) -> Path:
+    """A folder with made-up train, validation and test rows in the columns of each task."""
+    for task in tasks:
+        if task not in ROWS:
+            raise UserError(f"--budget smoke has no made-up rows for {task}: give --data FOLDER")
+        draw = random.Random(task)
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for split, rows in SIZES[task].items():
+            lines = [json.dumps(ROWS[task](draw), ensure_ascii=False) + "\n" for _ in range(rows)]
+            (folder / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def _tokenizer(family: str) -> PreTrainedTokenizerFast:
+    pieces = [*SPECIAL.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    ids = {piece: index for index, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    single, pair = TEMPLATES[family]
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, ids[token]) for token in SPECIAL.values()]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=256,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **SPECIAL,
+    )
+
+
+def _roberta(size: int, ids: dict[str, int]) -> Any:
+    shape = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=size, max_position_embeddings=260, **shape, **_ids(ids))
+    return RobertaModel(config, add_pooling_layer=False)
+
+
+def _t5(size: int, ids: dict[str, int]) -> Any:
+    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 6, "num_heads": 2}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=size, decoder_start_token_id=ids["pad_token"], **shape, **_ids(ids))
+    )
+
+
+def _gpt2(size: int, ids: dict[str, int]) -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=256, n_embd=32, n_layer=6, n_head=2, **_ids(ids)))
+
+
+def _llama(size: int, ids: dict[str, int]) -> Any:
+    shape = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=size, max_position_embeddings=256, **shape, **_ids(ids)))
+
+
+def _ids(ids: dict[str, int]) -> dict[str, int]:
+    return {key.replace("token", "token_id"): value for key, value in ids.items() if key != "unk_token"}
+
+
+MODELS: dict[str, Callable[[int, dict[str, int]], Any]] = {
+    "roberta": _roberta,
+    "t5": _t5,
+    "gpt2": _gpt2,
+    "llama2": _llama,
+}
+
+
+def _text(draw: random.Random) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(3, 8)))
+
+
+def _glue(task: str) -> Callable[[random.Random], dict[str, Any]]:
+    pairs = {"mnli": ("premise", "hypothesis"), "qnli": ("question", "sentence"), "qqp": ("question1", "question2")}
+    columns = pairs.get(task, ("sentence",) if task in ("sst2", "cola") else ("sentence1", "sentence2"))
+
+    def row(draw: random.Random) -> dict[str, Any]:
+        texts = {column: _text(draw) for column in columns}
+        label = round(draw.uniform(0, 5), 1) if task == "stsb" else draw.randrange(3 if task == "mnli" else 2)
+        return {**texts, "label": label}
+
+    return row
+
+
+def _meaning(draw: random.Random) -> dict[str, Any]:
+    name, food = draw.choice(("Aromi", "Clowns", "Cotto", "Zizzi")), draw.choice(("Thai", "Indian", "English"))
+    return {"meaning_representation": f"name[{name}], food[{food}]", "human_reference": f"{name} serves {food} food."}
+
+
+def _chat(draw: random.Random) -> dict[str, Any]:
+    turns = (("user", _text(draw) + "?"), ("assistant", _text(draw) + "."))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+ROWS = {**{task: _glue(task) for task in GLUE}, "e2e": _meaning, "ultrafeedback": _chat}
+SIZES = {task: {"train": 64, "validation": 48, "test": 16} for task in ROWS}
+for _task in ("mnli", "qnli", "qqp", "sst2"):  # of which 1000 rows are taken out
+    SIZES[_task] = {"train": HELD_OUT + 100, "validation": 2 * HELD_OUT + 50}

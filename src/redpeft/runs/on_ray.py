@@ -1,0 +1,46 @@
+"""Jobs spread over machines by Ray: its scheduler places them, and starts those of a killed worker again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from redpeft.errors import Stopped, UserError
+from redpeft.runs.runner import Job, run_jobs
+from redpeft.training.loop import say
+from redpeft.training.run_folder import finished
+
+RETRIES = 3
+
+
+def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """`run_jobs`, each job a task of a Ray cluster with one CPU and, where the cluster has GPUs, one GPU.
+
+    The cluster is the one that RAY_ADDRESS names or that runs on this machine, or else one of this machine alone. Run
+    folders, data and base models must be at the same paths on all its machines (a shared disk). A job whose worker is
+    killed or told to stop is started again, up to three times, and goes on from its last checkpoint; after that its
+    result is {"error": ...} as for any job that fails. Raises `UserError` without Ray, and as `run_jobs` does.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise UserError("--ray needs Ray: pip install redpeft[ray]") from None
+    jobs = [Job(job.recipe, job.folder.resolve()) for job in jobs]
+    for job in jobs:
+        finished(job.recipe, job.folder)
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[Stopped])(run_jobs)
+    waiting = {task.remote([job]): index for index, job in enumerate(jobs)}
+    results: list[dict[str, Any]] = [{} for _ in jobs]
+    while waiting:
+        [reference], _ = ray.wait(list(waiting))
+        index = waiting.pop(reference)
+        try:
+            [results[index]] = ray.get(reference)
+        except (ray.exceptions.RayError, Stopped) as error:
+            job, text = jobs[index], " ".join(str(error).split())
+            results[index] = {"folder": str(job.folder), "error": text, "kind": "RunError", "seed": job.recipe.seed}
+        say(f"job {len(jobs) - len(waiting)} of {len(jobs)}: {jobs[index].folder} {results[index].get('error', '')}")
+    return results

@@ -1,0 +1,196 @@
+"""Data to text with a decoder, as on the E2E NLG challenge: a meaning representation, and a text that says it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.data.data_collator import pad_without_fast_tokenizer_warning
+
+from redpeft.errors import UserError
+from redpeft.tasks import columns as cols
+from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
+from redpeft.tasks.data import DataConfig
+from redpeft.tasks.e2e_metrics import require_scorers, score
+from redpeft.tasks.metrics import IGNORED, choose_metric
+
+MR_TOKENS, REFERENCE_TOKENS = 64, 100  # as published, each with the end token behind it
+
+
+@dataclass
+class E2ETask:
+    """A text for a meaning representation (MR), learned as `MR <eos> text <eos>` with the loss on what follows the MR.
+
+    The best epoch is the one with the least validation loss, as in the authors' script: the official scores would need
+    a beam search over the validation MRs each epoch. They are taken of the test split, at the end.
+
+    Attributes:
+        columns: "prompt", the MR's column, and "response", the text's.
+        metric: "loss", the mean over the tokens of the texts.
+    """
+
+    columns: dict[str, str]
+    metric: str = "loss"
+    greater_is_better: ClassVar[bool] = False
+    compute_metrics: ClassVar[None] = None
+    generation: ClassVar[dict[str, Any] | None] = {
+        "num_beams": 10,
+        "length_penalty": 0.9,
+        "no_repeat_ngram_size": 4,
+        "do_sample": False,
+        "max_new_tokens": REFERENCE_TOKENS,  # no longer one was learned
+    }
+    name: ClassVar[str] = "e2e"
+    task_type: ClassVar[str] = "CAUSAL_LM"
+
+    @classmethod
+    def from_splits(cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None) -> E2ETask:
+        """Guesses the columns that `data` does not name and checks every row.
+
+        Raises:
+            UserError: a column that is missing, an empty MR or text; with a test split, a missing package for scores.
+        """
+        task = cls.of_columns(splits["train"], data.prompt, data.response)
+        task.metric = choose_metric(metric, ["loss"])
+        for split in splits.values():
+            task.check(split)
+        if "test" in splits:
+            require_scorers()
+        return task
+
+    @classmethod
+    def of_columns(cls, dataset: Dataset, prompt: str | None = None, response: str | None = None) -> E2ETask:
+        """The task for these columns, or for those that the public files have. UserError where they are not there."""
+        return cls(
+            {
+                "prompt": cols.choose_column(dataset, prompt, ["mr", "meaning_representation"], "prompt"),
+                "response": cols.choose_column(
+                    dataset, response, ["ref", "reference", "human_reference", "target"], "response"
+                ),
+            }
+        )
+
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises UserError for a missing column, or an empty MR or text."""
+        for key in ("prompt", "response") if with_labels else ("prompt",):
+            cols.require_columns(dataset, [self.columns[key]])
+            cols.check_texts(dataset, self.columns[key])
+
+    def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
+        """Rows to answer: objects with the MR, or strings, which are MRs. `first` numbers them."""
+        return cols.rows_to_dataset(rows, [self.columns["prompt"]], self.columns["prompt"], first)
+
+    def encode(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
+    ) -> Dataset:
+        """"input_ids", `MR <eos> text <eos>`, and "labels", which ignore the MR and its end; without labels `MR <eos>`.
+
+        The MR is cut so that with its end it has at most 64 tokens. (The authors' script cuts off the end itself, and
+        then nothing says where the text begins.) The text is cut at 100 tokens, and has no end then.
+
+        Raises:
+            UserError: a tokenizer without end token, or a `max_length` that leaves no room for a text.
+        """
+        self.check(dataset, with_labels)
+        limit = token_limit(tokenizer, max_length)
+        if limit <= MR_TOKENS:
+            raise UserError(f"max_length {limit} leaves no room for a text behind an MR of up to {MR_TOKENS} tokens")
+        if tokenizer.eos_token_id is None:
+            raise UserError("the task e2e needs a tokenizer with an end token (eos_token)")
+        end = [tokenizer.eos_token_id]
+
+        def tokenise(rows: dict[str, list]) -> dict[str, list]:
+            prompts = [
+                (ids[:-1] if ids[-1:] == end else ids)[: MR_TOKENS - 1] + end
+                for ids in tokenizer(rows[self.columns["prompt"]])["input_ids"]
+            ]
+            if not with_labels:
+                return {"input_ids": prompts}
+            tokens = tokenizer(rows[self.columns["response"]], add_special_tokens=False)["input_ids"]
+            pairs = [
+                (prompt, (ids + end)[: min(REFERENCE_TOKENS, limit - len(prompt))])
+                for prompt, ids in zip(prompts, tokens, strict=True)
+            ]
+            return {
+                "input_ids": [prompt + text for prompt, text in pairs],
+                "labels": [[IGNORED] * len(prompt) + text for prompt, text in pairs],
+            }
+
+        return cols.tokenise(dataset, tokenise)
+
+    def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+        """The base model as a language model that stops at the tokenizer's end token, which is what it learns."""
+        model = load_base(AutoModelForCausalLM, base, **kwargs)
+        set_pad_token(model, tokenizer)
+        model.generation_config.eos_token_id = tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, list[int]]]], BatchEncoding]:
+        """Pads rows with labels on the right, and rows to continue on the left, whatever the tokenizer's own side."""
+        ensure_pad_token(tokenizer)
+        return partial(_pad, tokenizer)
+
+    def questions(self, dataset: Dataset) -> Dataset:
+        """The first row of each distinct MR: those whose answers `score_answers` scores. UserError as `score` does."""
+        require_scorers()
+        return dataset.select(self.unanswered(dataset, set()))
+
+    def unanswered(self, dataset: Dataset, answered: set[str]) -> list[int]:
+        """The rows whose MR is neither among those `answered`, to which it is added, nor in a row before."""
+        rows = []
+        for index, mr in enumerate(cols.values(dataset, self.columns["prompt"])):
+            if mr not in answered:
+                answered.add(mr)
+                rows.append(index)
+        return rows
+
+    def references(self, dataset: Dataset) -> list[list[str]]:
+        """The texts of each distinct MR, in the order of their first rows."""
+        groups: dict[str, list[str]] = {}
+        for mr, text in zip(*(cols.values(dataset, self.columns[key]) for key in ("prompt", "response")), strict=True):
+            groups.setdefault(mr, []).append(text)
+        return list(groups.values())
+
+    def score_answers(self, texts: Collection[str], dataset: Dataset) -> dict[str, float | None]:
+        """The official scores (`e2e_metrics.score`) of one generated text a distinct MR, as `questions` has them."""
+        return score([row["text"] for row in self.decode(list(texts))], self.references(dataset))
+
+    def decode(
+        self, predictions: list[str], dataset: Dataset | None = None, encoded: Dataset | None = None
+    ) -> list[dict[str, str]]:
+        """Generated texts as {"text"}, each up to the first empty line and on one line, as published."""
+        return [{"text": " ".join(text.strip().split("\n\n")[0].split())} for text in predictions]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"task": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> E2ETask:
+        """The task that `to_dict` described."""
+        return cls(**{key: value for key, value in values.items() if key != "task"})
+
+
+def _pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -> BatchEncoding:
+    learned = "labels" in rows[0]
+    batch = pad_without_fast_tokenizer_warning(
+        tokenizer,
+        [{"input_ids": row["input_ids"]} for row in rows],
+        padding_side="right" if learned else "left",
+        return_tensors="pt",
+    )
+    if learned:
+        width = batch["input_ids"].shape[1]
+        batch["labels"] = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
+    return batch

@@ -1,0 +1,97 @@
+"""Bottleneck adapters (Houlsby et al. 2019, arXiv 1902.00751): a small network behind attention and FFN of each block.
+
+    base module ── h ──┬──────────────────────────────────┐
+                       └─> down: d -> m ─> f ─> up: m -> d ─ + ──> h'
+
+They stand where RED's edits do, at the output of the linear that leads back to the model's width, before the residual
+sum and its norm. One set of options covers the papers' variants; `METHODS` says what each of them chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from redpeft import Site, find_sites
+from redpeft.errors import UserError
+from redpeft.method.sites import find_blocks
+from redpeft.training.part import norm_parameters
+
+NAME = "bottleneck"  # the adapter's name within the module that it follows
+INITIAL_STD = 1e-3  # of the released code (google-research/adapter-bert): the adapter begins close to the identity
+REDUCTION = 16  # Houlsby's 64 of BERT-large's 1024, and Pfeiffer et al. (2021, arXiv 2005.00247)
+
+
+@dataclass(frozen=True)
+class BottleneckOptions:
+    """The method_options of the bottleneck adapters."""
+
+    sites: tuple[Literal["attention", "ffn"], ...] = Field(default=("attention", "ffn"), min_length=1)
+    bottleneck: int | None = Field(default=None, ge=1)  # m; a sixteenth of the width when not given
+    activation: Literal["gelu", "relu", "silu"] = "gelu"
+    layer_norms: bool = False  # train the model's norms too, as Houlsby et al. do
+    drop_layers: int = Field(default=0, ge=0)  # so many of the lowest blocks of each stack get no adapter
+
+
+class Bottleneck(nn.Module):
+    """`h' = h + up(f(down(h)))`, of shape (..., width) -> (..., width), in fp32 whatever `h` is.
+
+    Weights are drawn from a normal distribution cut at two standard deviations, biases are zero.
+    """
+
+    def __init__(self, width: int, bottleneck: int, activation: str, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, bottleneck, device=device, dtype=torch.float32)
+        self.activation = ACT2FN[activation]
+        self.up = nn.Linear(bottleneck, width, device=device, dtype=torch.float32)
+        for linear in (self.down, self.up):
+            nn.init.trunc_normal_(linear.weight, std=INITIAL_STD, a=-2 * INITIAL_STD, b=2 * INITIAL_STD)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        change = self.up(self.activation(self.down(hidden.to(self.down.weight.dtype))))
+        return hidden + change.to(hidden.dtype)
+
+
+def add_bottlenecks(model: PreTrainedModel, options: BottleneckOptions) -> set[str]:
+    """Put an adapter behind each site of `model` and return the names of the parameters to train.
+
+    An adapter is a child of the module that it follows (`...output.dense.bottleneck.down.weight`) and acts by a hook,
+    so that the base model's own names, and what it asks of its modules, stay as they are.
+    """
+    sites = [site for site in find_sites(model, options.sites) if site.layer >= options.drop_layers]
+    if not sites:
+        raise UserError(
+            f"method_options: drop_layers {options.drop_layers} leaves no block of {type(model).__name__} with an "
+            "adapter: choose a smaller number"
+        )
+    for site in sites:
+        module = model.get_submodule(site.name)
+        device = next(module.parameters()).device
+        size = options.bottleneck or max(1, site.width // REDUCTION)
+        module.add_module(NAME, Bottleneck(site.width, size, options.activation, device))
+        module.register_forward_hook(_adapt)
+    names = {name for name, _ in model.named_parameters() if f".{NAME}." in name}
+    return names | _norms(model, sites, options) if options.layer_norms else names
+
+
+def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
+    """The hook. Some mixture-of-experts blocks return a tuple, with what goes on in front."""
+    adapter = module.get_submodule(NAME)
+    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+
+def _norms(model: PreTrainedModel, sites: list[Site], options: BottleneckOptions) -> set[str]:
+    """All norms; with lower blocks left out those of the other blocks, so that nothing is learned below these."""
+    norms = norm_parameters(model)
+    if not options.drop_layers:
+        return norms
+    blocks = [f"{block}." for stack in find_blocks(model).values() for block in stack]
+    kept = tuple(block for block in blocks if any(site.name.startswith(block) for site in sites))
+    return {name for name in norms if name.startswith(kept)}

@@ -1,0 +1,68 @@
+"""Tasks that answer with texts: their Trainer, and the scores of what they generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
+
+from redpeft.tasks import Task
+from redpeft.tasks.metrics import IGNORED
+
+
+class GeneratingTrainer(Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer, generating by the arguments that the task says, for decoders too.
+
+    `generation` are the arguments of `generate`. Where there is nothing to compute metrics with, `evaluate` gives the
+    loss alone, and only `predict` generates: of rows without labels, padded on the left if the model is a decoder.
+    """
+
+    generation: dict[str, Any]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(*args, **{**self.generation, **kwargs})
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(*args, **{**self.generation, **kwargs})
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = self.model.generation_config
+        longest = config.max_length
+        with self.accelerator.autocast():  # `generate` passes by the forward that accelerate wraps in it
+            loss, tokens, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        config.max_length = longest  # Seq2SeqTrainer fills in the default, and the next `generate` would warn of it
+        if tokens is not None and not self.model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :].contiguous()
+        return loss, tokens, labels
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
+    """Texts of token ids of shape (rows, length); `IGNORED` pads them."""
+    padded = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
+    return tokenizer.batch_decode(padded, skip_special_tokens=True)
+
+
+def metrics_function(
+    task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    """What Trainer calls after an evaluation: the task's `compute_metrics`, given texts if the task generates."""
+    compute = task.compute_metrics
+    if compute is None or task.generation is None:
+        return compute
+    return lambda prediction: compute(EvalPrediction(*(decode_tokens(tokenizer, tokens) for tokens in prediction)))
+
+
+def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -> dict[str, float | None]:
+    """The scores of the answers to a dataset's questions, for tasks that are not scored row by row; {} for others.
+
+    All processes generate, and the first one scores.
+    """
+    if task.score_answers is None:
+        return {}
+    tokenizer = trainer.processing_class
+    questions = task.encode(task.questions(dataset), tokenizer, max_length, with_labels=False)
+    texts = decode_tokens(tokenizer, trainer.predict(questions).predictions)
+    return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}

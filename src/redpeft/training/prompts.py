@@ -1,0 +1,58 @@
+"""What prompt and prefix tuning ask of a model, and PEFT finds out in the middle of the first step, or never."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from redpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from redpeft.training.recipe import Recipe
+
+
+def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    """`options`, where rows of `max_length` leave room for the virtual tokens. Raises `UserError` where not.
+
+    Virtual tokens and a prefix's keys take positions of the sequence; a model with learned positions has no more.
+    """
+    tokens, positions = options["num_virtual_tokens"], _positions(model)
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f"method_options: num_virtual_tokens is a whole number from 1, not {tokens!r}")
+    if positions is not None and tokens + recipe.max_length > positions:
+        raise UserError(
+            f"{tokens} virtual tokens and rows of {recipe.max_length} do not fit into the {positions} positions of "
+            f"{type(model).__name__}: lower max_length or method_options.num_virtual_tokens"
+        )
+    return options
+
+
+def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    """The same for a prefix. `UserError` too for a model whose attention takes no keys and values from outside."""
+    if options.get("prefix_projection"):
+        raise UserError(
+            "method_options: with prefix_projection PEFT saves what the projection makes, and not the projection, so "
+            "that a run could not go back to its best epoch: leave it out"
+        )
+    backbone = getattr(model, model.base_model_prefix, model)
+    if not any("past_key_values" in inspect.signature(part.forward).parameters for part in (model, backbone)):
+        raise UserError(
+            f"method prefix puts keys and values into the attention, and {type(model).__name__} takes none: choose "
+            "another method, such as prompt"
+        )
+    return fit_prompt(model, recipe, options)
+
+
+def _positions(model: nn.Module) -> int | None:
+    """How many learned positions a row may have; None where positions are computed, or relative."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and any(part in name.rpartition(".")[2] for part in ("position", "wpe"))
+    ]
+    # RoBERTa's first position is the one behind its padding index
+    first = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
+    return min((len(table.weight) - start for table, start in zip(tables, first, strict=True)), default=None)

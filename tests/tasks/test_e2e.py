@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from redpeft.errors import UserError
+from redpeft.tasks import DataConfig, E2ETask, read_splits, task_from_dict
+from redpeft.tasks.e2e import MR_TOKENS, REFERENCE_TOKENS
+
+ROWS = {
+    "mr": ["name[Cotto]", "name[Aromi], area[riverside]", "name[Cotto]"],
+    "ref": ["Cotto is a place.", "Aromi, in the riverside area.", "There is Cotto."],
+}
+
+
+def make(columns: dict) -> Dataset:
+    dataset = Dataset.from_dict(columns)
+    dataset.info.description = "trainset.csv"
+    return dataset
+
+
+def task_of(columns: dict, data: dict | None = None, **options) -> E2ETask:
+    return E2ETask.from_splits({"train": make(columns)}, DataConfig(path="x", **(data or {})), **options)
+
+
+def error_of(columns: dict, data: dict | None = None, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        task_of(columns, data, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def tokenizer(tiny_gpt2_folder):
+    return AutoTokenizer.from_pretrained(tiny_gpt2_folder)
+
+
+@pytest.fixture
+def llama_tokenizer(tiny_decoder_folder):
+    """It begins a text with <s>, and has a token for each byte."""
+    return AutoTokenizer.from_pretrained(tiny_decoder_folder)
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        (["mr", "ref"], ("mr", "ref")),
+        (["human_reference", "meaning_representation"], ("meaning_representation", "human_reference")),
+        (["MR", "Ref"], ("MR", "Ref")),
+        (["gem_id", "meaning_representation", "target"], ("meaning_representation", "target")),
+    ],
+)
+def test_columns_are_guessed(columns, found):
+    task = task_of({name: ["a", "b"] for name in columns})
+    assert (task.columns["prompt"], task.columns["response"]) == found
+    assert (task.metric, task.greater_is_better, task.compute_metrics) == ("loss", False, None)
+
+
+def test_columns_that_are_named_or_missing():
+    rows = {"data": ["a"], "say": ["b"]}
+    assert task_of(rows, {"prompt": "data", "response": "say"}).columns == {"prompt": "data", "response": "say"}
+    assert error_of(rows) == (
+        "cannot tell which column of trainset.csv is the prompt (columns: data, say); name it with `prompt`"
+    )
+    assert "is the response (columns: mr, say); name it with `response`" in error_of({"mr": ["a"], "say": ["b"]})
+    assert "has no column 'meaning'; its columns are mr, ref." in error_of(ROWS, {"prompt": "meaning"})
+    assert error_of(ROWS, metric="bleu") == "no metric 'bleu' for this task; it has loss"
+    assert error_of({**ROWS, "ref": ["a", " ", "c"]}) == "trainset.csv, row 2: the text in column 'ref' is empty"
+    assert error_of({**ROWS, "mr": ["a", "b", None]}) == "trainset.csv, row 3: the text in column 'mr' is empty"
+
+
+def test_the_public_files_by_their_names(e2e_folder):
+    splits = read_splits(DataConfig(path=str(e2e_folder)))
+    assert {name: len(split) for name, split in splits.items()} == {"train": 24, "validation": 8, "test": 8}
+    assert E2ETask.from_splits(splits, DataConfig(path="x")).columns == {"prompt": "mr", "response": "ref"}
+
+
+def test_a_test_split_needs_the_packages_that_score_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    splits = {"train": make(ROWS), "validation": make(ROWS)}
+    E2ETask.from_splits(splits, DataConfig(path="x"))
+    with pytest.raises(UserError, match=r"the scores of E2E need sacrebleu: pip install redpeft\[e2e\]"):
+        E2ETask.from_splits({**splits, "test": make(ROWS)}, DataConfig(path="x"))
+
+
+def test_what_is_learned(tokenizer):
+    """`MR <eos> text <eos>`, with the loss on what follows the first <eos>."""
+    encoded = task_of(ROWS).encode(make(ROWS), tokenizer, 256)
+    end = tokenizer.eos_token_id
+    for row, mr, ref in zip(encoded, ROWS["mr"], ROWS["ref"], strict=True):
+        prompt, text = (tokenizer.backend_tokenizer.encode(part).ids for part in (mr, ref))
+        assert row["input_ids"] == [*prompt, end, *text, end]
+        assert row["labels"] == [*[-100] * (len(prompt) + 1), *text, end]
+    assert tokenizer.decode(encoded[0]["input_ids"]) == "name[Cotto]<|endoftext|>Cotto is a place.<|endoftext|>"
+    asked = task_of(ROWS).encode(make(ROWS).remove_columns("ref"), tokenizer, 256, with_labels=False)
+    assert asked.column_names == ["input_ids"]
+    assert tokenizer.decode(asked[0]["input_ids"]) == "name[Cotto]<|endoftext|>"
+
+
+def test_a_tokenizer_that_marks_the_beginning(llama_tokenizer):
+    encoded = task_of(ROWS).encode(make(ROWS), llama_tokenizer)
+    assert llama_tokenizer.decode(encoded[0]["input_ids"]) == "<s>name[Cotto]</s>Cotto is a place.</s>"
+    learned = [token for token in encoded[0]["labels"] if token != -100]
+    assert llama_tokenizer.decode(learned) == "Cotto is a place.</s>"
+
+
+def test_a_tokenizer_that_marks_the_end(llama_tokenizer):
+    from tokenizers import processors
+
+    llama_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", llama_tokenizer.eos_token_id)]
+    )
+    encoded = task_of(ROWS).encode(make(ROWS), llama_tokenizer)
+    assert llama_tokenizer.decode(encoded[0]["input_ids"]) == "name[Cotto]</s>Cotto is a place.</s>"
+
+
+def test_long_rows_are_cut(llama_tokenizer):
+    rows = {"mr": ["m" * 300, "m" * (MR_TOKENS - 2)], "ref": ["r" * 300, "r" * (REFERENCE_TOKENS - 1)]}
+    cut, whole = task_of(rows).encode(make(rows), llama_tokenizer, 256)
+    end = llama_tokenizer.eos_token_id
+    assert cut["input_ids"][MR_TOKENS - 1] == end  # where the text begins is said all the same
+    assert cut["labels"][:MR_TOKENS] == [-100] * MR_TOKENS
+    assert len(cut["input_ids"]) == len(cut["labels"]) == MR_TOKENS + REFERENCE_TOKENS
+    assert end not in cut["labels"]  # the text does not end where it is cut
+    assert whole["input_ids"].index(end) == MR_TOKENS - 1
+    assert len(whole["input_ids"]) == MR_TOKENS + REFERENCE_TOKENS
+    assert whole["labels"][-1] == end
+    [short, _] = task_of(rows).encode(make(rows), llama_tokenizer, 80)
+    assert len(short["input_ids"]) == 80
+    assert [label for label in short["labels"] if label != -100] == short["input_ids"][MR_TOKENS:]
+
+
+def test_what_cannot_be_learned(tokenizer):
+    with pytest.raises(UserError, match="^max_length 64 leaves no room for a text behind an MR of up to 64 tokens"):
+        task_of(ROWS).encode(make(ROWS), tokenizer, 64)
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="the task e2e needs a tokenizer with an end token"):
+        task_of(ROWS).encode(make(ROWS), tokenizer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_to_learn_and_to_continue(tokenizer, side):
+    """Positions count from the left: rows to learn are padded behind, and rows to continue before."""
+    tokenizer.padding_side = side
+    task = task_of(ROWS)
+    collate = task.collator(tokenizer)
+    assert tokenizer.padding_side == side
+    assert tokenizer.pad_token == tokenizer.eos_token
+    rows = list(task.encode(make(ROWS), tokenizer, 256))
+    batch = collate(rows)
+    for row, ids, mask, labels in zip(rows, *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+        length = len(row["input_ids"])
+        assert ids[:length].tolist() == row["input_ids"]
+        assert mask.tolist() == [1] * length + [0] * (len(ids) - length)
+        assert labels.tolist() == row["labels"] + [-100] * (len(ids) - length)
+    asked = list(task.encode(make(ROWS), tokenizer, 256, with_labels=False))
+    batch = collate(asked)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    for row, ids, mask in zip(asked, batch["input_ids"], batch["attention_mask"], strict=True):
+        length = len(row["input_ids"])
+        assert ids[-length:].tolist() == row["input_ids"]
+        assert mask.tolist() == [0] * (len(ids) - length) + [1] * length
+
+
+def test_the_loss_is_that_of_the_texts_tokens(tiny_gpt2_folder, tokenizer):
+    task = task_of(ROWS)
+    model = task.load_model(tiny_gpt2_folder, tokenizer).eval()
+    rows = list(task.encode(make(ROWS), tokenizer, 256))
+    losses = []
+    with torch.no_grad():
+        for row, mr in zip(rows, ROWS["mr"], strict=True):  # alone, without padding, token by token
+            begin = len(tokenizer(mr)["input_ids"])
+            ids = torch.tensor(row["input_ids"])
+            chances = model(ids[None]).logits[0].log_softmax(-1)
+            losses += [-chances[at, ids[at + 1]] for at in range(begin, len(ids) - 1)]
+        together = model(**task.collator(tokenizer)(rows)).loss
+    assert together == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_the_model_ends_where_its_tokenizer_does(tiny_gpt2_folder, tokenizer):
+    model = task_of(ROWS).load_model(tiny_gpt2_folder, tokenizer)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.pad_token_id == model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_each_mr_is_asked_once_in_the_order_of_the_file():
+    task, dataset = task_of(ROWS), make(ROWS)
+    assert task.questions(dataset)["mr"] == ROWS["mr"][:2]
+    assert task.references(dataset) == [["Cotto is a place.", "There is Cotto."], ["Aromi, in the riverside area."]]
+    answered = {"name[Aromi], area[riverside]"}
+    assert task.unanswered(dataset, answered) == [0]
+    assert task.unanswered(dataset, answered) == []
+    assert answered == set(ROWS["mr"])
+
+
+def test_answers_are_scored_against_all_texts_of_their_mr(monkeypatch):
+    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    task, dataset = task_of(ROWS), make(ROWS)
+    scores = task.score_answers([" There is\nCotto.\n\nAnd more", "Aromi, in the riverside area."], dataset)
+    assert scores["bleu"] == pytest.approx(100)
+    swapped = task.score_answers(["Aromi, in the riverside area.", "There is Cotto."], dataset)
+    assert swapped["bleu"] < 20
+
+
+def test_generated_texts_become_one_line():
+    texts = [" Cotto  is\n a place.\n", "\n\nCotto.\n\nname[", ""]
+    assert task_of(ROWS).decode(texts) == [{"text": "Cotto is a place."}, {"text": "Cotto."}, {"text": ""}]
+
+
+def test_rows_to_answer():
+    task = task_of(ROWS)
+    assert task.rows_to_dataset(["name[Cotto]", {"mr": "name[Aromi]", "ref": "left out"}])["mr"] == [
+        "name[Cotto]",
+        "name[Aromi]",
+    ]
+    with pytest.raises(UserError, match="row 1 has no 'mr'; it has 'data'"):
+        task.rows_to_dataset([{"data": "name[Cotto]"}])
+
+
+def test_a_task_survives_its_json():
+    task = task_of(ROWS)
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
+
+
+@pytest.mark.parametrize("name", ["e2e", "e2e_cleaned"])
+def test_shared_data(shared_data, tokenizer, name):
+    config = DataConfig(path=str(shared_data / name), max_train_rows=50, max_eval_rows=50)
+    splits = read_splits(config)
+    task = E2ETask.from_splits(splits, config)
+    assert task.columns == {"prompt": "meaning_representation", "response": "human_reference"}
+    assert len(task.encode(splits["train"], tokenizer, 256)) == 50

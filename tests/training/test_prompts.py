@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from redpeft.errors import UserError
+from redpeft.training.methods import apply_method, trainable_parameters
+from redpeft.training.recipe import load_recipe
+
+VOCAB, WIDTH, TOKENS = 50, 16, 4
+SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def bert():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **SIZES, **DROPOUT))
+
+
+def roberta():
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=66, **SIZES, **DROPOUT)
+    return RobertaForSequenceClassification(config)
+
+
+def distilbert():
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=VOCAB, dim=WIDTH, n_layers=2, n_heads=2, hidden_dim=32)
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
+
+
+def t5():
+    torch.manual_seed(0)
+    sizes = {"d_model": WIDTH, "d_ff": 32, "d_kv": 8, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, decoder_start_token_id=0, **sizes))
+
+
+def recipe(method, task="classification", max_length=48, **options):
+    values = {"base": "m", "data": "d", "method": method, "task": task, "max_length": max_length}
+    return load_recipe(None, {**values, "method_options": {"num_virtual_tokens": TOKENS, **options}})
+
+
+CASES = [
+    (bert, "classification"),
+    (roberta, "classification"),
+    (gpt2, "instruction"),
+    (t5, "text-to-text"),
+]
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize(("build", "task"), CASES)
+def test_what_is_trained_and_that_it_learns(build, task, method):
+    model = apply_method(build(), recipe(method, task))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    length = WIDTH if method == "prompt" else 2 * 2 * WIDTH  # an embedding, or keys and values of two blocks
+    counted = trainable_parameters(build(), recipe(method, task))
+    assert counted.method == TOKENS * length
+    assert counted.head == (0 if task != "classification" else sum(p.numel() for p in build().classifier.parameters()))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01, weight_decay=0)
+    rows = torch.randint(5, VOCAB, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(rows)
+    mask[0, 4:] = 0
+    labels = torch.tensor([0, 1, 1]) if task == "classification" else rows.masked_fill(mask == 0, -100)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=rows, attention_mask=mask, labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("prompt_encoder" in name or "classifier.modules_to_save" in name for name in moved)
+
+
+def test_a_prompt_begins_as_words_of_the_vocabulary():
+    model = apply_method(bert(), recipe("prompt"))
+    words = model.base_model.bert.embeddings.word_embeddings.weight
+    [prompt] = [p for name, p in model.named_parameters() if "prompt_encoder" in name]
+    assert all((words == vector).all(-1).any() for vector in prompt)
+
+
+def test_rows_must_leave_room_for_the_virtual_tokens():
+    for build in (bert, roberta):
+        assert apply_method(build(), recipe("prompt", max_length=60))
+        with pytest.raises(UserError, match="4 virtual tokens and rows of 61 do not fit into the 64 positions of"):
+            apply_method(build(), recipe("prompt", max_length=61))
+    with pytest.raises(UserError, match="100 virtual tokens and rows of 48 .* lower max_length or method_options.num"):
+        apply_method(gpt2(), recipe("prefix", "instruction", num_virtual_tokens=100))
+    assert apply_method(t5(), recipe("prompt", "text-to-text", max_length=4000))  # relative positions
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "many"])
+def test_wrong_numbers_of_tokens(tokens):
+    with pytest.raises(UserError, match="method_options: num_virtual_tokens is a whole number from 1, not"):
+        apply_method(bert(), recipe("prompt", num_virtual_tokens=tokens))
+
+
+def test_models_without_a_place_for_a_prefix():
+    with pytest.raises(UserError, match="DistilBertForSequenceClassification takes none: choose another method"):
+        apply_method(distilbert(), recipe("prefix"))
+
+
+def test_a_projection_that_peft_does_not_save():
+    with pytest.raises(UserError, match="with prefix_projection PEFT saves what the projection makes, and not"):
+        apply_method(gpt2(), recipe("prefix", "instruction", prefix_projection=True, encoder_hidden_size=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "prompt", "task": "instruction", "packing": True}, "packing puts several rows behind one prompt"),
+        ({"method": "prefix", "gradient_checkpointing": True}, "prefix does not work with gradient_checkpointing"),
+    ],
+)
+def test_what_does_not_go_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        load_recipe(None, {"base": "m", "data": "d", **changes})
