@@ -18,6 +18,7 @@ from redpeft.adapters.files import CONFIG_NAME, Adapter
 from redpeft.adapters.fold.checkpoint import INDEX, NOT_WEIGHTS, Checkpoint
 from redpeft.adapters.fold.names import find_key
 from redpeft.adapters.fold.survey import FoldedSite, rows
+from redpeft.errors import UserError
 from redpeft.method.edit import fold_edit
 from redpeft.method.fingerprint import FLOATS
 
@@ -112,7 +113,12 @@ def _changed(
     if key in changes.replaced:
         return changes.replaced[key]
     if key not in changes.scaled:
-        return tensor.to(dtype) if convert and tensor.dtype in FLOATS else tensor
+        if not convert or tensor.dtype not in FLOATS:
+            return tensor
+        converted = tensor.to(dtype)
+        if not converted.isfinite().all() and tensor.isfinite().all():
+            raise UserError(f"{key} of the base model has values beyond the range of {dtype}; fold to bf16 or fp32")
+        return converted
     site = changes.scaled[key]
     assert site.scale is not None
     module = model.get_submodule(site.site)
