@@ -64,7 +64,7 @@ NO_FFN = {
         squeezebert swiftformer textnet univnet uvdoc vits""",
     "the MLP reads more than the block's width": "efficientloftr lightglue",
     "two FFNs that look alike, one for each kind of input": "higgs_audio_v2 lxmert",
-    "gone since transformers 5": "jukebox mega",
+    "gone since transformers 5": "jukebox mega van",
     "two halves of an FFN declared without attention between them": "gemma4_audio",
 }
 
