@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-oldest lint types bench clean
+.PHONY: demo test test-slow test-oldest reproduce-smoke lint types bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,25 @@ demo: $(VENV)/.ready  ## train RED and its peers on a real encoder, compare, pre
 test: $(VENV)/.torchao  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.torchao  ## what takes longer: several processes, whole demos
+test-slow: $(VENV)/.torchao $(VENV)/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/.ray: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	touch $@
+
+# Tables that share a base model share a folder, and with it their runs.
+reproduce-smoke: $(VENV)/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)
+	$(BIN)/redpeft reproduce glue-roberta-base --budget smoke --out runs/smoke/roberta-base
+	$(BIN)/redpeft reproduce glue-roberta-large --budget smoke --out runs/smoke/roberta-large
+	$(BIN)/redpeft reproduce ablation --budget smoke --out runs/smoke/roberta-large
+	$(BIN)/redpeft reproduce glue-t5-base --budget smoke --out runs/smoke/t5-base
+	$(BIN)/redpeft reproduce e2e-gpt2-medium --budget smoke --out runs/smoke/gpt2-medium
+	$(BIN)/redpeft reproduce rank-1 --budget smoke --out runs/smoke/gpt2-medium
+	$(BIN)/redpeft reproduce e2e-gpt2-large --budget smoke --out runs/smoke/gpt2-large
+	$(BIN)/redpeft reproduce alpaca-eval --budget smoke --out runs/smoke/llama2-7b
+	$(BIN)/redpeft reproduce mt-bench --budget smoke --out runs/smoke/llama2-7b
+	$(BIN)/redpeft reproduce open-llm --budget smoke --out runs/smoke/llama2-7b
 
 test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports
 	.venv-oldest/bin/python -m pytest tests/method

@@ -65,8 +65,9 @@ def signatures() -> str:
     from redpeft import adapters
     from redpeft.adapters import card, compose, expression, preview, released
     from redpeft.adapters import inspect as inspection
-    from redpeft.runs import runner
-    from redpeft.tasks import data, files
+    from redpeft.reproduce import command, generate, language_model, lm_harness, plan
+    from redpeft.runs import on_ray, runner
+    from redpeft.tasks import data, e2e_files, e2e_metrics, files
     from redpeft.training import methods, predict, recipe, train
 
     shown = {
@@ -88,8 +89,16 @@ def signatures() -> str:
         "redpeft.training.methods": [methods.trainable_parameters, methods.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
+        "redpeft.runs.on_ray": [on_ray.run_on_ray],
+        "redpeft.reproduce.command": [command.reproduce, command.show_plan],
+        "redpeft.reproduce.plan": [plan.Request],
         "redpeft.tasks.data": [data.read_splits],
         "redpeft.tasks.files": [files.read_file],
+        "redpeft.tasks.e2e_metrics": [e2e_metrics.score, e2e_metrics.nist],
+        "redpeft.tasks.e2e_files": [e2e_files.score_files],
+        "redpeft.reproduce.generate": [generate.generate],
+        "redpeft.reproduce.language_model": [language_model.open_language_model, language_model.Decoding],
+        "redpeft.reproduce.lm_harness": [lm_harness.evaluate_adapters, lm_harness.parse_tasks],
         "redpeft.errors": [redpeft.errors.UserError, redpeft.errors.RunError],
     }
     sections = [f"### `{module}`\n\n" + "\n".join(map(_signature, names)) for module, names in shown.items()]

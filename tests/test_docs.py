@@ -113,7 +113,7 @@ def test_python_blocks_compile(page):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, tiny_chat_tokenizer):
+def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, tiny_t5_folder, tiny_chat_tokenizer):
     """The current folder of the snippets, with tiny models by the names that the pages use."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -126,6 +126,7 @@ def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, t
         (Path("messages") / file.name).write_text("".join(lines[::6]), encoding="utf-8")
     monkeypatch.setattr("redpeft.demo.MESSAGES", tmp_path / "messages")
     shutil.copytree(tiny_encoder_folder, "FacebookAI/roberta-base")
+    shutil.copytree(tiny_t5_folder, "google-t5/t5-base")
     for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"):
         shutil.copytree(tiny_decoder_folder, name)
         tiny_chat_tokenizer.save_pretrained(name)

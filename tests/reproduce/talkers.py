@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from redpeft import RedConfig
@@ -47,6 +47,13 @@ def write_red(folder: Path, base: Path, seed: int) -> Path:
 def write_lora(folder: Path, base: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
+    return folder
+
+
+def write_prompt(folder: Path, base: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
 

@@ -247,6 +247,9 @@ def test_the_public_questions(shared_data, talker, tmp_path):
     """As AlpacaEval and FastChat publish them, but for FastChat's name of the turns."""
     rows = alpaca_eval.read_questions(shared_data / "alpaca_eval" / "validation.jsonl")
     assert len(rows) == 105
+    assert json.loads(alpaca_eval.text(rows[:1], [{"answers": ["a"]}], "m")) == [
+        {"instruction": rows[0]["instruction"], "output": "a", "generator": "m", "dataset": None}
+    ]
     rows = [json.loads(line) for line in (shared_data / "mt_bench" / "test.jsonl").read_text().splitlines()]
     for row in rows:
         row["turns"] = [row.pop("instruction"), row.pop("follow_up")]

@@ -2,18 +2,31 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
 from redpeft.errors import RunError, UserError
-from redpeft.reproduce.journal import Journal
+from redpeft.reproduce.journal import Journal, journal_of
 
+LOCKING = """
+import sys
+from pathlib import Path
+from redpeft.errors import UserError
+from redpeft.reproduce.journal import journal_of
+try:
+    with journal_of(Path(sys.argv[1]), {}):
+        print("opened")
+except UserError as error:
+    print(error)
+"""
 SETTINGS = {"model": "a", "tokens": 5}
 ENTRIES = [{"question": 0, "answers": ["ä\n"]}, {"question": 1, "answers": []}]
 
 
 def test_entries_are_there_for_the_next_call(tmp_path):
-    path = tmp_path / "new" / "out.journal"
+    path = tmp_path / "out.journal"
     journal = Journal(path, SETTINGS)
     assert journal.entries == []
     assert not path.exists()
@@ -55,10 +68,32 @@ def test_another_file_is_refused(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
+def test_a_journal_that_cannot_be_written(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*out.journal: No such file or directory"):
+        Journal(tmp_path / "nowhere" / "out.journal", SETTINGS).append(ENTRIES)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*out.journal: "):
-        Journal(tmp_path / "file" / "out.journal", SETTINGS).append(ENTRIES)
+    with (
+        pytest.raises(UserError, match=r"cannot write into .*file: "),
+        journal_of(tmp_path / "file" / "out.json", SETTINGS),
+    ):
+        pytest.fail("opened")
+
+
+def test_one_process_at_a_time(tmp_path):
+    out = tmp_path / "new" / "out.json"
+    with journal_of(out, SETTINGS) as journal:
+        call = [sys.executable, "-c", LOCKING, str(out)]
+        assert "another process is at work in" in subprocess.run(call, capture_output=True, text=True).stdout
+        with journal_of(out.with_name("other.json"), SETTINGS):
+            pass
+        journal.append(ENTRIES)
+    assert [path.name for path in out.parent.iterdir()] == ["out.json.journal"]
+
+
+def test_nothing_is_left_where_nothing_was_done(tmp_path):
+    with pytest.raises(ZeroDivisionError), journal_of(tmp_path / "new" / "out.json", SETTINGS):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from talkers import write_lora, write_red, write_talker
+from talkers import write_lora, write_prompt, write_red, write_talker
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
@@ -17,6 +17,7 @@ from redpeft.reproduce.language_model import (
     Decoding,
     WithoutPadding,
     attach,
+    detach,
     load_language_model,
     open_language_model,
     penalties,
@@ -37,17 +38,15 @@ def opened(talker):
     return open_language_model(str(talker))
 
 
-def test_a_batch_answers_as_each_question_alone(opened):
-    together = opened.answer(CHATS, SHORT)
-    assert together == [opened.answer([chat], SHORT)[0] for chat in CHATS]
-    assert len(set(together)) == len(CHATS)
-    assert opened.answer(CHATS[::-1], SHORT) == together[::-1]
-
-
-def test_answers_end_at_different_places(opened):
-    """Or the test above would say nothing of the end token, which pads, being held back by the penalty."""
-    lengths = {len(text.encode()) for text in opened.answer(CHATS * 2, Decoding(max_new_tokens=60))}
-    assert len(lengths) > 1
+@pytest.mark.parametrize("penalty", [1.1, 1.5])
+def test_a_batch_answers_as_each_question_alone(opened, penalty):
+    """With enough questions that some answers end where the penalty on the end token, which pads, would matter."""
+    decoding = Decoding(max_new_tokens=24, repetition_penalty=penalty)
+    chats = CHATS + [[{"role": "user", "content": "word " * count}] for count in range(1, 13)]
+    together = opened.answer(chats, decoding)
+    assert together == [opened.answer([chat], decoding)[0] for chat in chats]
+    assert opened.answer(chats[::-1], decoding) == together[::-1]
+    assert len({len(text) for text in together}) > 4
 
 
 def test_what_is_generated_is_what_greedy_decoding_by_hand_gives(opened, talker):
@@ -115,7 +114,7 @@ def test_a_chat_template_is_used_where_there_is_one(talker, tiny_chat_tokenizer,
     assert chatting.answer(CHATS, SHORT) != open_language_model(str(talker)).answer(CHATS, SHORT)
 
 
-@pytest.mark.parametrize("write", [write_red, write_lora])
+@pytest.mark.parametrize("write", [write_red, write_lora, write_prompt])
 def test_an_adapter_changes_the_answers_and_comes_off_again(write, talker, opened, tmp_path):
     write(tmp_path / "adapter", talker, seed=1)
     adapted = open_language_model(str(talker), tmp_path / "adapter")
@@ -124,8 +123,8 @@ def test_an_adapter_changes_the_answers_and_comes_off_again(write, talker, opene
     model, _ = load_language_model(str(talker))
     logits = model(torch.arange(5, 15)[None]).logits
     on = attach(model, tmp_path / "adapter")
-    assert not torch.allclose(on(input_ids=torch.arange(5, 15)[None]).logits, logits, atol=0.1)
-    off = on.unload()
+    assert not torch.allclose(on(input_ids=torch.arange(5, 15)[None]).logits[:, -10:], logits, atol=0.1)
+    off = detach(on)
     assert off is model
     assert torch.equal(off(torch.arange(5, 15)[None]).logits, logits)
 

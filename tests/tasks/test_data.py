@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from writing import ROWS, write_rows
 
 from redpeft.errors import UserError
+from redpeft.tasks import InstructionTask
 from redpeft.tasks import data as data_module
 from redpeft.tasks.columns import ROW, where
 from redpeft.tasks.data import DataConfig, is_local, read_evaluation, read_splits
@@ -143,6 +144,22 @@ def test_hub_splits_and_errors(monkeypatch):
     assert str(caught.value) == (
         "no file or folder 'owner/rows', and not read from the Hugging Face hub: Couldn't reach the Hub"
     )
+
+
+def test_ultrafeedback_as_the_paper_learned_it(monkeypatch):
+    """Its public form has a split for each kind of training, and the chosen answer as a chat."""
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    other = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Go away"}]
+    rows = Dataset.from_dict(
+        {"prompt": ["Hi"] * 6, "chosen": [chat] * 6, "rejected": [other] * 6, "messages": [chat] * 6}
+    )
+    names = ("train_prefs", "train_sft", "test_prefs", "test_sft", "train_gen", "test_gen")
+    found = DatasetDict({name: rows.select(range(index + 1)) for index, name in enumerate(names)})
+    monkeypatch.setattr(data_module, "load_dataset", lambda *_: found)
+    config = DataConfig(path="HuggingFaceH4/ultrafeedback_binarized", validation_fraction=0.5)
+    splits = read_splits(config)
+    assert {name: len(split) for name, split in splits.items()} == {"train": 1, "validation": 1, "test": 4}
+    assert InstructionTask.from_splits(splits, config).columns == {"messages": "messages"}
 
 
 def test_validation_rows_are_taken_from_training_by_class_and_said_so(tmp_path, caplog):

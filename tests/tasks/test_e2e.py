@@ -152,7 +152,8 @@ def test_batches_to_learn_and_to_continue(tokenizer, side):
     assert tokenizer.pad_token == tokenizer.eos_token
     rows = list(task.encode(make(ROWS), tokenizer, 256))
     batch = collate(rows)
-    for row, ids, mask, labels in zip(rows, *(batch[k] for k in ("input_ids", "attention_mask", "labels")), strict=True):
+    parts = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    for row, ids, mask, labels in zip(rows, *parts, strict=True):
         length = len(row["input_ids"])
         assert ids[:length].tolist() == row["input_ids"]
         assert mask.tolist() == [1] * length + [0] * (len(ids) - length)

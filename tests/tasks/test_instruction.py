@@ -111,6 +111,17 @@ def test_chats_with_a_chat_template(tiny_chat_tokenizer):
     }
 
 
+def test_plain_text_whatever_the_tokenizer_has(tiny_chat_tokenizer, plain_tokenizer):
+    task = task_of(PAIRS, {"template": "plain"})
+    assert task.encode(make(PAIRS), tiny_chat_tokenizer)[:] == task_of(PAIRS).encode(make(PAIRS), plain_tokenizer)[:]
+    dataset = task.rows_to_dataset(["Say yes"])
+    assert task.format_prompt(dataset[0], tiny_chat_tokenizer) == "Human: Say yes\n\nAssistant:"
+    inputs = task.prompt_inputs(dataset, tiny_chat_tokenizer)
+    assert inputs["input_ids"][0, 0] == tiny_chat_tokenizer.bos_token_id  # which a chat template would have to write
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    assert task_from_dict({"task": "instruction", "columns": {}}).template == "auto"  # of a run from before
+
+
 def test_every_answer_of_a_chat_is_learned(tiny_chat_tokenizer, plain_tokenizer):
     rows = {"messages": [[{"role": "assistant", "content": "Welcome"}, *CHAT]]}
     encoded = task_of(rows).encode(make(rows), tiny_chat_tokenizer)

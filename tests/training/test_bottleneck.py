@@ -11,6 +11,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    MobileBertConfig,
+    MobileBertForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -201,6 +203,13 @@ def test_blocks_that_share_a_module_share_the_adapter():
     model = apply_method(AlbertForSequenceClassification(config), recipe("adapter_ffn", bottleneck=4))
     adapters = [name for name, _ in model.named_parameters() if name.endswith("bottleneck.down.weight")]
     assert len(adapters) == 1
+
+
+def test_bottlenecks_of_the_model_itself_stay_frozen():
+    config = MobileBertConfig(vocab_size=VOCAB, num_hidden_layers=1, num_attention_heads=2)
+    model = apply_method(MobileBertForSequenceClassification(config), recipe("adapter_ffn"))
+    trained = {name.rpartition(".bottleneck.")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained - {""}) == len(find_sites(model, "ffn"))
 
 
 def test_the_base_keeps_its_names_and_can_be_half_precision():

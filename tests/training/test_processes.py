@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,24 @@ def test_two_processes_stop_together_and_resume(environment, one, without_dropou
     assert not (run / "result.json").exists()
     launch(without_dropout, tmp_path / "job", processes=2, **environment)
     assert_same_run(run, one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_generate_as_one(make_recipe, tiny_gpt2_folder, e2e_folder, tmp_path):
+    """The test split has four questions, fewer than two processes take at once: each is answered once all the same."""
+    folder = tmp_path / "decoder"
+    shutil.copytree(tiny_gpt2_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    recipe = make_recipe(task="e2e", base=str(folder), data=str(e2e_folder), batch_size=4, learning_rate=0.1)
+    no_java = str(Path(sys.executable).parent)
+    runs = [launch(recipe, tmp_path / str(count), processes=count, PATH=no_java) for count in (1, 2)]
+    one, two = (read_result(run)["test"] for run in runs)
+    assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-3)
+    assert one == two
+    assert one["bleu"] is not None
 
 
 def assert_same_run(run, one):

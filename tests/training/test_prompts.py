@@ -9,6 +9,8 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -45,6 +47,10 @@ def gpt2():
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=64)
     return GPT2LMHeadModel(config).eval()
+
+
+def llama():
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **SIZES))
 
 
 def t5():
@@ -98,6 +104,25 @@ def test_a_prompt_begins_as_words_of_the_vocabulary():
     words = model.base_model.bert.embeddings.word_embeddings.weight
     [prompt] = [p for name, p in model.named_parameters() if "prompt_encoder" in name]
     assert all((words == vector).all(-1).any() for vector in prompt)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("build", [gpt2, llama])
+def test_padding_does_not_change_what_is_generated(build, method):
+    model = apply_method(build(), recipe(method, "instruction")).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.7)
+    rows = torch.randint(5, VOCAB, (2, 9))
+    mask = torch.ones_like(rows)
+    mask[0, :4] = 0
+    for beams in (1, 3):
+        options = {"max_new_tokens": 8, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": 1}
+        both = model.generate(input_ids=rows, attention_mask=mask, **options)[0, 9:]
+        alone = model.generate(input_ids=rows[:1, 4:], attention_mask=mask[:1, 4:], **options)[0, 5:]
+        assert len(set(alone.tolist())) > 1
+        assert both[: len(alone)].tolist() == alone.tolist()
 
 
 def test_rows_must_leave_room_for_the_virtual_tokens():

@@ -48,13 +48,10 @@ def generate(
 @command("redpeft lm-eval meta-llama/Llama-2-7b-hf --adapter runs/red --tasks open-llm-leaderboard --out scores.json")
 def lm_eval(
     base: Annotated[str, typer.Argument(help="The base model: a folder, or a name on the Hub.", show_default=False)],
-    tasks: Annotated[
-        str, typer.Option(help="Tasks, tags or groups of lm-eval, as gsm8k,mmlu; or open-llm-leaderboard.")
-    ],
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, as gsm8k,mmlu; or open-llm-leaderboard.")],
     out: Annotated[Path, typer.Option(help="The JSON file to write; the same command again goes on from a kill.")],
     adapter: Annotated[
-        list[str] | None,
-        typer.Option(help="An adapter folder, or the run folder around it; several times for several."),
+        list[str] | None, typer.Option(help="An adapter folder, or the run folder around it; may be given again.")
     ] = None,
     with_base: Annotated[bool, typer.Option("--with-base", help="Score the base model alone too.")] = False,
     num_fewshot: Annotated[

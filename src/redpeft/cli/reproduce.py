@@ -28,15 +28,16 @@ def reproduce(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name every table and what it needs.")] = False,
     rows: Annotated[str | None, typer.Option(help="Methods, as red,lora. All of the paper's when not given.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Data sets, as rte,cola: the table's, or folders of --data.")
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Data sets, as rte,cola; with --data any folder's.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, as 42,43. The paper's when not given.")] = None,
     model: Annotated[str | None, typer.Option(help="Another base model: a folder, or a name on the Hub.")] = None,
     base_folder: Annotated[
         Path | None, typer.Option("--base-folder", help="Where the paper's base models lie, instead of the Hub.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="A folder with a folder for each data set.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Of alpaca-eval: alpaca_eval.json; of mt-bench: FastChat's question.jsonl.")
+    ] = None,
     settings: Annotated[
         Literal["paper", "released", "default"] | None,
         typer.Option(
@@ -72,6 +73,7 @@ def reproduce(
         model=model,
         base_folder=base_folder,
         data=data,
+        questions=questions,
         settings=settings or ("default" if model else "paper"),
         changes=changes,
         row_changes=row_changes,
@@ -86,7 +88,8 @@ def reproduce(
 
 
 def _report(report: Report) -> Answer:
-    from redpeft.reproduce.report import as_data, grid
+    from redpeft.reproduce.layout import grid
+    from redpeft.reproduce.report import as_data
 
     head, rows = grid(report)
     shown = Table(title=report.table.title)
@@ -98,7 +101,7 @@ def _report(report: Report) -> Answer:
     failed = "; ".join(f"{folder}: {error}" for folder, error in report.failed.items())
     return Answer(
         data={**as_data(report), "report": page},
-        shown=[shown, *report.left, f"Report: {page}"],
+        shown=[shown, f"Report: {page}" + (" (it says what is left to do)" if report.left else "")],
         error=RunError(f"{len(report.failed)} runs failed: {failed}") if failed else None,
     )
 

@@ -99,8 +99,8 @@ def score(
     references: Annotated[
         Path,
         typer.Option(
-            help="Several a meaning representation: a table with columns mr and ref, or lines with an empty line after "
-            "each group."
+            help="Several a meaning representation: a table with columns mr and ref, or lines with an empty line "
+            "after each group."
         ),
     ],
     predictions: Annotated[
@@ -113,7 +113,7 @@ def score(
 
     scores = score_files(references, predictions)
     data = {"benchmark": benchmark, "references": references, "predictions": predictions, "scores": scores}
-    return Answer(data, [_scores({str(predictions): scores})])
+    return Answer(data, [_scores({predictions.name: scores})])
 
 
 @command("redpeft demo --out runs/demo")

@@ -9,7 +9,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
-from redpeft.reproduce.language_model import attach, load_language_model
+from redpeft.reproduce.language_model import attach, detach, load_language_model
 
 
 @register_model("redpeft")
@@ -25,6 +25,8 @@ class AdaptersLM(HFLM):
     Raises `UserError` for a base model or adapter that cannot be loaded, or that do not belong together.
     """
 
+    _model: Any
+
     def __init__(
         self, pretrained: str, adapter: str | Path | None = None, batch_size: int | str = 8, **kwargs: Any
     ) -> None:
@@ -36,6 +38,6 @@ class AdaptersLM(HFLM):
     def use(self, adapter: str | Path | None) -> None:
         """Take what is on the base model off it, and put `adapter` on, if any."""
         if isinstance(self._model, PeftModel):
-            self._model = self._model.unload()
+            self._model = detach(self._model)
         if adapter is not None:
             self._model = attach(self._model, adapter)

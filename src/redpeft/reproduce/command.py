@@ -9,9 +9,11 @@ from pathlib import Path
 
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
-from redpeft.reproduce.probe import estimate, in_words
+from redpeft.reproduce.probe import count_rows, estimate, in_words
 from redpeft.reproduce.report import Report, make_report, write_report
-from redpeft.runs.on_ray import run_on_ray
+from redpeft.reproduce.scored import Scoring, score_run
+from redpeft.reproduce.smoke import make_scoring
+from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.runner import run_jobs
 from redpeft.training.loop import bars_on_terminals_only, say
 from redpeft.training.run_folder import finished, locked
@@ -48,8 +50,8 @@ def show_plan(request: Request) -> Plan:
         runs = plan(request, request.out / ASSETS if (request.out / ASSETS).is_dir() else Path(folder))
         todo = _unfinished(runs)
         try:
-            return Plan(runs, len(runs) - len(todo), estimate(todo))
-        except (UserError, RunError) as error:
+            return _timed(runs, todo, count_rows(todo))
+        except UserError as error:
             return Plan(runs, len(runs) - len(todo), None, str(error))
 
 
@@ -59,12 +61,14 @@ def reproduce(request: Request, ray: bool = False) -> Report:
     A run that fails does not stop the others; the report shows it. Raises `UserError`, with nothing written, for names
     that are not there, a base model or data that is missing, and an output folder of something else.
     """
+    if ray:
+        require_ray()
     bars_on_terminals_only()
     check_folder(request)
     with locked(request.out):
         runs = plan(request, request.out / ASSETS)
         todo = _unfinished(runs)
-        say(Plan(runs, len(runs) - len(todo), estimate(todo)).line())
+        say(_timed(runs, todo, count_rows(todo)).line())
         claim(request)
         try:
             results = (run_on_ray if ray else run_jobs)([run.job for run in todo])
@@ -74,9 +78,34 @@ def reproduce(request: Request, ray: bool = False) -> Report:
         failed = {
             run.job.folder: result["error"] for run, result in zip(todo, results, strict=True) if "error" in result
         }
+        failed |= _score(request, [run for run in runs if run.job.folder not in failed])
         report = make_report(request, runs, failed)
         write_report(report)
     return report
+
+
+def _timed(runs: list[Run], todo: list[Run], rows: dict[str, dict[str, int]]) -> Plan:
+    try:
+        return Plan(runs, len(runs) - len(todo), estimate(todo, rows))
+    except (UserError, RunError) as error:  # of one run; the others may well come to an end
+        return Plan(runs, len(runs) - len(todo), None, str(error))
+
+
+def _score(request: Request, runs: Sequence[Run]) -> dict[Path, str]:
+    """Run the table's benchmark, where it has one, on each finished run; returns the errors by run folder."""
+    benchmark, failed = request.table.scored, {}
+    if benchmark is None:
+        return {}
+    questions = request.questions and Scoring(request.questions)
+    scoring = questions or (make_scoring(request.out / ASSETS, benchmark) if request.smoke else Scoring())
+    for run in runs:
+        say(f"{benchmark}: {run.job.folder}")
+        try:
+            score_run(run.job.folder, benchmark, run.job.recipe.base.model, scoring)
+        except (UserError, RunError) as error:
+            say(f"{run.job.folder}: {error}")
+            failed[run.job.folder] = str(error)
+    return failed
 
 
 def _unfinished(runs: Sequence[Run]) -> list[Run]:

@@ -11,9 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from redpeft.adapters.files import find_run
-from redpeft.errors import UserError
 from redpeft.reproduce import alpaca_eval, mt_bench
-from redpeft.reproduce.journal import JOURNAL, Journal
+from redpeft.reproduce.journal import journal_of
 from redpeft.reproduce.language_model import Decoding, LanguageModel, fingerprint_of, open_language_model
 from redpeft.tasks.instruction import Chat
 from redpeft.training.run_folder import naming_a_full_disk, write_atomically
@@ -42,43 +41,40 @@ def generate(
     itself is written when all are there, in the questions' order. Batches change no answer but for rounding, so a
     resumed call may have another `batch_size`.
 
-    Raises `UserError`, with nothing written, for questions that cannot be read, a model that cannot be loaded, and an
-    `out` that is there already or has a journal of other settings.
+    Raises `UserError`, with nothing written, for questions that cannot be read, a model that cannot be loaded, an
+    `out` that is there already or has a journal of other settings, and another process that is at it.
     """
     kind, out, decoding = BENCHMARKS[benchmark], Path(out), decoding or Decoding()
     rows = kind.read_questions(questions)
     name = name or find_run(adapter or model).resolve().name
-    journal = Journal(
-        out.with_name(out.name + JOURNAL),
-        {
-            "benchmark": benchmark,
-            "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:16],
-            "model": model,
-            "adapter": None if adapter is None else str(adapter),
-            "adapter_weights": fingerprint_of(adapter or model),
-            **asdict(decoding),
-        },
-    )
-    if out.exists() and not journal.entries:
-        raise UserError(f"{out} is there already, and not as work to go on with: choose another --out, or remove it")
-    done = {entry["question"] for entry in journal.entries}
-    todo = [index for index in range(len(rows)) if index not in done]
-    if todo:
-        speaker = open_language_model(model, adapter)
-        with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as progress:
-            for start in range(0, len(todo), batch_size):
-                batch = todo[start : start + batch_size]
-                found = converse(speaker, [kind.turns(rows[index]) for index in batch], decoding)
-                now = time.time()
-                journal.append(
-                    {"question": index, "answers": answers, "time": now}
-                    for index, answers in zip(batch, found, strict=True)
-                )
-                progress.update(len(batch))
-    entries = sorted(journal.entries, key=lambda entry: entry["question"])
-    with naming_a_full_disk(out.parent):
-        write_atomically(out, kind.text(rows, entries, name))
+    settings = {
+        "benchmark": benchmark,
+        "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:16],
+        "model": model,
+        "adapter": None if adapter is None else str(adapter),
+        "adapter_weights": fingerprint_of(adapter or model),
+        **asdict(decoding),
+    }
+    with journal_of(out, settings) as journal:
+        done = {entry["question"] for entry in journal.entries}
+        todo = [index for index in range(len(rows)) if index not in done]
+        if todo:
+            speaker = open_language_model(model, adapter)
+            with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as progress:
+                for start in range(0, len(todo), batch_size):
+                    batch = todo[start : start + batch_size]
+                    answers = converse(speaker, [kind.turns(rows[index]) for index in batch], decoding)
+                    journal.append(_entries(batch, answers))
+                    progress.update(len(batch))
+        entries = sorted(journal.entries, key=lambda entry: entry["question"])
+        with naming_a_full_disk(out.parent):
+            write_atomically(out, kind.text(rows, entries, name))
     return {"benchmark": benchmark, "model": name, "questions": len(rows), "generated": len(todo), "out": str(out)}
+
+
+def _entries(questions: list[int], answers: list[list[str]]) -> list[dict[str, Any]]:
+    now = time.time()
+    return [{"question": index, "answers": said, "time": now} for index, said in zip(questions, answers, strict=True)]
 
 
 def converse(speaker: LanguageModel, questions: list[list[str]], decoding: Decoding) -> list[list[str]]:

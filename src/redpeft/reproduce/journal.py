@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from redpeft.errors import UserError
-from redpeft.training.run_folder import naming_a_full_disk
+from redpeft.training.run_folder import locked, naming_a_full_disk
 
-JOURNAL = ".journal"
-"""What its name has behind that of the output."""
+
+@contextmanager
+def journal_of(out: Path, settings: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of the work whose result is to be written to `out`: `out`.journal, for this process alone.
+
+    Raises `UserError` where another process is at it, for an `out` that is there and has no journal, and as `Journal`.
+    """
+    with locked(out.parent, f".{out.name}.lock"):
+        journal = Journal(out.with_name(f"{out.name}.journal"), settings)
+        if out.exists() and not journal.entries:
+            raise UserError(
+                f"{out} is there already, and not as work to go on with: choose another --out, or remove it"
+            )
+        yield journal
 
 
 class Journal:
@@ -50,7 +63,6 @@ class Journal:
         self.entries += entries
 
     def _write(self, data: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("r+b" if self._end else "wb") as file:
             file.seek(self._end)
             file.truncate()

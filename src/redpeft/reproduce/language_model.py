@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -161,7 +162,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
 
 
 def attach(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    """`base` with an adapter of any PEFT type on it, in evaluation mode; `.unload()` gives `base` back.
+    """`base` with an adapter of any PEFT type on it, in evaluation mode; `detach` gives `base` back.
 
     Raises `UserError` for a folder that holds none, and for one that does not fit this base model.
     """
@@ -172,6 +173,12 @@ def attach(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:  # PEFT's, of many kinds
         raise UserError(f"{folder}: PEFT cannot load this adapter onto the base model: {first_line(error)}") from error
+
+
+def detach(model: PeftModel) -> PreTrainedModel:
+    """The base model as it was before `attach`."""
+    tuner = model.base_model
+    return tuner.unload() if isinstance(tuner, BaseTuner) else tuner  # prompts and prefixes leave it as it is
 
 
 def fingerprint_of(adapter: str | Path | None) -> str | None:

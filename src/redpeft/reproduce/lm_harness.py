@@ -15,13 +15,12 @@ from typing import Any
 from rich.table import Table
 
 from redpeft.errors import UserError
-from redpeft.reproduce.journal import JOURNAL, Journal
+from redpeft.reproduce.journal import Journal, journal_of
 from redpeft.reproduce.language_model import fingerprint_of
 from redpeft.tasks.columns import first_line
 from redpeft.training.loop import say, to_json
 from redpeft.training.run_folder import naming_a_full_disk, write_atomically
 
-BASE = "base"
 Metrics = dict[str, float]
 
 
@@ -49,9 +48,11 @@ PRESETS = {
 
 
 def parse_tasks(names: str, num_fewshot: int | None = None) -> list[Task]:
-    """The tasks in a list such as "arc_easy,gsm8k"; a preset's name stands for its tasks, with its own examples."""
+    """The tasks in a list such as "arc_easy,gsm8k", each once; a preset's name stands for its tasks, which keep their
+    own number of examples."""
     asked = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    return [task for name in asked for task in PRESETS.get(name, (Task(name, num_fewshot),))]
+    found = [task for name in asked for task in PRESETS.get(name, (Task(name, num_fewshot),))]
+    return list({task.name: task for task in reversed(found)}.values())[::-1]
 
 
 def evaluate_adapters(
@@ -70,7 +71,7 @@ def evaluate_adapters(
     That is `base`, `limit`, `lm_eval` (its version), `tasks` (name: examples in a prompt), `results` (adapter: task:
     metric: value, in lm-eval's names), `parts` (the same of the tasks that a tag or group is made of) and `average`
     (adapter: mean of the metrics that count, where every task has one). Without adapters, or `with_base`, the base
-    model alone is scored too and is called "base". A tag has the mean of its tasks, weighted by their sizes.
+    model alone is scored too, under its own name. A tag has the mean of its tasks, weighted by their sizes.
 
     `include_path` is a folder with task files of your own, and `limit` scores the first so many rows of each task.
 
@@ -85,30 +86,23 @@ def evaluate_adapters(
     _check_names(tasks, manager.all_tasks)
     models = [*([None] if with_base or not adapters else []), *dict.fromkeys(map(str, adapters))]
     weights = {model: fingerprint_of(model) for model in models}
-    out = Path(out)
-    journal = Journal(
-        out.with_name(out.name + JOURNAL),
-        {"base": base, "limit": limit, "lm_eval": version("lm_eval"), "task_files": _digest(tasks, include_path)},
-    )
-    if out.exists() and not journal.entries:
-        raise UserError(f"{out} is there already, and not as work to go on with: choose another --out, or remove it")
-    todo = [
-        (model, task) for model in models for task in tasks if not _find(journal.entries, model, weights[model], task)
-    ]
-    if todo:
-        _check_data(dict.fromkeys(task for _, task in todo), manager)
-        _score(base, todo, weights, journal, manager, batch_size, limit)
-    cells = {
-        (model, task): _find(journal.entries, model, weights[model], task) or {} for model in models for task in tasks
-    }
-    result = {"base": base, "limit": limit, "lm_eval": version("lm_eval"), **_collect(cells)}
-    with naming_a_full_disk(out.parent):
-        write_atomically(out, to_json(result, indent=2))
+    out, harness = Path(out), version("lm_eval")
+    settings = {"base": base, "limit": limit, "lm_eval": harness, "task_files": _digest(tasks, include_path)}
+    cells = [(model, task) for model in models for task in tasks]
+    with journal_of(out, settings) as journal:
+        todo = [cell for cell in cells if not _find(journal.entries, *cell, weights)]
+        if todo:
+            _check_data(dict.fromkeys(task for _, task in todo), manager)
+            _score(base, todo, weights, journal, manager, batch_size, limit)
+        found = {cell: _find(journal.entries, *cell, weights) or {} for cell in cells}
+        result = {"base": base, "limit": limit, "lm_eval": harness, **_collect(base, found)}
+        with naming_a_full_disk(out.parent):
+            write_atomically(out, to_json(result, indent=2))
     return result
 
 
 def results_table(result: dict[str, Any], tasks: Sequence[Task]) -> Table:
-    """A row for each task and metric, a column for each adapter, in percent where the metric is a share."""
+    """A row for each task and metric, a column for each adapter, with the standard errors that lm-eval gives."""
     models = list(result["results"])
     table = Table("task", "shots", "metric", *models)
     for task in tasks:
@@ -125,7 +119,7 @@ def results_table(result: dict[str, Any], tasks: Sequence[Task]) -> Table:
 
 def _require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("redpeft lm-eval needs EleutherAI's harness: pip install redpeft[lm-eval]")
+        raise UserError("scores by lm-eval need its package: pip install redpeft[lm-eval]")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of what it takes for granted
 
 
@@ -174,7 +168,7 @@ def _score(
     for model in dict.fromkeys(model for model, _ in todo):
         lm.use(model)  # an adapter that does not fit is found out now, and not after hours
     for number, (model, task) in enumerate(todo, start=1):
-        say(f"{number} of {len(todo)}: {model or BASE} on {task.name}")
+        say(f"{number} of {len(todo)}: {model or base} on {task.name}")
         lm.use(model)
         found = simple_evaluate(
             lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, task_manager=manager, log_samples=False
@@ -196,8 +190,10 @@ def _score(
         )
 
 
-def _find(entries: Iterable[dict[str, Any]], model: str | None, weights: str | None, task: Task) -> dict | None:
-    key = (model, weights, task.name, task.shots)
+def _find(
+    entries: Iterable[dict[str, Any]], model: str | None, task: Task, weights: dict[str | None, str | None]
+) -> dict[str, Any] | None:
+    key = (model, weights[model], task.name, task.shots)
     fields = ("adapter", "weights", "task", "asked_shots")
     return next((entry for entry in entries if tuple(entry[field] for field in fields) == key), None)
 
@@ -207,9 +203,9 @@ def _metrics(values: dict[str, Any]) -> Metrics:
     return {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
 
 
-def _collect(cells: dict[tuple[str | None, Task], dict[str, Any]]) -> dict[str, Any]:
+def _collect(base: str, cells: dict[tuple[str | None, Task], dict[str, Any]]) -> dict[str, Any]:
     tasks = list(dict.fromkeys(task for _, task in cells))
-    names = {model: model or BASE for model, _ in cells}
+    names = {model: model or base for model, _ in cells}
     results: dict[str, dict[str, Metrics]] = {name: {} for name in names.values()}
     parts: dict[str, dict[str, dict[str, Metrics]]] = {name: {} for name in names.values()}
     for (model, task), cell in cells.items():
@@ -226,7 +222,7 @@ def _collect(cells: dict[tuple[str | None, Task], dict[str, Any]]) -> dict[str, 
 
 
 def _whole(task: Task, cell: dict[str, Any]) -> Metrics:
-    """What lm-eval says of the task or group itself; of a tag, of which it says nothing, the mean over its tasks' rows."""
+    """What lm-eval says of the task or group itself; of a tag, of which it says nothing, the mean over its rows."""
     metrics, rows = cell["metrics"], cell["rows"]
     if task.name in metrics:
         return metrics[task.name]

@@ -37,10 +37,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: the names of its columns, and rows of cells. All but the first column stand at the right."""
+    """A table: the names of its columns, and rows of cells. Of numbers all but the first column stand at the right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Inline]]
+    numbers: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: 0.9em }
-th, td { padding: 0.3em 0.7em; border-bottom: 1px solid #8886; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left }
+th, td { padding: 0.3em 0.7em; border-bottom: 1px solid #8886; text-align: left }
+.numbers :is(th, td):not(:first-child) { text-align: right; white-space: nowrap }
 img { max-width: 100% }
 pre { background: #8882; padding: 0.7em; overflow-x: auto }"""
 
@@ -95,7 +96,7 @@ def _markdown(block: Block) -> str:
         case Picture():
             return f"![{block.text}](<{block.target}>)"
         case Grid():
-            line = ["---", *["---:"] * (len(block.head) - 1)]
+            line = ["---", *["---:" if block.numbers else "---"] * (len(block.head) - 1)]
             rows = [block.head, line, *([show(cell) for cell in row] for row in block.rows)]
             return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -118,4 +119,5 @@ def _html(block: Block) -> str:
         case Grid():
             head = "".join(f"<th>{html.escape(name)}</th>" for name in block.head)
             rows = ("<tr>" + "".join(f"<td>{show(cell)}</td>" for cell in row) + "</tr>" for row in block.rows)
-            return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
+            kind = ' class="numbers"' if block.numbers else ""
+            return f'<div class="wide"><table{kind}>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class Request:
         model: a base model (a folder, or a name on the Hub) instead of the paper's.
         base_folder: where the paper's base models lie, by their names on the Hub or the last parts of these.
         data: a folder with a folder for each task; the Hub when not given.
+        questions: what AlpacaEval or MT-Bench asks, for the tables that they score.
         settings: one of `redpeft.reproduce.settings.SETTINGS`.
         changes: fields of all recipes, and `row_changes` of the recipes of one row.
         smoke: a few steps of a tiny model on made-up data, but for a `model` or `data` that is given.
@@ -43,6 +45,7 @@ class Request:
     model: str | None = None
     base_folder: Path | None = None
     data: Path | None = None
+    questions: Path | None = None
     settings: str = "paper"
     changes: Mapping[str, Any] = field(default_factory=dict)
     row_changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -89,9 +92,10 @@ def parse_changes(texts: Sequence[str], table: Table) -> tuple[dict[str, Any], d
 
 
 def plan(request: Request, assets: Path) -> list[Run]:
-    """The runs of a request, row by row. A smoke test's tiny model and data are written into the folder `assets`.
+    """The runs of a request: the first seed of every row and task, then the second, so that all grow at the same time.
 
-    Raises `UserError` for a row, a task or a data set that is not there, and for a field that no recipe has.
+    A smoke test's tiny model and data are written into the folder `assets`. Raises `UserError` for a row, a task or a
+    data set that is not there, and for a field that no recipe has.
     """
     table = request.table
     asked = request.rows or [name for name, row in table.rows.items() if row.is_published]
@@ -99,21 +103,32 @@ def plan(request: Request, assets: Path) -> list[Run]:
     tasks = _tasks(request)
     base = _base(request, assets)
     data = make_data(assets / "data", tasks) if request.smoke and request.data is None else request.data
-    runs = []
-    for row in rows:
-        for task in tasks:
-            for seed in dict.fromkeys(request.seeds or table.seeds_of(task)[: 1 if request.smoke else None]):
-                changes = {
-                    "base.model": base,
-                    **_data(table, task, data),
-                    **(SMOKE if request.smoke else {}),
-                    **request.changes,
-                    **request.row_changes.get(row, {}),
-                    "seed": seed,
-                }
-                recipe = recipe_for(table.values, row, task, request.settings, changes)
-                runs.append(Run(row, task, Job(recipe, request.out / row / task / f"seed-{seed}")))
-    return runs
+    turns = zip_longest(*(_seeds(request, task) for task in tasks))
+    return [
+        _run(request, row, task, seed, {"base.model": base, **_data(table, task, data)})
+        for seeds in turns
+        for task, seed in zip(tasks, seeds, strict=True)
+        if seed is not None
+        for row in rows
+    ]
+
+
+def _run(request: Request, row: str, task: str, seed: int, sources: dict[str, Any]) -> Run:
+    changes = {
+        **sources,
+        **(SMOKE if request.smoke else {}),
+        **request.changes,
+        **request.row_changes.get(row, {}),
+        "seed": seed,
+    }
+    recipe = recipe_for(request.table.values, row, task, request.settings, changes)
+    return Run(row, task, Job(recipe, request.out / row / task / f"seed-{seed}"))
+
+
+def _seeds(request: Request, task: str) -> list[int]:
+    """The seeds asked for; the paper's, or the first of them in a smoke test, where none are."""
+    paper = request.table.seeds_of(task)
+    return list(dict.fromkeys(request.seeds or (paper[:1] if request.smoke else paper)))
 
 
 def check_folder(request: Request) -> None:

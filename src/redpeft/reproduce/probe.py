@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from redpeft.reproduce.plan import Run
-from redpeft.tasks import read_splits
+from redpeft.tasks import TASKS, read_splits
+from redpeft.tasks.base_model import load_base
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import train
 
@@ -22,46 +26,69 @@ STEPS, ROWS = 6, 16
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a task's runs: for a step, for a row to validate or test, and for loading."""
+    """Seconds of a task's runs: for a step, for a row to validate, for a row to test, and for the rest of a run."""
 
     step: float
-    row: float
-    loading: float
+    validation: float
+    test: float
+    rest: float
 
 
-def estimate(runs: Sequence[Run]) -> float:
-    """Seconds that these runs take, one after the other on this machine.
+def count_rows(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
+    """The rows of each task by split. Raises `UserError` for data or a base model that is missing."""
+    firsts = {run.task: run.job.recipe for run in reversed(runs)}
+    rows = {task: _rows(recipe) for task, recipe in firsts.items()}
+    for base in {recipe.base.model: recipe.base for recipe in firsts.values()}.values():
+        load_base(AutoConfig, base.model, revision=base.revision)
+    return rows
+
+
+def estimate(runs: Sequence[Run], rows: Mapping[str, Mapping[str, int]]) -> float:
+    """Seconds that these runs take, one after the other on this machine; `rows` are those of `count_rows`.
 
     The first run of each task is tried with a few steps and rows, in a temporary folder. Raises `UserError` and
-    `RunError` as training does: a base model or data that is missing is found out here, before anything is written.
+    `RunError` as training does.
     """
     speeds: dict[str, Speed] = {}
-    rows: dict[str, dict[str, int]] = {}
     for run in runs:
         if run.task not in speeds:
-            rows[run.task] = {name: len(split) for name, split in read_splits(run.job.recipe.data, run.seed).items()}
             speeds[run.task] = _probe(run.job.recipe)
     return sum(_seconds(run.job.recipe, rows[run.task], speeds[run.task]) for run in runs)
+
+
+def _rows(recipe: Recipe) -> dict[str, int]:
+    """Rows by split; of a test split that is answered the distinct questions."""
+    kind: Any = TASKS[recipe.task]
+    splits = read_splits(recipe.data, recipe.seed)
+    counts = {name: len(split) for name, split in splits.items()}
+    if kind.score_answers and "test" in splits:
+        counts["test"] = len(kind.from_splits(splits, recipe.data).questions(splits["test"]))
+    return counts
 
 
 def _probe(recipe: Recipe) -> Speed:
     few = recipe.data.model_copy(update={"max_train_rows": STEPS * recipe.batch_size, "max_eval_rows": ROWS})
     quick: dict[str, Any] = {"data": few, "epochs": 1, "max_steps": STEPS, "save_steps": None, "report_to": []}
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        result = train(recipe.model_copy(update=quick), Path(folder) / "probe")
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
+        folder = Path(name) / "probe"
+        result = train(recipe.model_copy(update=quick), folder)
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     wall = time.perf_counter() - began
     step = result["seconds_per_step"] or 0.0
-    rest = max(0.0, result["seconds"] - result["steps"] * step)
-    row = rest / min(ROWS, result["rows"]["validation"])
-    return Speed(step, row, max(0.0, wall - result["seconds"] - row * result["rows"].get("test", 0)))
+    evaluation = next(entry["eval_runtime"] for entry in map(json.loads, lines) if "eval_runtime" in entry)
+    validation = evaluation / result["rows"]["validation"]
+    rest = max(0.0, wall - result["steps"] * step - evaluation)
+    if TASKS[recipe.task].score_answers:  # answers and their scores take nearly all of the rest
+        return Speed(step, validation, rest / result["rows"].get("test", ROWS), 0.0)
+    return Speed(step, validation, validation, max(0.0, rest - validation * result["rows"].get("test", 0)))
 
 
-def _seconds(recipe: Recipe, rows: dict[str, int], speed: Speed) -> float:
+def _seconds(recipe: Recipe, rows: Mapping[str, int], speed: Speed) -> float:
     epoch = math.ceil(rows["train"] / recipe.batch_size)
     steps = min(recipe.max_steps or math.inf, math.ceil(recipe.epochs * epoch))
-    evaluated = rows["validation"] * math.ceil(steps / epoch) + rows.get("test", 0)
-    return speed.loading + steps * speed.step + evaluated * speed.row
+    validated = rows["validation"] * math.ceil(steps / epoch)
+    return speed.rest + steps * speed.step + validated * speed.validation + rows.get("test", 0) * speed.test
 
 
 def in_words(seconds: float) -> str:

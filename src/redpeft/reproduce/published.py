@@ -121,7 +121,7 @@ def _table(name: str, values: dict[str, Any]) -> Table:
 
 
 def _row(name: str, values: dict[str, Any], columns: tuple[Column, ...]) -> Row:
-    by_column = {
+    by_column: dict[str, dict[Column, float]] = {
         key: dict(zip(columns, values[key], strict=True)) for key in ("scores", "deviations") if key in values
     }
     return Row(name=name, **{**values, **by_column})

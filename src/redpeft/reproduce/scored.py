@@ -1,28 +1,62 @@
 """Scores that no test split of a run gives: those of AlpacaEval, MT-Bench and lm-eval.
 
-They lie in the run folder as <benchmark>-scores.json, an object of numbers by column.
+They lie in the run folder as <benchmark>-scores.json, an object of numbers by column. lm-eval's are written there by
+`score_run`; of the others it makes the answers, and the benchmark's own judge, which asks an API, is left to the user.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from redpeft.errors import UserError
+from redpeft.reproduce.generate import generate
+from redpeft.reproduce.language_model import Decoding
+from redpeft.reproduce.lm_harness import PRESETS, Task, evaluate_adapters
+from redpeft.training.run_folder import ADAPTER, MODEL, write_atomically
 
-STEPS = {
+LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
+"""The columns of the tasks of lm-eval, in their order."""
+ANSWERS = {"alpaca-eval": "alpaca-eval.json", "mt-bench": "mt-bench.jsonl"}
+JUDGES = {
     "alpaca-eval": (
-        "redpeft generate alpaca-eval {run} --questions alpaca_eval.json --out {run}/alpaca-eval.json\n"
-        "alpaca_eval --model_outputs {run}/alpaca-eval.json   # its judge asks an API\n"
-        'put the win rate into {file} as {{"alpaca_eval": 0.0}}'
+        "alpaca_eval --model_outputs {answers}   # its judge asks an API\n"
+        'write the win rate into {file} as {{"alpaca_eval": 0.0}}'
     ),
     "mt-bench": (
-        "redpeft generate mt-bench {run} --questions question.jsonl --out {run}/mt-bench.jsonl\n"
-        "let FastChat's gen_judgment.py judge it              # it asks an API\n"
-        'put the scores into {file} as {{"turn_1": 0.0, "turn_2": 0.0, "average": 0.0}}'
+        "let FastChat's gen_judgment.py judge {answers}   # it asks an API\n"
+        'write the scores into {file} as {{"turn_1": 0.0, "turn_2": 0.0, "average": 0.0}}'
     ),
 }
-"""By benchmark, what is done by hand with a trained run."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a benchmark is run: its file of questions, how they are answered, the tasks of lm-eval."""
+
+    questions: Path | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    tasks: tuple[Task, ...] = PRESETS["open-llm-leaderboard"]
+
+
+def score_run(run: Path, benchmark: str, base: str, scoring: Scoring) -> None:
+    """Do what a benchmark takes here with one finished run, unless it is done. UserError as the benchmark's command.
+
+    AlpacaEval and MT-Bench: answer the questions, where there are some. lm-eval: all of it.
+    """
+    if scores_file(run, benchmark).is_file():
+        return
+    if benchmark == "lm-eval":
+        model, adapters = (base, [run]) if (run / ADAPTER).is_dir() else (str(run / MODEL), [])
+        found = evaluate_adapters(model, adapters, scoring.tasks, run / "lm-eval.json")
+        [results] = found["results"].values()
+        scores = {
+            column: results[task.name][task.metric] for column, task in zip(LM_EVAL, scoring.tasks, strict=False)
+        }
+        write_atomically(scores_file(run, benchmark), json.dumps(scores))
+    elif scoring.questions and not (run / ANSWERS[benchmark]).is_file():
+        generate(benchmark, str(run), scoring.questions, run / ANSWERS[benchmark], decoding=scoring.decoding)
 
 
 def scores_file(run: Path, benchmark: str) -> Path:
@@ -43,6 +77,10 @@ def extra_scores(run: Path, benchmark: str) -> dict[str, float]:
 
 
 def what_is_left(run: Path, benchmark: str) -> str | None:
-    """What is to be done by hand until a run has its scores; None where it has them."""
+    """What is to be done by hand until a run has its scores; None where it has them, or nothing is."""
     file = scores_file(run, benchmark)
-    return None if file.is_file() else STEPS[benchmark].format(run=run, file=file)
+    if file.is_file() or benchmark not in JUDGES:
+        return None
+    answers = run / ANSWERS[benchmark]
+    first = "" if answers.is_file() else f"redpeft generate {benchmark} {run} --questions FILE --out {answers}\n"
+    return first + JUDGES[benchmark].format(answers=answers, file=file)

@@ -22,7 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from redpeft.errors import UserError
+from redpeft.reproduce.language_model import Decoding
+from redpeft.reproduce.lm_harness import Task
+from redpeft.reproduce.scored import Scoring
 from redpeft.tasks.glue import GLUE, HELD_OUT
 
 SMOKE: dict[str, Any] = {
@@ -32,7 +34,7 @@ SMOKE: dict[str, Any] = {
     "gradient_accumulation": 1,
     "max_length": 96,
     "data.max_train_rows": 32,
-    "data.max_eval_rows": 8,
+    "data.max_eval_rows": 4,
     "data.validation_fraction": 0.1,
 }
 """Fields of the recipes of a smoke test."""
@@ -44,22 +46,7 @@ TEMPLATES = {  # what a family's tokenizer puts around a text, and around a pair
     "gpt2": ("$A", "$A $B"),
     "llama2": ("<s> $A", "<s> $A $B"),
 }
-WORDS = (
-    "the",
-    "a",
-    "old",
-    "small",
-    "cat",
-    "house",
-    "river",
-    "food",
-    "staff",
-    "reads",
-    "sees",
-    "finds",
-    "near",
-    "never",
-)
+WORDS = ("the", "a", "old", "small", "cat", "house", "river", "food", "reads", "sees", "finds", "near", "never")
 
 
 def make_model(folder: Path, family: str) -> Path:
@@ -75,16 +62,25 @@ def make_model(folder: Path, family: str) -> Path:
 
 
 def make_data(folder: Path, tasks: Sequence[str]) -> Path:
-    """A folder with made-up train, validation and test rows in the columns of each task."""
+    """`folder`, with made-up train, validation and test rows of each task (of the paper's) in a folder in it."""
     for task in tasks:
-        if task not in ROWS:
-            raise UserError(f"--budget smoke has no made-up rows for {task}: give --data FOLDER")
         draw = random.Random(task)
         (folder / task).mkdir(parents=True, exist_ok=True)
         for split, rows in SIZES[task].items():
             lines = [json.dumps(ROWS[task](draw), ensure_ascii=False) + "\n" for _ in range(rows)]
             (folder / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+def make_scoring(folder: Path, benchmark: str) -> Scoring:
+    """Two made-up questions or one made-up task of lm-eval, in files in `folder`."""
+    folder = folder.resolve()
+    draw, asked = random.Random(benchmark), folder / f"{benchmark}.jsonl"
+    rows = [QUESTIONS[benchmark](draw, number) for number in range(2)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = folder / "lm-eval.yaml"
+    task.write_text(json.dumps({**LM_TASK, "dataset_kwargs": {"data_files": {"test": str(asked)}}}), encoding="utf-8")
+    return Scoring(asked, Decoding(max_new_tokens=8), (Task(str(task), 0, "acc,none"),))
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
@@ -166,6 +162,21 @@ def _chat(draw: random.Random) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
+QUESTIONS: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
+    "alpaca-eval": lambda draw, number: {"instruction": _text(draw)},
+    "mt-bench": lambda draw, number: {"question_id": number, "turns": [_text(draw), _text(draw)]},
+    "lm-eval": lambda draw, number: {"question": _text(draw), "choices": ["yes", "no"], "answer": number},
+}
+LM_TASK = {
+    "task": "redpeft_smoke",
+    "dataset_path": "json",
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+}
 ROWS = {**{task: _glue(task) for task in GLUE}, "e2e": _meaning, "ultrafeedback": _chat}
 SIZES = {task: {"train": 64, "validation": 48, "test": 16} for task in ROWS}
 for _task in ("mnli", "qnli", "qqp", "sst2"):  # of which 1000 rows are taken out

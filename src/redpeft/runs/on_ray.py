@@ -7,10 +7,19 @@ from typing import Any
 
 from redpeft.errors import Stopped, UserError
 from redpeft.runs.runner import Job, run_jobs
+from redpeft.tasks.columns import first_line
 from redpeft.training.loop import say
 from redpeft.training.run_folder import finished
 
 RETRIES = 3
+
+
+def require_ray() -> None:
+    """Raises `UserError` where Ray is not installed."""
+    try:
+        import ray  # noqa: F401
+    except ImportError:
+        raise UserError("--ray needs Ray: pip install redpeft[ray]") from None
 
 
 def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
@@ -19,17 +28,19 @@ def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     The cluster is the one that RAY_ADDRESS names or that runs on this machine, or else one of this machine alone. Run
     folders, data and base models must be at the same paths on all its machines (a shared disk). A job whose worker is
     killed or told to stop is started again, up to three times, and goes on from its last checkpoint; after that its
-    result is {"error": ...} as for any job that fails. Raises `UserError` without Ray, and as `run_jobs` does.
+    result is {"error": ...} as for any job that fails. Raises `UserError` without Ray or a cluster, and as `run_jobs`.
     """
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--ray needs Ray: pip install redpeft[ray]") from None
+    require_ray()
+    import ray
+
     jobs = [Job(job.recipe, job.folder.resolve()) for job in jobs]
     for job in jobs:
         finished(job.recipe, job.folder)
     if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+        try:
+            ray.init(log_to_driver=False)
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"no Ray cluster can be reached or started: {first_line(error)}") from None
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[Stopped])(run_jobs)
     waiting = {task.remote([job]): index for index, job in enumerate(jobs)}

@@ -31,8 +31,7 @@ from redpeft.tasks.token_classification import TokenClassificationTask
 
 Task = ClassificationTask | TokenClassificationTask | InstructionTask | E2ETask | TextToTextTask
 TASKS: dict[str, type[Task]] = {
-    task.name: task
-    for task in (ClassificationTask, TokenClassificationTask, InstructionTask, E2ETask, TextToTextTask)
+    task.name: task for task in (ClassificationTask, TokenClassificationTask, InstructionTask, E2ETask, TextToTextTask)
 }
 
 

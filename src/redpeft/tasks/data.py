@@ -19,11 +19,11 @@ from redpeft.tasks.glue import glue_splits
 logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {
-    "train": ("train", "trainset"),
+    "train": ("train", "trainset", "train_sft"),
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "devset"),
-    "test": ("test", "testset_w_refs"),
+    "test": ("test", "testset_w_refs", "test_sft"),
 }
-"""What the files of a split are called, after a common habit, GLUE's and the E2E challenge's."""
+"""What the files of a split are called, after a common habit, GLUE's, the E2E challenge's and UltraFeedback's."""
 
 
 class DataConfig(BaseModel):
@@ -72,8 +72,8 @@ class DataConfig(BaseModel):
     )
     template: Literal["auto", "plain"] = Field(
         "auto",
-        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain where it "
-        "has none; plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...', whatever the tokenizer has.",
+        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain where "
+        "there is none; plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
     )
     validation_fraction: float = Field(
         0.1,
@@ -98,7 +98,7 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
 
     Where there is no validation split, `validation_fraction` of the training rows becomes one. The test split of a
     folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes them); `protocol` makes
-    one as `redpeft.tasks.glue` says. The seed draws the rows. Each split's `info.description` says where it comes from.
+    one as `redpeft.tasks.glue` says. The seed draws the rows. A split's `info.description` says where it comes from.
 
     Raises:
         UserError: data that is missing, empty or unreadable.

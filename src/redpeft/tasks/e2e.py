@@ -93,7 +93,9 @@ class E2ETask:
         max_length: int | None = None,
         with_labels: bool = True,
     ) -> Dataset:
-        """"input_ids", `MR <eos> text <eos>`, and "labels", which ignore the MR and its end; without labels `MR <eos>`.
+        """The columns "input_ids", `MR <eos> text <eos>`, and "labels", the same with MR and <eos> ignored.
+
+        Without labels "input_ids" alone, `MR <eos>`.
 
         The MR is cut so that with its end it has at most 64 tokens. (The authors' script cuts off the end itself, and
         then nothing says where the text begins.) The text is cut at 100 tokens, and has no end then.

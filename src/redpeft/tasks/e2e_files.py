@@ -54,7 +54,7 @@ def read_references(path: str | Path) -> list[list[str]]:
 
 
 def _lines(path: str | Path, separators: bool = False) -> list[str]:
-    """A file's lines without white space around them; empty ones are errors, or with `separators` the second of two."""
+    """A file's lines without space around them. An empty one is an error, or with `separators` the second of two."""
     text = read_text(existing(path))
     if not text.strip():
         raise UserError(f"{path} is empty: it holds no rows")

@@ -132,7 +132,7 @@ def _caption_scores(predictions: Sequence[str], references: Sequence[Sequence[st
 
 
 def _penn_tokens(groups: Sequence[Sequence[str]]) -> dict[int, list[str]]:
-    """Texts in the tokens of pycocoevalcap's tokeniser, which takes each on one line. `|||` separates METEOR's texts."""
+    """Texts in the tokens of pycocoevalcap's tokeniser, which wants one a line. METEOR separates texts by |||."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     captions = {

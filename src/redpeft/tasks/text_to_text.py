@@ -24,7 +24,7 @@ from redpeft.tasks.base_model import ensure_pad_token, load_base
 from redpeft.tasks.classification import MULTI, REGRESSION, ClassificationTask
 from redpeft.tasks.data import DataConfig
 
-LABEL_TOKENS = 16
+LABEL_TOKENS = 32
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
 
 

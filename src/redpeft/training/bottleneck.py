@@ -77,7 +77,8 @@ def add_bottlenecks(model: PreTrainedModel, options: BottleneckOptions) -> set[s
         size = options.bottleneck or max(1, site.width // REDUCTION)
         module.add_module(NAME, Bottleneck(site.width, size, options.activation, device))
         module.register_forward_hook(_adapt)
-    names = {name for name, _ in model.named_parameters() if f".{NAME}." in name}
+    inside = tuple(f"{site.name}.{NAME}." for site in sites)
+    names = {name for name, _ in model.named_parameters() if name.startswith(inside)}
     return names | _norms(model, sites, options) if options.layer_norms else names
 
 

@@ -28,12 +28,17 @@ class GeneratingTrainer(Seq2SeqTrainer):
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         return super().predict(*args, **{**self.generation, **kwargs})
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Seq2SeqTrainer's own would count the rows again that fill up the last batch of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        config = self.model.generation_config
-        longest = config.max_length
+        config = vars(self.model.generation_config)
+        before = dict(config)
         with self.accelerator.autocast():  # `generate` passes by the forward that accelerate wraps in it
             loss, tokens, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        config.max_length = longest  # Seq2SeqTrainer fills in the default, and the next `generate` would warn of it
+        config.update(before)  # Seq2SeqTrainer fills in defaults, which the next `generate` would warn of
         if tokens is not None and not self.model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :].contiguous()
         return loss, tokens, labels

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from redpeft.training.recipe import Recipe
 
 TASK_TYPES = {name: task.task_type for name, task in TASKS.items()}
+Fit = Callable[[PreTrainedModel, "Recipe", dict[str, Any]], dict[str, Any]]
 
 
 def _lora_targets(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +74,7 @@ class Method:
     options: Any  # the dataclass whose fields are the method_options
     rate: float  # the default learning rate
     defaults: dict[str, Any] = field(default_factory=dict)  # options where the class has none, or others
-    fit: Callable[[PreTrainedModel, Recipe, dict[str, Any]], dict[str, Any]] = _as_given  # PEFT: complete or refuse
+    fit: Fit = _as_given  # PEFT's: complete the options for a model, or refuse it
     train: Callable[[PreTrainedModel, Any], set[str]] = nothing
     own_weights: bool = False  # the base's own weights are trained: hold them all in fp32
 
@@ -87,19 +88,19 @@ METHODS = {
     "red": Method(RedConfig, 3e-2),
     "lora": Method(LoraConfig, 3e-3, fit=_lora_targets),
     "ia3": Method(IA3Config, 1e-2, fit=_ia3_targets),
-    "adapter": Method(BottleneckOptions, 1e-3, {"layer_norms": True}, train=add_bottlenecks),
-    "adapter_ffn": Method(BottleneckOptions, 1e-3, {"sites": ["ffn"], "activation": "relu"}, train=add_bottlenecks),
-    "adapter_drop": Method(BottleneckOptions, 1e-3, {"layer_norms": True, "drop_layers": 5}, train=add_bottlenecks),
+    "adapter": Method(BottleneckOptions, 3e-3, {"layer_norms": True}, train=add_bottlenecks),
+    "adapter_ffn": Method(BottleneckOptions, 1e-2, {"sites": ["ffn"], "activation": "relu"}, train=add_bottlenecks),
+    "adapter_drop": Method(BottleneckOptions, 3e-3, {"layer_norms": True, "drop_layers": 5}, train=add_bottlenecks),
     "prompt": Method(
         PromptTuningConfig,
-        3e-1,
+        1e-2,
         # of an encoder-decoder the encoder alone gets a prompt: PEFT counts a second one, which it never uses
         {"num_virtual_tokens": 100, "prompt_tuning_init": "SAMPLE_VOCAB", "num_transformer_submodules": 1},
         fit=fit_prompt,
     ),
     "prefix": Method(PrefixTuningConfig, 1e-2, {"num_virtual_tokens": 16}, fit=fit_prefix),
     "bitfit": Method(BitFitOptions, 1e-3, train=biases, own_weights=True),
-    "top_layers": Method(TopLayersOptions, 1e-4, train=top_layers, own_weights=True),
+    "top_layers": Method(TopLayersOptions, 1e-3, train=top_layers, own_weights=True),
     "full": Method(NoOptions, 1e-4, train=everything, own_weights=True),
     "head": Method(NoOptions, 3e-2, train=nothing),
 }

@@ -23,7 +23,7 @@ from redpeft.tasks.columns import ROW
 from redpeft.training.base import autocast, load_base
 from redpeft.training.generating import answer_scores, metrics_function
 from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
-from redpeft.training.methods import METHODS, apply_method
+from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run_folder import ADAPTER, MODEL, RECIPE, RESULT, TASK, TRAINED
 from redpeft.training.stream import Row, batched
@@ -97,6 +97,7 @@ def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrain
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
     if METHODS[recipe.method].is_peft:
+        METHODS[recipe.method].fit(base, recipe, all_options(recipe))
         return PeftModel.from_pretrained(base, saved), tokenizer
     model = apply_method(base, recipe)  # bottleneck adapters and added biases are no part of the base
     _put_back(model, saved / TRAINED)
@@ -112,7 +113,7 @@ def _put_back(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, float]:
+def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, float | None]:
     """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set.
 
     `config_name` is a hub data set's configuration. The rows are checked before the model is loaded.
@@ -135,8 +136,8 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
             compute_metrics=metrics_function(run.task, run.tokenizer),
         )
         show_progress(trainer)
-        scores = plain_scores(trainer.evaluate(), "eval_")
-        return scores | answer_scores(trainer, run.task, dataset, recipe.max_length)
+        scores = answer_scores(trainer, run.task, dataset, recipe.max_length)
+        return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
 
 
 def predict(

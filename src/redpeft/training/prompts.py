@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError
+from redpeft.tasks import TASKS
 
 if TYPE_CHECKING:
     from redpeft.training.recipe import Recipe
@@ -17,8 +18,18 @@ if TYPE_CHECKING:
 def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
     """`options`, where rows of `max_length` leave room for the virtual tokens. Raises `UserError` where not.
 
-    Virtual tokens and a prefix's keys take positions of the sequence; a model with learned positions has no more.
+    A decoder gets a hook: PEFT drops `position_ids` behind a prompt, so that rows that are padded on the left to
+    generate from would be read at other positions than in training.
     """
+    options = _fit_length(model, recipe, options)
+    decodes = TASKS[recipe.task].task_type == "CAUSAL_LM"
+    if decodes and "position_ids" in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(_number_positions, with_kwargs=True)
+    return options
+
+
+def _fit_length(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    """Virtual tokens and a prefix's keys take positions of the row, and learned positions come to an end."""
     tokens, positions = options["num_virtual_tokens"], _positions(model)
     if not isinstance(tokens, int) or tokens < 1:
         raise UserError(f"method_options: num_virtual_tokens is a whole number from 1, not {tokens!r}")
@@ -43,7 +54,17 @@ def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
             f"method prefix puts keys and values into the attention, and {type(model).__name__} takes none: choose "
             "another method, such as prompt"
         )
-    return fit_prompt(model, recipe, options)
+    return _fit_length(model, recipe, options)
+
+
+def _number_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Positions count what is not padding, and go on behind what a cache holds."""
+    given, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+    given = kwargs.get("input_ids") if given is None else given
+    if kwargs.get("position_ids") is None and given is not None and mask is not None and mask.dim() == 2:
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        kwargs["position_ids"] = positions[:, -given.shape[1] :]
+    return args, kwargs
 
 
 def _positions(model: nn.Module) -> int | None:

@@ -55,8 +55,8 @@ class Recipe(BaseModel):
         "classification",
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
-        "meaning representation and a text that says it), or text-to-text (classification with an encoder-decoder such "
-        "as T5, which writes the label).",
+        "meaning representation and a text that says it), or text-to-text (classification with an encoder-decoder "
+        "such as T5, which writes the label).",
     )
     metric: str | None = Field(
         None, description="The metric that chooses the best epoch. The task's usual one when not given."
@@ -115,8 +115,8 @@ class Recipe(BaseModel):
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
     learn_prompt: bool = Field(
         False,
-        description="Instruction: learn the prompts too, as the RED paper's released script does; otherwise the loss is "
-        "on the responses alone.",
+        description="Instruction: learn the prompts too, as the RED paper's released script does; otherwise the loss "
+        "is on the responses alone.",
     )
     group_by_length: bool = Field(
         True, description="Make batches of rows of like length, so that short rows do not pay for long ones."

@@ -63,8 +63,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """While inside, no other command writes into `folder`; the processes of one distributed run share the lock.
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """While inside, no other command writes into `folder`, or what else in it `name` is the lock of; the processes of
+    one distributed run share the lock.
 
     The operating system holds the lock and drops it with its process, however that ends, so a `.lock` left by a kill
     locks nobody out. Folders made for the lock alone are removed. Raises `UserError` where another process holds it,
@@ -74,7 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / name, timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -86,7 +87,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # Windows removes it at the release
-            (folder / LOCK).unlink()
+            (folder / name).unlink()
         lock.release()
         with suppress(OSError):  # not empty: the run has begun
             for path in made:

@@ -364,9 +364,7 @@ def test_fp16_overflow_of_the_base_itself_leaves_nothing_either(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 7e4
     save_both(tmp_path, model, CAUSAL)
-    with pytest.raises(
-        UserError, match=r"lm_head.weight of the base model has values beyond the range of torch.float16"
-    ):
+    with pytest.raises(UserError, match=r"lm_head.weight of the base model has values beyond the range of .*float16"):
         fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", dtype="fp16")
     assert not list(tmp_path.glob("out*"))
 

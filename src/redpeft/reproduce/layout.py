@@ -1,0 +1,163 @@
+"""How a report is laid out: the table beside what was published, and the page around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from redpeft.reproduce import pages
+from redpeft.reproduce.aggregate import Done, sampling_error
+from redpeft.reproduce.machine import machine
+from redpeft.reproduce.pages import Inline, Link
+from redpeft.reproduce.plan import Request
+from redpeft.reproduce.published import Column
+from redpeft.reproduce.settings import base_of, source_of
+
+if TYPE_CHECKING:
+    from redpeft.reproduce.report import Line, Report
+
+LEGEND = (
+    "Measured: the mean over seeds ± their standard deviation, on the test split; behind the stroke: published. Each "
+    "figure leads to its runs."
+)
+RUN_HEAD = ["run", "test", "validation", "best epoch", "learning rate", "epochs", "trained", "minutes"]
+
+
+def grid(report: Report) -> tuple[list[str], list[list[Inline]]]:
+    """The table itself: its head, and for each method what was measured beside what was published."""
+    digits = report.table.digits
+    head = ["method", "trained / published", *map(report.column_name, report.columns)]
+    head += ["average"] if report.table.average else []
+    rows: list[list[Inline]] = []
+    for line in report.lines:
+        trained = "-" if line.trained is None else f"{line.trained:,}"
+        cells: list[Inline] = [_shown(report, line, column) for column in report.columns]
+        if report.table.average:
+            averages = (line.average(), line.published_average(report.table))
+            cells.append([" / ".join(_number(value, digits) for value in averages)])
+        rows.append([[line.row.label], [f"{trained} / {line.row.parameters or '-'}"], *cells])
+    errors = [_sampling(report, column) for column in report.columns]
+    if any(error is not None for error in errors):
+        shown: list[Inline] = [["" if error is None else f"± {error:.{digits}f}"] for error in errors]
+        rest: list[Inline] = [[""]] * (len(head) - 2 - len(errors))
+        rows.append([["standard error of one run, by its test rows"], [""], *shown, *rest])
+    return head, rows
+
+
+def page_blocks(report: Report, pictures: Sequence[Path]) -> list[pages.Block]:
+    """The whole page."""
+    table, request = report.table, report.request
+    published = base_of(table.values)
+    base = (
+        f"Base model: {request.model}; what was published is {published}'s." if request.model else f"On {published}."
+    )
+    if request.smoke:
+        base = "A smoke test, a few steps of a tiny model to see that everything runs: its scores mean nothing."
+    head, rows = grid(report)
+    blocks: list[pages.Block] = [
+        pages.Heading(table.title, 1),
+        pages.Paragraph([base]),
+        pages.Code(command_line(request)),
+        pages.Paragraph([LEGEND + _best_note(report)]),
+        pages.Grid(head, rows),
+        *(pages.Picture(path.name, path.stem.replace("-", " ")) for path in pictures),
+    ]
+    if report.failed:
+        blocks += [pages.Heading("Failed runs"), pages.Grid(["run", "error"], _failures(report), numbers=False)]
+    if report.left:
+        blocks += [pages.Heading("What is left to do"), *(pages.Code(text) for text in report.left)]
+    blocks += [pages.Heading("Runs"), pages.Grid(RUN_HEAD, [_run_row(report, *run) for run in report.runs])]
+    sources = [[[line.row.label], [source_of(table.values, line.row.name)]] for line in report.lines]
+    blocks += [pages.Heading("Where the settings come from"), pages.Grid(["method", "source"], sources, numbers=False)]
+    facts = {**machine(), **report.versions()}
+    blocks += [
+        pages.Heading("Machine and versions"),
+        pages.Grid(["", ""], [[[k], [v]] for k, v in facts.items()], numbers=False),
+    ]
+    return blocks
+
+
+def command_line(request: Request) -> str:
+    """The call that asks for this."""
+    options = {
+        "--rows": request.rows and ",".join(request.rows),
+        "--tasks": request.tasks and ",".join(request.tasks),
+        "--seeds": request.seeds and ",".join(map(str, request.seeds)),
+        "--model": request.model,
+        "--base-folder": request.base_folder,
+        "--data": request.data,
+        "--questions": request.questions,
+        "--settings": request.settings,
+        "--budget": "smoke" if request.smoke else None,
+        "--out": request.out,
+    }
+    changes = [f"{key}={json.dumps(value)}" for key, value in request.changes.items()]
+    changes += [f"{row}:{key}={json.dumps(v)}" for row, more in request.row_changes.items() for key, v in more.items()]
+    chosen = [word for name, value in options.items() if value for word in (name, str(value))]
+    return shlex.join(["redpeft", "reproduce", request.table.name, *changes, *chosen])
+
+
+def _best_note(report: Report) -> str:
+    chosen = any(cell.is_chosen for line in report.lines for cell in line.cells.values())
+    note = " Where the paper averages the best of its seeds, by their test scores, the mean of all follows."
+    return note if chosen else ""
+
+
+def _shown(report: Report, line: Line, column: Column) -> list[str | Link]:
+    cell, digits = line.cells[column], report.table.digits
+    published = _number(line.row.scores.get(column), digits, line.row.deviations.get(column))
+    folders = [*cell.folders.values()] or [report.request.out / line.row.name / column.task]
+    target = _relative(report, folders[0] if len(folders) == 1 else folders[0].parent)
+    if cell.headline is None:
+        shown: list[str | Link] = [Link("failed", target)] if cell.failed else ["-"]
+        return [*shown, f" / {published}"]
+    text: list[str | Link] = [Link(_number(cell.headline, digits, cell.headline_deviation), target)]
+    if cell.is_chosen:
+        both = f"{len(cell.chosen)} of {len(cell.scores)}; all {_number(cell.mean, digits, cell.deviation)}"
+        text.append(f" (best {both})")
+    if cell.failed:
+        text.append(f" ({len(cell.failed)} failed)")
+    return [*text, f" / {published}"]
+
+
+def _run_row(report: Report, row: str, task: str, run: Done) -> list[Inline]:
+    digits, unit, result = report.table.digits, report.table.unit, run.result
+    metrics = [column.metric for column in report.table.columns_of([task])]
+    test = ", ".join(_number(score and score * unit, digits) for score in map(run.score, metrics))
+    best = result["validation"].get(result["metric"])
+    return [
+        [Link(f"{row}, {task}, seed {run.seed}", _relative(report, run.folder))],
+        [test],
+        [f"{_number(best and best * (1 if result['metric'] == 'loss' else unit), 2)} ({result['metric']})"],
+        [f"{result['best_epoch']:g}"],
+        [f"{result['learning_rate']:g}"],
+        [f"{result['epochs']:g}"],
+        [f"{result['trainable_parameters']:,}"],
+        [f"{result['seconds'] / 60:.1f}"],
+    ]
+
+
+def _failures(report: Report) -> list[list[Inline]]:
+    return [[[Link(folder, _relative(report, Path(folder)))], [text]] for folder, text in report.failed.items()]
+
+
+def _sampling(report: Report, column: Column) -> float | None:
+    if column.metric:
+        return None
+    errors = [sampling_error(run) for _, task, run in report.runs if task == column.task]
+    known = [error for error in errors if error is not None]
+    return max(known) * report.table.unit if known else None
+
+
+def _relative(report: Report, path: Path) -> str:
+    return Path(os.path.relpath(path, report.request.out)).as_posix()
+
+
+def _number(value: float | None, digits: int, deviation: float | None = None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from redpeft.errors import UserError
+from redpeft.reproduce import probe
+from redpeft.reproduce.plan import Run
+from redpeft.reproduce.probe import Speed, count_rows, estimate, in_words
+from redpeft.runs.runner import Job
+from redpeft.training.recipe import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (59, "59 s"), (61, "2 min"), (3600, "1 h 0 min"), (12000, "3 h 20 min")],
+)
+def test_durations(seconds, words):
+    assert in_words(seconds) == words
+
+
+def run(folder, data, **changes):
+    recipe = load_recipe(None, {"base": "m", "data": str(data), "batch_size": 10, "epochs": 4, **changes})
+    return Run("red", Path(data).name, Job(recipe, folder))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for task in ("one", "two"):
+        (tmp_path / task).mkdir()
+        for split, rows in (("train", 95), ("validation", 30), ("test", 50)):
+            lines = [json.dumps({"text": f"a {row}", "label": row % 2}) for row in range(rows)]
+            (tmp_path / task / f"{split}.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_an_estimate_is_steps_and_rows_of_each_run(data, monkeypatch):
+    tried = []
+    monkeypatch.setattr(probe, "_probe", lambda recipe: tried.append(recipe.data.path) or Speed(2.0, 0.1, 0.3, 5.0))
+    whole = 5 + 4 * 10 * 2 + 4 * 30 * 0.1 + 50 * 0.3
+    monkeypatch.setattr(probe, "load_base", lambda *_, **__: None)
+
+    def seconds(runs):
+        return estimate(runs, count_rows(runs))
+
+    assert seconds([run(data, data / "one")]) == pytest.approx(whole)
+    cut = 5 + 15 * 2 + 2 * 30 * 0.1 + 50 * 0.3  # in the second epoch
+    few = 5 + 4 * 2 * 2 + 4 * 30 * 0.1 + 50 * 0.3
+    tried.clear()
+    runs = [run(data, data / "one"), run(data, data / "one", max_steps=15), run(data, data / "two")]
+    runs.append(run(data, data / "two", **{"data.path": str(data / "two"), "data.max_train_rows": 20}))
+    assert seconds(runs[:3]) == pytest.approx(2 * whole + cut)
+    assert tried == [str(data / "one"), str(data / "two")]  # one of each task
+    assert seconds(runs[3:]) == pytest.approx(few)
+    assert seconds([]) == 0
+
+
+def test_equal_questions_are_answered_once(tmp_path):
+    pytest.importorskip("sacrebleu")
+    for split, rows in (("train", 9), ("validation", 4), ("test", 12)):
+        lines = [json.dumps({"mr": f"name[{row % 3}]", "ref": f"It is {row}."}) for row in range(rows)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    assert probe._rows(run(tmp_path, tmp_path, task="e2e").job.recipe) == {"train": 9, "validation": 4, "test": 3}
+
+
+@pytest.mark.parametrize("task", ["classification", "e2e"])
+def test_a_probe_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
+    seen, clock = {}, iter((100.0, 110.0))
+
+    def train(recipe, folder):
+        seen.update(recipe=recipe, folder=folder)
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text('{"loss": 1}\n{"eval_loss": 1, "eval_runtime": 1.6}\n')
+        return {"seconds_per_step": 0.5, "steps": 6, "rows": {"validation": 16, "test": 8}}
+
+    monkeypatch.setattr(probe, "train", train)
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
+    speed = probe._probe(run(data, data / "one", save_steps=1, task=task).job.recipe)
+    assert (speed.step, speed.validation) == (0.5, pytest.approx(0.1))
+    rest = 10 - 6 * 0.5 - 1.6
+    if task == "e2e":  # the rest is answering
+        assert (speed.test, speed.rest) == (pytest.approx(rest / 8), 0)
+    else:
+        assert (speed.test, speed.rest) == (pytest.approx(0.1), pytest.approx(rest - 0.8))
+    assert (seen["recipe"].max_steps, seen["recipe"].data.max_eval_rows) == (6, 16)
+    assert not seen["folder"].parent.exists()
+
+
+def test_missing_data_and_bases_are_found_out(data, tiny_encoder_folder):
+    with pytest.raises(UserError, match="no such model folder: ./none"):
+        count_rows([run(data, data / "one", base="./none")])
+    with pytest.raises(UserError, match="no such file or folder"):
+        count_rows(
+            [
+                run(data, data / "one", base=str(tiny_encoder_folder)),
+                run(data, data / "none", base=str(tiny_encoder_folder)),
+            ]
+        )
