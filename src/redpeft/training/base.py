@@ -125,4 +125,3 @@ def _quantization(recipe: Recipe, head: list[str]) -> BitsAndBytesConfig | Torch
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=DTYPES[precision(recipe)],
     )
-
