@@ -438,6 +438,24 @@ def test_a_head_that_nobody_brings(folders):
 # --- quantised bases -------------------------------------------------------------------------------------------------
 
 
+def test_biases_fold_into_a_torchao_checkpoint(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    tiny("LlamaForCausalLM", tiny_config("llama", mlp_bias=True)).save_pretrained(tmp_path / "plain")
+    settings = transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = edited(model, CAUSAL, use_scale=False)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = logits(adapted, token_ids())
+    result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
+    folded = AutoModelForCausalLM.from_pretrained(result.out).eval()
+    assert relative(logits(folded, token_ids()), expected) <= EXACT
+
+    edited(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CAUSAL).save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"no place for the edits of .*or use the adapter as it is"):
+        fold(tmp_path / "whole", tmp_path / "other", tmp_path / "base")
+
+
 @pytest.fixture
 def four_bits(tmp_path):
     """A 4-bit Llama with biases, saved as it is, and what it says; skipped without bitsandbytes."""

@@ -201,13 +201,16 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
 
 
 def _dtype(dtype: str | None, checkpoint: Checkpoint, names: Mapping[str, str], plan: Plan) -> torch.dtype:
-    """What new and folded tensors are stored in: as asked for, or as the weights of the first site are."""
+    """What new and folded tensors are stored in: as asked for, or as those of the first site are."""
     site = next(iter(plan.forms))
-    key = find_key(f"{site}.weight", names) if plan.forms[site] != LEFT else next(iter(checkpoint.keys))
-    own = checkpoint.read(key).dtype
-    if dtype is None or is_quantised(plan.config, site):
-        return own if own in FLOATS else torch.float32
-    return DTYPES[dtype]
+    quantised = is_quantised(plan.config, site)
+    if plan.forms[site] == LEFT or quantised:
+        keys = [key for key, name in names.items() if name in (f"{site}.weight", f"{site}.bias")]
+    else:
+        keys = [find_key(f"{site}.weight", names)]
+    found = [checkpoint.read(key).dtype for key in keys or list(checkpoint.keys)[:1]]
+    own = next((one for one in found if one in FLOATS), torch.float32)
+    return own if dtype is None or quantised else DTYPES[dtype]
 
 
 def _used(names: Mapping[str, str], model: PreTrainedModel, folder: Path) -> dict[str, str]:

@@ -55,7 +55,10 @@ def _fold_site(
     form, edit = plan.forms[site], adapter.edits[site]
     if form == LEFT:
         return FoldedSite(site, LEFT, left=edit)
-    key = find_key(f"{site}.weight", names)
+    if is_quantised(plan.model.config, site) and f"{site}.bias" in names.values():
+        key = find_key(f"{site}.bias", names).removesuffix("bias") + "weight"  # torchao's weights have other names
+    else:
+        key = find_key(f"{site}.weight", names)
     bias_key = key.removesuffix("weight") + "bias"
     bias = checkpoint.read(bias_key) if bias_key in checkpoint.keys else None
     if is_quantised(plan.model.config, site):  # its scale is 1: the bias alone is folded

@@ -78,6 +78,7 @@ def write_weights(
     for file, keys in track(files, "Folding", console=Console(stderr=True), disable=len(files) == 1):
         tensors = {}
         with checkpoint.open(file) as shard:
+            metadata = shard.metadata()  # torchao keeps there what its tensors are
             for key in keys:
                 if key in names:
                     tensor = shard.get_tensor(key)
@@ -86,7 +87,7 @@ def write_weights(
         if file == files[-1][0]:
             tensors |= {name: tensor.to(dtype).contiguous() for name, tensor in head.items()}
         if tensors:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_file(tensors, folder / file, metadata={**(metadata or {}), "format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
