@@ -1,4 +1,8 @@
-"""The ways in which redpeft fails on purpose; anything else is a bug."""
+"""The ways in which redpeft fails on purpose, and the words that their messages share; anything else is a bug."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -11,3 +15,14 @@ class RunError(RuntimeError):
 
 class Stopped(RunError):
     """The run was told to stop (SIGTERM) and has kept what it did. Runs that would come after it do not start."""
+
+
+def some(names: Sequence[str], at_most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    rest = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import making
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from datasets import ClassLabel, Features, Sequence, Value
 from transformers import AutoTokenizer, EvalPrediction
 
 from redpeft.errors import UserError
@@ -13,23 +15,9 @@ from redpeft.tasks import TASKS, ClassificationTask, DataConfig, read_splits, ta
 
 TEXTS = ["the film is good", "the film is awful", "a very bad shop", "great"]
 
-
-def make(columns: dict, features=None) -> Dataset:
-    dataset = Dataset.from_dict(columns, features=features)
-    dataset.info.description = "train.csv"
-    return dataset
-
-
-def task_of(columns: dict, data: dict | None = None, features=None, **options) -> ClassificationTask:
-    train = make(columns, features)
-    return ClassificationTask.from_splits({"train": train}, DataConfig(path="x", **(data or {})), **options)
-
-
-def error_of(columns: dict, data: dict | None = None, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        task_of(columns, data, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+make = making.make
+task_of = partial(making.task_of, ClassificationTask)
+error_of = partial(making.error_of, ClassificationTask)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------

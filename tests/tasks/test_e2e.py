@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import making
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
@@ -16,22 +17,9 @@ ROWS = {
     "ref": ["Cotto is a place.", "Aromi, in the riverside area.", "There is Cotto."],
 }
 
-
-def make(columns: dict) -> Dataset:
-    dataset = Dataset.from_dict(columns)
-    dataset.info.description = "trainset.csv"
-    return dataset
-
-
-def task_of(columns: dict, data: dict | None = None, **options) -> E2ETask:
-    return E2ETask.from_splits({"train": make(columns)}, DataConfig(path="x", **(data or {})), **options)
-
-
-def error_of(columns: dict, data: dict | None = None, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        task_of(columns, data, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+make = partial(making.make, source="trainset.csv")
+task_of = partial(making.task_of, E2ETask, source="trainset.csv")
+error_of = partial(making.error_of, E2ETask, source="trainset.csv")
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import making
 import pytest
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
@@ -20,22 +21,9 @@ CHAT = [
 ]
 PAIRS = {"prompt": ["Say yes", "Say no"], "response": ["yes", "no"]}
 
-
-def make(columns: dict) -> Dataset:
-    dataset = Dataset.from_dict(columns)
-    dataset.info.description = "train.jsonl"
-    return dataset
-
-
-def task_of(columns: dict, data: dict | None = None, **options) -> InstructionTask:
-    return InstructionTask.from_splits({"train": make(columns)}, DataConfig(path="x", **(data or {})), **options)
-
-
-def error_of(columns: dict, data: dict | None = None, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        task_of(columns, data, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+make = partial(making.make, source="train.jsonl")
+task_of = partial(making.task_of, InstructionTask, source="train.jsonl")
+error_of = partial(making.error_of, InstructionTask, source="train.jsonl")
 
 
 @pytest.fixture

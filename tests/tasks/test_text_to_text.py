@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
+import making
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
@@ -16,15 +18,8 @@ SINGLE = {"sentence": ["a good film", "a bad film", "awful"], "label": ["good", 
 PAIRS = {"sentence1": ["one", "two"], "sentence2": ["three", "four"], "label": [0, 1]}
 NUMBERS = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": [3.84, 0.0, 5.0]}
 
-
-def make(columns: dict) -> Dataset:
-    dataset = Dataset.from_dict(columns)
-    dataset.info.description = "train.csv"
-    return dataset
-
-
-def task_of(columns: dict, data: dict | None = None, **options) -> TextToTextTask:
-    return TextToTextTask.from_splits({"train": make(columns)}, DataConfig(path="x", **(data or {})), **options)
+make = making.make
+task_of = partial(making.task_of, TextToTextTask)
 
 
 @pytest.fixture

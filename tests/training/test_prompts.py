@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from learning import learn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -76,25 +77,15 @@ CASES = [
 @pytest.mark.parametrize(("build", "task"), CASES)
 def test_what_is_trained_and_that_it_learns(build, task, method):
     model = apply_method(build(), recipe(method, task))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     length = WIDTH if method == "prompt" else 2 * 2 * WIDTH  # an embedding, or keys and values of two blocks
     counted = trainable_parameters(build(), recipe(method, task))
     assert counted.method == TOKENS * length
     assert counted.head == (0 if task != "classification" else sum(p.numel() for p in build().classifier.parameters()))
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01, weight_decay=0)
     rows = torch.randint(5, VOCAB, (3, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(rows)
     mask[0, 4:] = 0
     labels = torch.tensor([0, 1, 1]) if task == "classification" else rows.masked_fill(mask == 0, -100)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=rows, attention_mask=mask, labels=labels).loss
-        losses.append(loss.item())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    moved = learn(model, 0.01, 6, input_ids=rows, attention_mask=mask, labels=labels)
     assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("prompt_encoder" in name or "classifier.modules_to_save" in name for name in moved)
 

@@ -71,9 +71,8 @@ def write_folded_card(
     local = Path(base).exists()
     name = Path(base).name
     data = ModelCardData(base_model=None if local else base, library_name="transformers", tags=["redpeft"])
-    changed = f" Its configuration got {', '.join(f'`{key}: {value}`' for key, value in changes.items())}." * bool(
-        changes
-    )
+    listed = ", ".join(f"`{key}: {value}`" for key, value in changes.items())
+    changed = f" Its configuration got {listed}." if changes else ""
     parts = [
         f"# {name} with a RED adapter folded into it",
         f"The edits of {sites} sites (RED, [{PAPER.rpartition('/')[2]}]({PAPER})) are part of the weights.{changed}",

@@ -24,8 +24,8 @@ from dataclasses import replace
 
 import torch
 
-from redpeft.adapters.files import Adapter, Edit, some
-from redpeft.errors import UserError
+from redpeft.adapters.files import Adapter, Edit
+from redpeft.errors import UserError, some
 from redpeft.method import compose as method
 from redpeft.method.fingerprint import difference
 

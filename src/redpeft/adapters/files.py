@@ -24,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, some
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import output_width
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+RECIPE, TASK, ADAPTER = "recipe.yaml", "task.json", "adapter"  # within a run folder, of which training/ has the rest
 PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."
 PARTS = ("scale", "bias", "unit")
@@ -56,14 +57,14 @@ class Adapter:
 def find_adapter(path: str | Path) -> Path:
     """The adapter folder that `path` means: itself, or `adapter/` inside a run folder."""
     path = Path(path)
-    inside = path / "adapter"
+    inside = path / ADAPTER
     return inside if (inside / CONFIG_NAME).is_file() and not (path / CONFIG_NAME).is_file() else path
 
 
 def find_run(path: str | Path) -> Path:
     """The run folder that `path` means: itself, or the one around its `adapter/`."""
     path = Path(path)
-    return path.parent if path.name == "adapter" and (path.parent / "recipe.yaml").is_file() else path
+    return path.parent if path.name == ADAPTER and (path.parent / RECIPE).is_file() else path
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -134,6 +135,13 @@ def write_adapter(adapter: Adapter) -> None:
     with new_folder(adapter.folder) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file by a temporary one and a rename, so that it is never seen half written."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 @contextmanager
@@ -245,9 +253,3 @@ def _head_misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
         if state[key].shape != tensor.shape:
             return f"the head {key} is {tuple(state[key].shape)} here and {tuple(tensor.shape)} in the adapter"
     return None
-
-
-def some(names: list[str], at_most: int = 3) -> str:
-    """The first few names, and how many more there are."""
-    rest = len(names) - at_most
-    return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""What transformers says of loading a checkpoint, without loading it."""
+"""Models without their weights, and transformers' words for loading them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# as from_pretrained and configurations call it
+DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
+
+
+def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights. `model_class`: an auto class, or a model's own."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        return build(copy.deepcopy(config))
 
 
 def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: Any) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.inspect import place
-from redpeft.errors import UserError
+from redpeft.adapters.loading import on_meta
+from redpeft.errors import UserError, first_line
 from redpeft.method.sites import Site, find_sites
 
 LORA_RANK = 16
@@ -66,16 +66,16 @@ def model_config(model: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model}: no config.json in such a folder, nor a model of that name ({reason})") from error
+        raise UserError(
+            f"{model}: no config.json in such a folder, nor a model of that name ({first_line(error)})"
+        ) from error
 
 
 def empty_model(model: str) -> PreTrainedModel:
     """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
     config = model_config(model)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return AutoModel.from_config(config) if architecture is None else architecture._from_config(config)
+    return on_meta(architecture or AutoModel, config)
 
 
 def preview_table(preview: Preview) -> Table:

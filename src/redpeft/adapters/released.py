@@ -19,7 +19,8 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
-from redpeft.adapters.files import Adapter, Edit, some, write_adapter
+from redpeft.adapters.files import Adapter, Edit, write_adapter
+from redpeft.adapters.loading import on_meta
 from redpeft.adapters.preview import model_config
 from redpeft.adapters.released_files import (
     HEAD,
@@ -30,7 +31,7 @@ from redpeft.adapters.released_files import (
     read_released,
     write_released,
 )
-from redpeft.errors import UserError
+from redpeft.errors import UserError, some
 from redpeft.method.config import RedConfig
 from redpeft.method.sites import RED_PLUS, find_sites
 
@@ -163,8 +164,7 @@ def _base_model(released: Released, base: str) -> tuple[PreTrainedModel, str]:
                 f"{released.path.with_name(HEAD)}: the released code has a head for RoBERTa only; move the file away"
             )
         task, config.num_labels = "SEQ_CLS", len(released.head["out_proj.weight"])
-    with torch.device("meta"):
-        return getattr(transformers, AUTO_CLASS.get(task, "AutoModel")).from_config(config), task
+    return on_meta(getattr(transformers, AUTO_CLASS.get(task, "AutoModel")), config), task
 
 
 def _check_sites(path: Path, base: str, model: PreTrainedModel, edits: Mapping[str, Edit]) -> str:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from redpeft.adapters.files import Edit, new_folder, some
-from redpeft.errors import UserError
+from redpeft.adapters.files import Edit, new_folder
+from redpeft.errors import UserError, some
 
 WEIGHTS, HEAD = "delta_vector.pth", "classifier.pth"
 MARK = ".delta_vector."

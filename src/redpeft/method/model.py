@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, some
 from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads
 from redpeft.method.config import RedConfig
 from redpeft.method.fingerprint import difference, fingerprint
@@ -106,8 +106,9 @@ class RedModel(BaseTuner):
         left_over = sorted(key for key in remapped if key not in known and key.removeprefix(_PEFT_PREFIX) not in known)
         if missing or left_over:
             raise UserError(
-                f"the file of adapter '{adapter_name}' does not fit this model; keys missing: {_listed(missing)}; "
-                f"left over: {_listed(left_over)}. Load it on the base model that it was trained on, or save it again"
+                f"the file of adapter '{adapter_name}' does not fit this model; "
+                f"keys missing: {some(missing) or 'none'}; left over: {some(left_over) or 'none'}. "
+                "Load it on the base model that it was trained on, or save it again"
             )
         return remapped
 
@@ -250,10 +251,6 @@ class RedModel(BaseTuner):
                 layer.mix(None)
             for head in heads:
                 head.__dict__.pop("forward", None)
-
-
-def _listed(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "") if keys else "none"
 
 
 def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:

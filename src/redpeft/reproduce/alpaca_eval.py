@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from redpeft.tasks.columns import ROW, check_texts, require_columns
+from redpeft.tasks.columns import ROW, check_texts
 from redpeft.tasks.files import read_file
 
 Rows = list[dict[str, Any]]
@@ -23,7 +23,6 @@ def read_questions(path: str | Path) -> Rows:
     Raises `UserError` as `read_file`, and for a row without an instruction.
     """
     questions = read_file(path)
-    require_columns(questions, ["instruction"])
     check_texts(questions, "instruction")
     return list(questions.remove_columns(ROW))
 

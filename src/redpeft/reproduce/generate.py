@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from redpeft.adapters.files import find_run
+from redpeft.adapters.files import find_run, write_atomically
 from redpeft.reproduce import alpaca_eval, mt_bench
 from redpeft.reproduce.journal import journal_of
-from redpeft.reproduce.language_model import Decoding, LanguageModel, fingerprint_of, open_language_model
+from redpeft.reproduce.language_model import Decoding, LanguageModel, open_language_model, weights_digest
 from redpeft.tasks.instruction import Chat
-from redpeft.training.run_folder import naming_a_full_disk, write_atomically
+from redpeft.training.run_folder import naming_a_full_disk
 
 BENCHMARKS: dict[str, Any] = {"alpaca-eval": alpaca_eval, "mt-bench": mt_bench}
 
@@ -52,7 +52,7 @@ def generate(
         "questions": hashlib.sha256(Path(questions).expanduser().read_bytes()).hexdigest()[:16],
         "model": model,
         "adapter": None if adapter is None else str(adapter),
-        "adapter_weights": fingerprint_of(adapter or model),
+        "adapter_weights": weights_digest(adapter or model),
         **asdict(decoding),
     }
     with journal_of(out, settings) as journal:

@@ -28,17 +28,15 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from redpeft.adapters.files import WEIGHTS_NAME, find_adapter, find_run, load_adapter, read_config
-from redpeft.adapters.loading import quiet
-from redpeft.errors import UserError
+from redpeft.adapters.files import RECIPE, WEIGHTS_NAME, find_adapter, find_run, load_adapter, read_config
+from redpeft.adapters.loading import DTYPE_ARGUMENT, quiet
+from redpeft.errors import UserError, first_line
 from redpeft.tasks import InstructionTask
 from redpeft.tasks.base_model import load_base, require_folder, set_pad_token
-from redpeft.tasks.columns import first_line
 from redpeft.tasks.instruction import Chat
-from redpeft.training.base import DTYPE_ARGUMENT, autocast
+from redpeft.training.base import autocast
 from redpeft.training.loop import bars_on_terminals_only
 from redpeft.training.predict import open_run
-from redpeft.training.run_folder import RECIPE
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """Said in full, since a model folder may bring other settings in its generation_config.json."""
@@ -181,7 +179,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
     return tuner.unload() if isinstance(tuner, BaseTuner) else tuner  # prompts and prefixes leave it as it is
 
 
-def fingerprint_of(adapter: str | Path | None) -> str | None:
+def weights_digest(adapter: str | Path | None) -> str | None:
     """A digest of an adapter's weights, by which unfinished work notices that it was trained again; None without."""
     weights = find_adapter(adapter) / WEIGHTS_NAME if adapter is not None else None
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None

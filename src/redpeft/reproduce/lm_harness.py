@@ -14,12 +14,12 @@ from typing import Any
 
 from rich.table import Table
 
-from redpeft.errors import UserError
+from redpeft.adapters.files import write_atomically
+from redpeft.errors import UserError, first_line
 from redpeft.reproduce.journal import Journal, journal_of
-from redpeft.reproduce.language_model import fingerprint_of
-from redpeft.tasks.columns import first_line
+from redpeft.reproduce.language_model import weights_digest
 from redpeft.training.loop import say, to_json
-from redpeft.training.run_folder import naming_a_full_disk, write_atomically
+from redpeft.training.run_folder import naming_a_full_disk
 
 Metrics = dict[str, float]
 
@@ -85,7 +85,7 @@ def evaluate_adapters(
     manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
     _check_names(tasks, manager.all_tasks)
     models = [*([None] if with_base or not adapters else []), *dict.fromkeys(map(str, adapters))]
-    weights = {model: fingerprint_of(model) for model in models}
+    weights = {model: weights_digest(model) for model in models}
     out, harness = Path(out), version("lm_eval")
     settings = {"base": base, "limit": limit, "lm_eval": harness, "task_files": _digest(tasks, include_path)}
     cells = [(model, task) for model in models for task in tasks]

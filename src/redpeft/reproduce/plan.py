@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
 from redpeft.reproduce.published import Table, nearest
 from redpeft.reproduce.settings import base_of, family_of, recipe_for
@@ -16,7 +17,6 @@ from redpeft.reproduce.smoke import SMOKE, make_data, make_model
 from redpeft.runs.runner import Job
 from redpeft.tasks.glue import GLUE
 from redpeft.training.recipe import parse_override
-from redpeft.training.run_folder import write_atomically
 
 IDENTITY = "reproduce.json"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redpeft.adapters.files import write_atomically
 from redpeft.reproduce import pages
 from redpeft.reproduce.aggregate import Cell, Done, average, beside_head, cell, finished_runs
 from redpeft.reproduce.layout import page_blocks
@@ -17,7 +18,6 @@ from redpeft.reproduce.published import Column, Row, Table
 from redpeft.reproduce.scored import what_is_left
 from redpeft.reproduce.settings import base_of
 from redpeft.training.loop import to_json
-from redpeft.training.run_folder import write_atomically
 
 
 @dataclass(frozen=True)

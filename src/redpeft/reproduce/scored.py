@@ -10,11 +10,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from redpeft.adapters.files import ADAPTER, write_atomically
 from redpeft.errors import UserError
 from redpeft.reproduce.generate import generate
 from redpeft.reproduce.language_model import Decoding
 from redpeft.reproduce.lm_harness import PRESETS, Task, evaluate_adapters
-from redpeft.training.run_folder import ADAPTER, MODEL, write_atomically
+from redpeft.training.run_folder import MODEL
 
 LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
 """The columns of the tasks of lm-eval, in their order."""

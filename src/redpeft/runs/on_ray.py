@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from redpeft.errors import Stopped, UserError
+from redpeft.errors import Stopped, UserError, first_line
 from redpeft.runs.runner import Job, run_jobs
-from redpeft.tasks.columns import first_line
 from redpeft.training.loop import say
 from redpeft.training.run_folder import finished
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redpeft.adapters.files import write_atomically
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.training.loop import is_first_process, say, to_json
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import finished, locked, write_atomically
+from redpeft.training.run_folder import finished, locked
 from redpeft.training.train import train
 
 SUMMARY = "summary.json"

@@ -8,8 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from redpeft.errors import UserError
-from redpeft.tasks.columns import first_line
+from redpeft.errors import UserError, first_line
 from redpeft.tasks.data import is_local
 
 

@@ -102,7 +102,6 @@ class ClassificationTask:
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, an empty text, or a label that is missing or unknown."""
         for column in self._text_columns:
-            cols.require_columns(dataset, [column])
             cols.check_texts(dataset, column)
         if with_labels:
             self.labels(dataset)

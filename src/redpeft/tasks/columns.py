@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, first_line
 
 ROW = "__row__"
 """A column that `redpeft.tasks.data` adds: the row's number in its source, which errors name even after a shuffle."""
@@ -79,7 +79,8 @@ def choose_column(dataset: Dataset, named: str | None, known: Iterable[str], wha
 
 
 def check_texts(dataset: Dataset, column: str) -> None:
-    """Raises UserError if a row's text is missing, empty, or not text."""
+    """Raises UserError if there is no such column, or a row's text is missing, empty, or not text."""
+    require_columns(dataset, [column])
     for index, text in enumerate(values(dataset, column)):
         if is_missing(text):
             raise UserError(f"{where(dataset, index)}: the text in column {column!r} is empty")
@@ -191,8 +192,3 @@ def rows_to_dataset(
         return Dataset.from_list(found)
     except (ValueError, TypeError) as error:  # pyarrow's: rows of different types
         raise UserError(f"the rows do not hold the same types: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

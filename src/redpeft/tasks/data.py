@@ -11,8 +11,8 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from redpeft.errors import UserError
-from redpeft.tasks.columns import LABEL_COLUMNS, find_column, first_line, is_missing_label, source, values
+from redpeft.errors import UserError, first_line
+from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing_label, source, values
 from redpeft.tasks.files import READERS, SHARD, read_file, read_parts, with_rows
 from redpeft.tasks.glue import glue_splits
 

@@ -79,7 +79,6 @@ class E2ETask:
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, or an empty MR or text."""
         for key in ("prompt", "response") if with_labels else ("prompt",):
-            cols.require_columns(dataset, [self.columns[key]])
             cols.check_texts(dataset, self.columns[key])
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:

@@ -17,8 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
-from redpeft.errors import RunError, UserError
-from redpeft.tasks.columns import first_line
+from redpeft.errors import RunError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 

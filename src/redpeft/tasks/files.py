@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
-from redpeft.errors import UserError
-from redpeft.tasks.columns import ROW, first_line
+from redpeft.errors import UserError, first_line
+from redpeft.tasks.columns import ROW
 
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 """How the Hub ends the names (but for the extension) of the parts of a large file."""

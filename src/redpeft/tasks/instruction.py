@@ -79,7 +79,6 @@ class InstructionTask:
                     raise UserError(f"{cols.where(dataset, index)}: {problem}")
             return
         for key in ("prompt", "response") if with_labels else ("prompt",):
-            cols.require_columns(dataset, [self.columns[key]])
             cols.check_texts(dataset, self.columns[key])
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,7 +16,7 @@ from transformers import (
     TorchAoConfig,
 )
 
-from redpeft.adapters.loading import loading_report, quiet
+from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, quiet
 from redpeft.errors import UserError
 from redpeft.method.quantised import leave_unpacked
 from redpeft.tasks import Task
@@ -25,13 +24,11 @@ from redpeft.tasks.base_model import load_base as load_or_explain
 from redpeft.training.methods import METHODS, head_modules
 from redpeft.training.recipe import Recipe
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTISERS = {  # load_in: what does it, and the extra that brings it
     "8bit": ("bitsandbytes", "bnb"),
     "4bit": ("bitsandbytes", "bnb"),
     "int8_weight_only": ("torchao", "torchao"),
 }
-DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
 
 
 def precision(recipe: Recipe) -> str:

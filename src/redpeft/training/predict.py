@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from redpeft.adapters.files import load_adapter
+from redpeft.adapters.files import ADAPTER, RECIPE, TASK, load_adapter
 from redpeft.errors import UserError
 from redpeft.tasks import Task, read_evaluation, task_from_dict
 from redpeft.tasks.columns import ROW
@@ -25,7 +25,7 @@ from redpeft.training.generating import answer_scores, metrics_function
 from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
-from redpeft.training.run_folder import ADAPTER, MODEL, RECIPE, RESULT, TASK, TRAINED
+from redpeft.training.run_folder import MODEL, RESULT, TRAINED
 from redpeft.training.stream import Row, batched
 from redpeft.training.train import plain_scores
 from redpeft.training.trainer import arguments, trainer_classes

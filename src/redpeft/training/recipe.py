@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
 from redpeft.tasks.data import DataConfig
 from redpeft.training.methods import DEFAULT_RATES, all_options
@@ -203,9 +203,7 @@ class Recipe(BaseModel):
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML, by a temporary file and a rename."""
         text = yaml.safe_dump(self.resolved().model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        temporary = Path(f"{path}.partial")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(Path(path), text.rstrip("\n"))
 
 
 def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Recipe:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,12 +23,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from redpeft.adapters.files import RECIPE, TASK, write_atomically
 from redpeft.errors import RunError, UserError
 from redpeft.training.loop import CHECKPOINT_STATE, checkpoint_state, is_first_process
 from redpeft.training.recipe import Recipe, load_recipe
 
-RECIPE, TASK, RESULT, CHECKPOINTS, LOCK = "recipe.yaml", "task.json", "result.json", "checkpoints", ".lock"
-ADAPTER, MODEL, TRAINED = "adapter", "model", "trained.safetensors"
+RESULT, CHECKPOINTS, LOCK = "result.json", "checkpoints", ".lock"
+MODEL, TRAINED = "model", "trained.safetensors"
 
 
 def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
@@ -53,13 +53,6 @@ def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:
 def read_result(folder: Path) -> dict[str, Any]:
     """What a finished run's result.json holds."""
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by a temporary one and a rename, so that it is never seen half written."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @contextmanager

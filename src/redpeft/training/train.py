@@ -20,7 +20,7 @@ from transformers import set_seed
 
 import redpeft
 from redpeft.adapters.card import write_card
-from redpeft.adapters.files import find_adapter, find_run, read_adapter
+from redpeft.adapters.files import ADAPTER, RECIPE, TASK, find_adapter, find_run, read_adapter, write_atomically
 from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task, read_splits
 from redpeft.tasks.base_model import require_folder
@@ -41,19 +41,15 @@ from redpeft.training.methods import apply_method, check_options, head_modules, 
 from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
 from redpeft.training.run_folder import (
-    ADAPTER,
     CHECKPOINTS,
     MODEL,
-    RECIPE,
     RESULT,
-    TASK,
     TRAINED,
     finished,
     locked,
     naming_a_full_disk,
     read_result,
     tidy,
-    write_atomically,
 )
 from redpeft.training.trainer import check_reporters, make_trainer, rows_at_once, trainer_classes
 

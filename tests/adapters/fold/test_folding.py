@@ -97,6 +97,21 @@ def test_a_plain_checkpoint_says_the_same(family, class_name, task, tmp_path):
     assert relative(logits(base, token_ids()), expected) > 0.1  # the edits do something
 
 
+def test_a_base_whose_files_have_other_names_than_its_modules(tmp_path):
+    """transformers 5 writes ViT by its old names, `vit.encoder.layer.0.output.dense`, and renames as it loads."""
+    config = tiny_config("vit", image_size=16, patch_size=8, num_hidden_layers=2)
+    model = tiny("ViTForImageClassification", config)
+    model.save_pretrained(tmp_path / "base")
+    adapted = edited(model, None)
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
+    assert set(load_file(result.out / "model.safetensors")) == set(load_file(tmp_path / "base" / "model.safetensors"))
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    folded = load_folded(result)
+    with torch.no_grad():
+        assert relative(folded(pixels).logits, adapted(pixels).logits) <= EXACT
+
+
 @pytest.mark.parametrize(("family", "class_name", "task"), LEFT)
 def test_a_bundle_says_the_same(family, class_name, task, tmp_path):
     known(family)
@@ -404,6 +419,12 @@ def test_a_base_of_another_architecture(folders):
 def test_a_base_with_pickled_weights_only(folders):
     (folders / "base" / "model.safetensors").rename(folders / "base" / "pytorch_model.bin")
     refused(folders, "no model.safetensors there, and redpeft reads no pickles")
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": ["model.safetensors"]}'])
+def test_a_base_with_a_broken_index(folders, index):
+    (folders / "base" / "model.safetensors.index.json").write_text(index)
+    refused(folders, r"model.safetensors.index.json: broken, it names no files .*copy it again")
 
 
 def test_a_truncated_base(folders):

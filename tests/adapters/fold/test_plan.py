@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from redpeft.adapters.fold import preview_fold
-from redpeft.adapters.fold.plan import Parts, on_meta, plan_fold
+from redpeft.adapters.fold.plan import Parts, plan_fold
+from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
 
 HOW_TO = Path(__file__).parents[3] / "docs" / "how-to" / "fold.md"
@@ -57,7 +58,9 @@ def test_real_configurations(config, forms, changes, llama, tmp_path):
     assert set(found.forms.values()) == forms
     assert found.changes == changes
     assert (found.not_llama is None) is llama
-    assert ("--format bundle" in found.notes[0]) is any("stays an edit" in form for form in forms)
+    bundle = any("stays an edit" in form for form in forms)
+    assert ("--format bundle" in found.notes[0]) is bundle
+    assert any("--as llama" in note for note in found.notes) is bundle
 
 
 def test_llama_gets_the_fewest_switches_that_the_sites_need(tmp_path):

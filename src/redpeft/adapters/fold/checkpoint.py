@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 NOT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")  # what is copied beside them
@@ -40,9 +40,15 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / file}: missing, corrupt or truncated ({error}); copy it again") from error
 
+    def _shards(self) -> list[str]:
+        try:
+            return sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / INDEX}: broken, it names no files ({error!r}); copy it again") from error
+
     def _files(self) -> dict[str, list[str]]:
         if (self.folder / INDEX).is_file():
-            shards = sorted(set(json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = self._shards()
         elif (self.folder / WEIGHTS).is_file():
             shards = [WEIGHTS]
         else:
@@ -65,5 +71,4 @@ def local_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model}: no such model folder, nor a model of that name ({reason})") from error
+        raise UserError(f"{model}: no such model folder, nor a model of that name ({first_line(error)})") from error

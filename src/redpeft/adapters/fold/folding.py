@@ -5,7 +5,7 @@ No model is built, and one shard of the base is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +15,30 @@ import transformers
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import write_folded_card
-from redpeft.adapters.files import Adapter, Edit, find_adapter, find_run, new_folder, read_adapter, some, write_adapter
+from redpeft.adapters.files import (
+    ADAPTER,
+    Adapter,
+    Edit,
+    find_adapter,
+    find_run,
+    new_folder,
+    read_adapter,
+    write_adapter,
+)
 from redpeft.adapters.fold.checkpoint import Checkpoint, local_folder
 from redpeft.adapters.fold.exactness import WARN_ABOVE
 from redpeft.adapters.fold.llama import as_llama
-from redpeft.adapters.fold.names import find_key, rename
+from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.outline import outline
-from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Parts, Plan, is_quantised, on_meta, plan_fold
+from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Parts, Plan, is_quantised, plan_fold
 from redpeft.adapters.fold.survey import FoldedSite, survey
 from redpeft.adapters.fold.write import changes, write_rest, write_weights
-from redpeft.adapters.loading import loading_report
+from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
 from redpeft.adapters.preview import empty_model, model_config
-from redpeft.errors import UserError
+from redpeft.errors import UserError, some
 from redpeft.method.fingerprint import FLOATS, difference, fingerprint_of
 from redpeft.method.layer import output_width
 from redpeft.method.sites import find_sites
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_FIELD = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
-ADAPTER = "adapter"  # the folder of what is left over, within a bundle
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def fold(
     plan = plan_adapter(adapter, original, llama)
     if plan.left and not bundle:
         raise UserError(_no_place(plan, original))
-    names = rename(checkpoint.keys, plan.model)
+    names = Names(checkpoint.keys, plan.model)
     _check_base(adapter, original, checkpoint, names)
     stored = _dtype(dtype, checkpoint, names, plan)
     sites = survey(adapter, plan, checkpoint, names, stored, bundle)
@@ -92,7 +97,7 @@ def fold(
     made = changes(sites, plan.model, zeros, names, stored)
     left = {site.site: site.left for site in sites if site.left is not None}
     with new_folder(out) as temporary:
-        setattr(plan.model.config, DTYPE_FIELD, stored)
+        setattr(plan.model.config, DTYPE_ARGUMENT, stored)
         used = _used(names, plan.model, folder)
         write_weights(temporary, checkpoint, made, used, plan.model, adapter.head, stored, convert=dtype is not None)
         write_rest(temporary, folder, adapter, plan.model)
@@ -129,11 +134,10 @@ class FoldPreview:
     @property
     def notes(self) -> list[str]:
         """What to choose, in words."""
-        bundle = any(form in (BIAS_LEFT, LEFT) for form in self.forms.values())
+        if not any(form in (BIAS_LEFT, LEFT) for form in self.forms.values()):
+            return ["A plain checkpoint carries all of it."]
         return [
-            "Needs --format bundle: what stays an edit is an adapter beside the checkpoint."
-            if bundle
-            else "A plain checkpoint carries all of it.",
+            "Needs --format bundle: what stays an edit is an adapter beside the checkpoint.",
             f"--as llama: no, {self.not_llama}"
             if self.not_llama
             else "--as llama: the same function, written as Llama.",
@@ -182,7 +186,7 @@ def _no_place(plan: Plan, original: PreTrainedModel) -> str:
     )
 
 
-def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
+def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
     """Refuse another base model than the adapter was trained on: other widths, or other weights."""
     for site, edit in adapter.edits.items():
         width = output_width(original.get_submodule(site), original)
@@ -195,30 +199,30 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
     plain = all(hasattr(original.get_submodule(site), "weight") for site in adapter.edits)
     if not saved or not plain or any(is_quantised(original.config, site) for site in adapter.edits):
         return
-    found = fingerprint_of({s: checkpoint.read(find_key(f"{s}.weight", names)) for s in sorted(adapter.edits)})
+    found = fingerprint_of({s: checkpoint.read(names.find(f"{s}.weight")) for s in sorted(adapter.edits)})
     if differs := difference(saved, found):
         raise UserError(f"{adapter.folder} is for another base model than {checkpoint.folder}: {differs}")
 
 
-def _dtype(dtype: str | None, checkpoint: Checkpoint, names: Mapping[str, str], plan: Plan) -> torch.dtype:
+def _dtype(dtype: str | None, checkpoint: Checkpoint, names: Names, plan: Plan) -> torch.dtype:
     """What new and folded tensors are stored in: as asked for, or as those of the first site are."""
     site = next(iter(plan.forms))
-    quantised = is_quantised(plan.config, site)
+    quantised = is_quantised(plan.model.config, site)
     if plan.forms[site] == LEFT or quantised:
-        keys = [key for key, name in names.items() if name in (f"{site}.weight", f"{site}.bias")]
+        keys = [key for key, name in names.own.items() if name in (f"{site}.weight", f"{site}.bias")]
     else:
-        keys = [find_key(f"{site}.weight", names)]
+        keys = [names.find(f"{site}.weight")]
     found = [checkpoint.read(key).dtype for key in keys or list(checkpoint.keys)[:1]]
     own = next((one for one in found if one in FLOATS), torch.float32)
     return own if dtype is None or quantised else DTYPES[dtype]
 
 
-def _used(names: Mapping[str, str], model: PreTrainedModel, folder: Path) -> dict[str, str]:
+def _used(names: Names, model: PreTrainedModel, folder: Path) -> dict[str, str]:
     """The names without those of tensors that the model of the checkpoint does not have (of another head)."""
     if getattr(model.config, "quantization_config", None):
-        return dict(names)
+        return names.written
     unexpected = set(loading_report(model, folder)["unexpected_keys"])
-    return {key: name for key, name in names.items() if not {key, name} & unexpected}
+    return {key: name for key, name in names.written.items() if not {key, name, names.own[key]} & unexpected}
 
 
 def _check_loads(folder: Path, model: PreTrainedModel) -> None:

@@ -10,11 +10,9 @@ import transformers
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
-from redpeft.adapters.files import Adapter
-from redpeft.adapters.fold.plan import on_meta
+from redpeft.adapters.files import TASK, Adapter
+from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
-
-TASK = "task.json"  # of a run folder: its labels
 
 
 def outline(adapter: Adapter, config: PretrainedConfig, run: Path) -> PreTrainedModel:

@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from redpeft.adapters.files import some
-from redpeft.errors import UserError
+from redpeft.adapters.loading import on_meta
+from redpeft.errors import UserError, some
 
 # What becomes of a site's edit
 FOLDED = "weight and bias"
@@ -50,10 +49,6 @@ class Plan:
     forms: dict[str, str]
 
     @property
-    def config(self) -> PretrainedConfig:
-        return self.model.config
-
-    @property
     def left(self) -> list[str]:
         """The sites that keep an edit, or the bias of one."""
         return [site for site, form in self.forms.items() if form in (BIAS_LEFT, LEFT)]
@@ -77,13 +72,6 @@ def plan_fold(model: PreTrainedModel, sites: Mapping[str, Parts]) -> Plan:
     changed, changes = found
     new = f"{NEW_BIAS} {', '.join(f'{name}={value}' for name, value in changes.items())}"
     return Plan(changed, changes, forms | dict.fromkeys(without, new))
-
-
-def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """A model without weights. `model_class`: an auto class, or a model's own."""
-    build = getattr(model_class, "from_config", None) or model_class._from_config
-    with torch.device("meta"):
-        return build(copy.deepcopy(config))
 
 
 def is_quantised(config: PretrainedConfig, site: str) -> bool:

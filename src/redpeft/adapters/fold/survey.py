@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from redpeft.adapters.files import Adapter, Edit
 from redpeft.adapters.fold.checkpoint import Checkpoint
 from redpeft.adapters.fold.exactness import Exactness, fold_layer
-from redpeft.adapters.fold.names import find_key
+from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Plan, is_quantised
 
 
@@ -34,7 +33,7 @@ class FoldedSite:
 
 
 def survey(
-    adapter: Adapter, plan: Plan, checkpoint: Checkpoint, names: Mapping[str, str], dtype: torch.dtype, bundle: bool
+    adapter: Adapter, plan: Plan, checkpoint: Checkpoint, names: Names, dtype: torch.dtype, bundle: bool
 ) -> list[FoldedSite]:
     """One `FoldedSite` for each of the adapter's sites, none of them beyond the range of `dtype` (`UserError`).
 
@@ -48,20 +47,21 @@ def _fold_site(
     adapter: Adapter,
     plan: Plan,
     checkpoint: Checkpoint,
-    names: Mapping[str, str],
+    names: Names,
     dtype: torch.dtype,
     bundle: bool,
 ) -> FoldedSite:
     form, edit = plan.forms[site], adapter.edits[site]
     if form == LEFT:
         return FoldedSite(site, LEFT, left=edit)
-    if is_quantised(plan.model.config, site) and f"{site}.bias" in names.values():
-        key = find_key(f"{site}.bias", names).removesuffix("bias") + "weight"  # torchao's weights have other names
+    quantised = is_quantised(plan.model.config, site)
+    if quantised and f"{site}.bias" in names.own.values():
+        key = names.find(f"{site}.bias").removesuffix("bias") + "weight"  # torchao's weights have other names
     else:
-        key = find_key(f"{site}.weight", names)
+        key = names.find(f"{site}.weight")
     bias_key = key.removesuffix("weight") + "bias"
     bias = checkpoint.read(bias_key) if bias_key in checkpoint.keys else None
-    if is_quantised(plan.model.config, site):  # its scale is 1: the bias alone is folded
+    if quantised:  # its scale is 1: the bias alone is folded
         new = edit.bias if bias is None else bias.float() + edit.bias
         return FoldedSite(site, form, key, bias=new.to(dtype))
     weight = rows(checkpoint.read(key), plan.model.get_submodule(site))

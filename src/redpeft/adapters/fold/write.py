@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from redpeft.adapters.files import CONFIG_NAME, Adapter
 from redpeft.adapters.fold.checkpoint import INDEX, NOT_WEIGHTS, Checkpoint
-from redpeft.adapters.fold.names import find_key
+from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.survey import FoldedSite, rows
 from redpeft.errors import UserError
 from redpeft.method.edit import fold_edit
@@ -39,7 +39,7 @@ class Changes:
 
 
 def changes(
-    sites: list[FoldedSite], model: PreTrainedModel, zeros: set[str], names: Mapping[str, str], dtype: torch.dtype
+    sites: list[FoldedSite], model: PreTrainedModel, zeros: set[str], names: Names, dtype: torch.dtype
 ) -> Changes:
     """What to change in the base's checkpoint. `zeros`: biases of `model` that are new and that no edit fills."""
     found, state = Changes(), model.state_dict()
@@ -48,13 +48,13 @@ def changes(
             found.scaled[site.key] = site
         if site.key is not None and site.bias is not None:
             key = site.key.removesuffix("weight") + "bias"
-            if key in names:
+            if key in names.written:
                 found.replaced[key] = site.bias
             else:
-                found.add(site.key, names[site.key].removesuffix("weight") + "bias", site.bias)
+                found.add(site.key, names.written[site.key].removesuffix("weight") + "bias", site.bias)
     for name in sorted(zeros):
-        key = find_key(name.removesuffix("bias") + "weight", names)
-        found.add(key, names[key].removesuffix("weight") + "bias", torch.zeros(state[name].shape, dtype=dtype))
+        key = names.find(name.removesuffix("bias") + "weight")
+        found.add(key, names.written[key].removesuffix("weight") + "bias", torch.zeros(state[name].shape, dtype=dtype))
     return found
 
 

@@ -1,0 +1,40 @@
+"""Data sets and tasks from columns in memory, for the tests of this room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from redpeft.errors import UserError
+from redpeft.tasks import DataConfig
+
+
+def make(columns: dict, source: str = "train.csv", features: Any = None) -> Dataset:
+    """A data set that errors name as `source`."""
+    dataset = Dataset.from_dict(columns, features=features)
+    dataset.info.description = source
+    return dataset
+
+
+def task_of(
+    task_class: Any,
+    columns: dict,
+    data: dict | None = None,
+    *,
+    source: str = "train.csv",
+    features: Any = None,
+    **options: Any,
+) -> Any:
+    """The task that `task_class` makes of these columns."""
+    train = make(columns, source, features)
+    return task_class.from_splits({"train": train}, DataConfig(path="x", **(data or {})), **options)
+
+
+def error_of(task_class: Any, columns: dict, data: dict | None = None, **options: Any) -> str:
+    """The one line that refuses these columns."""
+    with pytest.raises(UserError) as caught:
+        task_of(task_class, columns, data, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
