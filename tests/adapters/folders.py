@@ -37,3 +37,23 @@ def write_folder(folder, tensors, targets=SITES, **config):
     (folder / "adapter_config.json").write_text(json.dumps(content))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
+
+
+def write_run(run, tensors=None, score=0.9, seed=0, **config):
+    """A finished run folder around such an adapter, as training leaves it."""
+    folder = write_folder(run / "adapter", random_tensors(seed=seed) if tensors is None else tensors, **config)
+    (folder / "README.md").write_text(f"# The card of {run.name}\n")
+    (folder / "tokenizer.json").write_text("{" + 5000 * " " + "}")
+    (run / "recipe.yaml").write_text(
+        f"base:\n  model: some/encoder\ntask: classification\nmethod: red\nseed: {seed}\n"
+    )
+    (run / "task.json").write_text('{"task": "classification"}\n')
+    scores = {"validation": {"accuracy": score, "loss": 0.1}, "test": {"accuracy": score / 2}}
+    result = {"task": "classification", "base": "some/encoder", "method": "red", "metric": "accuracy", **scores}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+def tree(folder):
+    """Every file below a folder: {path: content}."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

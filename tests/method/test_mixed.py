@@ -40,15 +40,15 @@ def test_each_row_gets_its_own_edit(names, shape, dtype):
     some = edits()  # "c" has no edit at this site: the identity
     hidden = torch.randn(4, *shape).to(dtype)
     batch = MixedBatch(names, NAMES)
-    mixed = EditTable(some, batch.adapters).apply(hidden, batch.rows(4, hidden.device))
+    mixed = EditTable.of_adapters(some, batch.adapters).apply(hidden, batch.index.rows(4, hidden.device))
     assert mixed.dtype == dtype
     assert torch.equal(mixed, one_by_one(some, names, hidden))
 
 
 def test_beams_stand_beside_each_other():
     batch = MixedBatch(["a", "b"], NAMES)
-    assert batch.rows(6, torch.device("cpu")).tolist() == [0, 0, 0, 1, 1, 1]
-    assert batch.rows(2, torch.device("cpu")).tolist() == [0, 1]
+    assert batch.index.rows(6, torch.device("cpu")).tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.index.rows(2, torch.device("cpu")).tolist() == [0, 1]
 
 
 def test_wrong_names_and_counts_are_errors():
@@ -57,7 +57,7 @@ def test_wrong_names_and_counts_are_errors():
     for names in (["a", "b"], []):
         message = f"adapter_names has {len(names)} names for a batch of 3: give one name per sequence"
         with pytest.raises(UserError, match=message):
-            MixedBatch(names, NAMES).rows(3, torch.device("cpu"))
+            MixedBatch(names, NAMES).index.rows(3, torch.device("cpu"))
 
 
 def test_heads_follow_the_row():

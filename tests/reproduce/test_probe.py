@@ -8,8 +8,9 @@ import pytest
 from redpeft.errors import UserError
 from redpeft.reproduce import probe
 from redpeft.reproduce.plan import Run
-from redpeft.reproduce.probe import Speed, count_rows, estimate, in_words
-from redpeft.runs.runner import Job
+from redpeft.reproduce.probe import Speed, count_rows, estimate
+from redpeft.runs.pages import in_words
+from redpeft.runs.queue import Job
 from redpeft.training.recipe import load_recipe
 
 

@@ -8,14 +8,14 @@ from itertools import dropwhile, takewhile
 import pytest
 from fake_runs import fake_run
 
-from redpeft.reproduce import pages
 from redpeft.reproduce.layout import command_line
-from redpeft.reproduce.pages import Link
 from redpeft.reproduce.plan import Request, Run
 from redpeft.reproduce.published import find_table
 from redpeft.reproduce.report import as_data, make_report, write_report
 from redpeft.reproduce.settings import recipe_for
-from redpeft.runs.runner import Job
+from redpeft.runs import pages
+from redpeft.runs.pages import Link
+from redpeft.runs.queue import Job
 
 GLUE = find_table("glue-roberta-base")
 

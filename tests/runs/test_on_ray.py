@@ -14,8 +14,9 @@ import psutil
 import pytest
 
 from redpeft.errors import UserError
+from redpeft.runs.fleets_on_ray import run_fleets_on_ray
 from redpeft.runs.on_ray import run_on_ray
-from redpeft.runs.runner import Job
+from redpeft.runs.queue import Job
 from redpeft.training.recipe import load_recipe
 
 
@@ -55,7 +56,8 @@ def recipe(tmp_path, tiny_encoder_folder):
 def holder(folder, stop):
     """The worker that holds the lock of a run folder, once the run has a checkpoint."""
     while not stop.is_set():
-        if list((folder / "checkpoints").glob("checkpoint-*/trainer_state.json")):
+        written = (folder / "checkpoints").glob("*")
+        if any(path.name == "fleet.safetensors" or (path / "trainer_state.json").exists() for path in written):
             for process in psutil.Process().children(recursive=True):
                 try:
                     if any(file.path == str(folder / ".lock") for file in process.open_files()):
@@ -106,3 +108,36 @@ def test_a_folder_of_another_recipe_is_found_out_before_anything_runs(cluster, r
     with pytest.raises(UserError, match="holds a run of another recipe"):
         run_on_ray([Job(recipe(), tmp_path / "other"), Job(recipe(), tmp_path / "run")])
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_fleets_pull_from_one_queue_and_a_killed_one_loses_no_job(cluster, recipe, tmp_path):
+    """Two workers; the one with the long job is killed after its first snapshot, and with it all that it had taken."""
+    jobs = [
+        Job(recipe(epochs=60 if seed == 0 else 3, seed=seed, batch_size=8), tmp_path / f"job-{seed}")
+        for seed in range(8)
+    ]
+    jobs.append(Job(recipe(**{"data.text": "no-column"}), tmp_path / "wrong"))
+    killed, stop, events = [], threading.Event(), []
+
+    def kill():
+        if process := holder(jobs[0].folder, stop):
+            os.kill(process.pid, signal.SIGKILL)
+            killed.append(process.pid)
+
+    watch = threading.Thread(target=kill)
+    watch.start()
+    try:
+        results = run_fleets_on_ray(jobs, slots=3, report=events.append)
+    finally:
+        stop.set()
+        watch.join()
+    assert killed, "the long job came to its end before its worker could be killed"
+    assert results.keys() == {job.folder for job in jobs}
+    assert "no column" in results[tmp_path / "wrong"]["error"]
+    assert [results[job.folder]["epochs"] for job in jobs[:-1]] == [60, *[3] * 7]
+    log = [json.loads(line) for line in (jobs[0].folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log if "eval_loss" in entry] == list(range(1, 61))
+    done = [event["folder"] for event in events if event["event"] in ("finished", "failed")]
+    assert sorted(done) == sorted(str(job.folder) for job in jobs)
+    assert len({event["slots"] for event in events if event["event"] == "fleet"}) == 1

@@ -6,9 +6,10 @@ import pytest
 
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.runs import runner
-from redpeft.runs.runner import Job, jobs_of, run_jobs, run_recipe, summarise
+from redpeft.runs.queue import Job
+from redpeft.runs.runner import jobs_of, run_fleets, run_jobs, run_recipe, summarise
 from redpeft.training.recipe import load_recipe
-from redpeft.training.train import read_result
+from redpeft.training.run_folder import read_result
 
 
 def recipe(**changes):
@@ -49,6 +50,53 @@ def test_one_job_for_each_seed(tmp_path):
         (3, None, "seed-3"),
         (5, None, "seed-5"),
     ]
+
+
+def test_small_batches_are_trained_side_by_side(monkeypatch, trained, tmp_path):
+    """Those that a fleet can train, of one kind, and not begun alone; results come in the order of the jobs."""
+    seen = []
+
+    def run_fleets(jobs, report):
+        seen.extend(job.folder.name for job in jobs)
+        return {job.folder: result(job.recipe.seed, 0.5) for job in jobs}
+
+    monkeypatch.setattr(runner, "run_fleets", run_fleets)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    small = {"batch_size": 4}
+    jobs = [
+        Job(recipe(seed=1, **small), tmp_path / "one"),
+        Job(recipe(seed=3, batch_size=32), tmp_path / "large"),
+        Job(recipe(seed=4, **small, method="lora"), tmp_path / "lora"),
+        Job(recipe(seed=5, **small), tmp_path / "two"),
+        Job(recipe(seed=6, **small, base="other"), tmp_path / "other base"),
+        Job(recipe(seed=7, **small), tmp_path / "begun"),
+    ]
+    (tmp_path / "begun" / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "begun" / "checkpoints" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    results = run_jobs(jobs)
+    assert seen == ["one", "two"]
+    assert [name for _, name in trained] == ["large", "lora", "other base", "begun"]
+    assert [each["seed"] for each in results] == [1, 3, 4, 5, 6, 7]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen.clear()
+    run_jobs(jobs)
+    assert seen == []
+
+
+def test_what_no_fleet_can_train_is_refused(tmp_path):
+    for changes, reason in [
+        ({"method": "lora"}, "method lora"),
+        ({"task": "e2e"}, "task e2e"),
+        ({"task": "text-to-text"}, "task text-to-text"),
+        ({"task": "instruction", "packing": True}, "packing"),
+        ({"gradient_accumulation": 2}, "gradient_accumulation"),
+        ({"base.load_in": "8bit"}, r"base\.load_in"),
+        ({"precision": "fp16"}, "precision fp16"),
+        ({"init_from": "x"}, "init_from"),
+        ({"report_to": "wandb"}, "report_to"),
+    ]:
+        with pytest.raises(UserError, match=f"job: {reason} cannot be trained in a fleet; use redpeft train"):
+            run_fleets([Job(recipe(**changes), tmp_path / "job")])
 
 
 def test_a_failed_job_does_not_stop_the_others(trained, tmp_path, capsys):

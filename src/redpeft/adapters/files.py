@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ from redpeft.method.layer import output_width
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-RECIPE, TASK, ADAPTER = "recipe.yaml", "task.json", "adapter"  # within a run folder, of which training/ has the rest
+# within a run folder, of which training/ has the rest
+RECIPE, TASK, RESULT, ADAPTER, MODEL = "recipe.yaml", "task.json", "result.json", "adapter", "model"
 PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."
 PARTS = ("scale", "bias", "unit")
@@ -75,12 +76,20 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there, so this is not an adapter folder")
+    return parse_config(path.read_bytes(), path)
+
+
+def parse_config(content: bytes, path: Path) -> dict[str, Any]:
+    """What an `adapter_config.json` holds that was read from `path`. UserError: not JSON, or of something else."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path}: no peft_type, so this is not an adapter's configuration")
+    fingerprint = config.get("base_fingerprint")
+    if fingerprint is not None and not (isinstance(fingerprint, dict) and {"shapes", "samples"} <= fingerprint.keys()):
+        raise UserError(f"{path}: base_fingerprint is not one that redpeft wrote; set it to null to go without")
     return config
 
 
@@ -91,10 +100,17 @@ def read_adapter(folder: str | Path) -> Adapter:
     or a pickle, tensors missing or left over against `target_modules`, shapes that disagree and values not finite.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    return as_adapter(folder, read_config(folder), lambda: _read_tensors(folder))
+
+
+def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str, torch.Tensor]]) -> Adapter:
+    """The adapter of this configuration and of the tensors that `read` gives, with the checks of `read_adapter`.
+
+    `folder` is where they lie, or how the messages are to call the place.
+    """
     if config["peft_type"] != "REDPEFT":
         raise UserError(f"{folder}: this is a {config['peft_type']} adapter, not a RED adapter (REDPEFT)")
-    tensors = _read_tensors(folder)
+    tensors = read()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
     for key, tensor in tensors.items():

@@ -10,6 +10,7 @@ from redpeft.cli.command import run_app
 
 # importing them registers their commands; --help lists these in this order
 from redpeft.cli import runs  # noqa: F401  # isort: skip
+from redpeft.cli import fleets  # noqa: F401  # isort: skip
 from redpeft.cli import adapters  # noqa: F401  # isort: skip
 from redpeft.cli import language_models  # noqa: F401  # isort: skip
 from redpeft.cli import reproduce  # noqa: F401  # isort: skip

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from redpeft.cli.command import Answer, RunFolder, command
-from redpeft.errors import UserError
+from redpeft.errors import RunError, UserError, some
 
 
 @command("redpeft sites roberta-base --sites red+")
@@ -133,6 +133,51 @@ def export_released(
 
     found = export_released(read_adapter(find_adapter(adapter)), out)
     return Answer(dataclasses.asdict(found), [f"Wrote {file} ({found.dtype})" for file in found.files])
+
+
+@command("redpeft list runs")
+def list_(
+    path: Annotated[Path, typer.Argument(help="A folder with adapters below it, or a pack.", show_default=False)],
+) -> Answer:
+    """Show what adapters a folder or a pack holds, and check each; exit code 1 where one is damaged."""
+    from redpeft.adapters.listing import adapters_table, list_adapters
+
+    rows = list_adapters(path)
+    damaged = [row for row in rows if row.status == "damaged"]
+    names = some([row.name for row in damaged])
+    error = RunError(f"{len(damaged)} of {len(rows)} adapters are damaged: {names}") if damaged else None
+    reasons = [f"{row.name}: {row.reason}" for row in damaged]
+    return Answer({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)
+
+
+@command("redpeft pack runs --out adapters.safetensors")
+def pack(
+    folder: Annotated[Path, typer.Argument(help="A folder with adapters below it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write, such as adapters.safetensors.")],
+) -> Answer:
+    """Pack the adapters of one base model, and the small files of their runs, into one file, bit for bit."""
+    from redpeft.adapters import pack_adapters
+
+    packed = pack_adapters(folder, out)
+    shown = [f"Packed {packed.adapters} adapters ({packed.bytes / 2**20:.1f} MiB): {out}"]
+    if packed.unfinished:
+        shown.append(f"Left out, not finished: {some(packed.unfinished)}")
+    if packed.left_out:
+        shown.append(f"Left out, may be pickles: {some(packed.left_out)}")
+    return Answer(dataclasses.asdict(packed), shown)
+
+
+@command("redpeft unpack adapters.safetensors --out runs --only reviews/seed-1")
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A pack.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    only: Annotated[list[str] | None, typer.Option(help="An adapter's name; may be given several times.")] = None,
+) -> Answer:
+    """Write the adapters of a pack into a folder, as they lay before they were packed."""
+    from redpeft.adapters import unpack_adapters
+
+    names = unpack_adapters(file, out, only or ())
+    return Answer({"out": out, "adapters": names}, [f"Unpacked {len(names)} adapters: {out}"])
 
 
 def _numbers(text: str) -> list[int]:

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -43,12 +43,18 @@ class Answer:
 
 
 def command(example: str) -> Callable[[Callable], Callable]:
-    """Register a function that returns an `Answer`, or an iterator of rows that become JSON lines."""
+    """Register a function that returns an `Answer`, or an iterator of rows that become JSON lines.
+
+    One that takes `tell` gets with --json a function to call with what happens, a JSON line each before the answer,
+    and otherwise None.
+    """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> None:
             out = sys.stdout
+            if tells:
+                arguments["tell"] = (lambda event: print(_dump(event), file=out, flush=True)) if as_json else None
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     answer = function(**arguments)
@@ -60,13 +66,24 @@ def command(example: str) -> Callable[[Callable], Callable]:
                 _fail(error, 1)
 
         signature = python_inspect.signature(function, eval_str=True)
+        parameters = [each for each in signature.parameters.values() if each.name != "tell"]
+        tells = "tell" in signature.parameters
         json_option = python_inspect.Parameter(
             "as_json", python_inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json
         )
-        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), json_option])  # type: ignore
+        run.__name__ = function.__name__.rstrip("_")  # `list_` is the command list
+        run.__signature__ = signature.replace(parameters=[*parameters, json_option])  # type: ignore
         return app.command(epilog=f"Example: {example}")(run)
 
     return register
+
+
+def recipe_and_fields(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe file, if one is among them, and the KEY=VALUE. UserError for two files."""
+    recipes = [argument for argument in arguments if "=" not in argument]
+    if len(recipes) > 1:
+        raise UserError(f"one recipe at a time, not {', '.join(recipes)}; fields are given as key=value")
+    return (recipes[0] if recipes else None), [argument for argument in arguments if "=" in argument]
 
 
 def run_app(arguments: list[str]) -> int:

@@ -90,13 +90,14 @@ def reproduce(
 def _report(report: Report) -> Answer:
     from redpeft.reproduce.layout import grid
     from redpeft.reproduce.report import as_data
+    from redpeft.runs.pages import plain
 
     head, rows = grid(report)
     shown = Table(title=report.table.title)
     for index, name in enumerate(head):
         shown.add_column(name, justify="right" if index else "left")
     for row in rows:
-        shown.add_row(*("".join(part if isinstance(part, str) else part.text for part in cell) for cell in row))
+        shown.add_row(*(plain(cell) for cell in row))
     page = report.request.out / f"{report.table.name}.html"
     failed = "; ".join(f"{folder}: {error}" for folder, error in report.failed.items())
     return Answer(

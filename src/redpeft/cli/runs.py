@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from redpeft.cli.command import Answer, RunFolder, command
+from redpeft.cli.command import Answer, RunFolder, command, recipe_and_fields
 from redpeft.errors import RunError, UserError
 
 
@@ -44,13 +44,10 @@ def train(
     from redpeft.runs.runner import run_recipe
     from redpeft.training.recipe import load_recipe
 
-    recipes = [argument for argument in arguments if "=" not in argument]
-    if len(recipes) > 1:
-        raise UserError(f"one recipe at a time, not {', '.join(recipes)}; fields are given as key=value")
-    overrides = [argument for argument in arguments if "=" in argument]
+    path, overrides = recipe_and_fields(arguments)
     overrides += [f"output={out}"] if out else []
     overrides += [f"seeds=[{seeds}]"] if seeds else []
-    recipe = load_recipe(recipes[0] if recipes else None, overrides)
+    recipe = load_recipe(path, overrides)
     result = run_recipe(recipe, recipe.run_folder())
     scores = {split: result[split] for split in ("validation", "test") if result[split]}
     failed = "; ".join(f"{folder}: {error}" for folder, error in result.get("failed", {}).items())

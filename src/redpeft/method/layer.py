@@ -24,7 +24,7 @@ from redpeft.method.compose import Combination
 from redpeft.method.config import RedConfig
 from redpeft.method.edit import Edit, fold_edit
 from redpeft.method.fingerprint import FLOATS
-from redpeft.method.mixed import EditTable, MixedBatch
+from redpeft.method.mixed import EditTable, RowIndex
 from redpeft.method.units import typical_size
 
 
@@ -61,7 +61,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self._mixed: tuple[MixedBatch, EditTable] | None = None
+        self._mixed: tuple[RowIndex, EditTable] | None = None
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RedConfig) -> None:
@@ -160,14 +160,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
         for edit in pending:
             edit.set_unit(unit)
 
-    @torch.compiler.disable  # or every other mix of adapters would be compiled anew
-    def mix(self, batch: MixedBatch | None) -> None:
-        """From now on edit each sequence of a batch by its own adapter; None: by the active ones again."""
-        self._mixed = (batch, EditTable(self.redpeft_edit, batch.adapters)) if batch and self.redpeft_edit else None
+    def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
+        """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""
+        self._mixed = None if index is None or table is None else (index, table)
 
     @torch.compiler.disable
-    def _edit_mixed(self, hidden: torch.Tensor, batch: MixedBatch, table: EditTable) -> torch.Tensor:
-        return table.apply(hidden, batch.rows(hidden.shape[0], hidden.device))
+    def _edit_mixed(self, hidden: torch.Tensor, index: RowIndex, table: EditTable) -> torch.Tensor:
+        return table.apply(hidden, index.rows(hidden.shape[0], hidden.device))
 
     # Merging. PEFT calls it merge; a merged layer is a folded one.
 

@@ -1,9 +1,9 @@
 """Many adapters in one batch: which row belongs to which adapter, and each site's table of edits.
 
-    table (adapters + 1, 2, width)  ──gather──>  (rows, 2, width)  ──>  h'[row] = scale[row] * h[row] + bias[row]
+    table (adapters, 2, width)  ──gather──>  (rows, 2, width)  ──>  h'[row] = scale[row] * h[row] + bias[row]
 
-The last row of a table is the identity: it serves `"__base__"` and adapters that have no edit at the site. One gather
-a site, whatever the number of adapters.
+One gather a site, whatever the number of adapters. Batches of named adapters are for inference; a fleet
+(`redpeft.fleet`) trains through the same tables.
 """
 
 from __future__ import annotations
@@ -20,6 +20,31 @@ from redpeft.method.edit import Edit, apply_edit
 BASE = "__base__"
 
 
+class RowIndex:
+    """Which row of a table each sequence of a batch has: `slots`, (sequences,)."""
+
+    def __init__(self, slots: torch.Tensor) -> None:
+        self.slots = slots
+        self._by_batch: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+    def repeats(self, batch: int) -> int:
+        """How often each sequence stands in a batch of this size: beam search and `num_return_sequences` repeat each
+        in place, and some models flatten (batch, positions) into one dimension."""
+        repeats, rest = divmod(batch, len(self.slots)) if len(self.slots) else (0, 0)
+        if rest or not repeats:
+            raise UserError(
+                f"adapter_names has {len(self.slots)} names for a batch of {batch}: give one name per sequence"
+            )
+        return repeats
+
+    def rows(self, batch: int, device: torch.device) -> torch.Tensor:
+        """The table row of each of a batch's sequences: (batch,)."""
+        key = (batch, device)
+        if key not in self._by_batch:
+            self._by_batch[key] = self.slots.to(device).repeat_interleave(self.repeats(batch))
+        return self._by_batch[key]
+
+
 class MixedBatch:
     """The adapters of a batch, one name per sequence; `"__base__"` stands for no adapter.
 
@@ -34,50 +59,40 @@ class MixedBatch:
         self.names = list(names)
         self.adapters = [name for name in dict.fromkeys(names) if name != BASE]
         slots = {name: slot for slot, name in enumerate([*self.adapters, BASE])}
-        self._slots = torch.tensor([slots[name] for name in names])
-        self._by_batch: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-    def repeats(self, batch: int) -> int:
-        """How often each name stands in a batch of this size: beam search and `num_return_sequences` repeat each
-        sequence in place, and some models flatten (batch, positions) into one dimension."""
-        repeats, rest = divmod(batch, len(self.names)) if self.names else (0, 0)
-        if rest or not repeats:
-            raise UserError(
-                f"adapter_names has {len(self.names)} names for a batch of {batch}: give one name per sequence"
-            )
-        return repeats
-
-    def rows(self, batch: int, device: torch.device) -> torch.Tensor:
-        """The table row of each of a batch's sequences: (batch,)."""
-        key = (batch, device)
-        if key not in self._by_batch:
-            self._by_batch[key] = self._slots.to(device).repeat_interleave(self.repeats(batch))
-        return self._by_batch[key]
+        self.index = RowIndex(torch.tensor([slots[name] for name in names]))
 
 
 class EditTable:
-    """The edits of one site that a batch needs, stacked when a forward pass or a generation starts.
+    """The edits of one site that a batch needs: `rows` (edits, 2, width), each its scale and its bias as they act."""
 
-    Nothing is kept from one call to the next: to find out whether an edit has changed costs as much as stacking it.
-    """
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
 
+    @classmethod
     @torch.no_grad()
-    def __init__(self, edits: Mapping[str, Edit], adapters: Sequence[str]) -> None:
+    def of_adapters(cls, edits: Mapping[str, Edit], adapters: Sequence[str]) -> EditTable:
+        """Stacked when a forward pass or a generation starts: the edits of these adapters, and in the last row the
+        identity, for `"__base__"`. An adapter without an edit here has the identity too.
+
+        Nothing is kept from one call to the next: to find out whether an edit has changed costs as much as stacking
+        it.
+        """
         like = next(iter(edits.values())).scale
-        self.rows = like.new_zeros(len(adapters) + 1, 2, len(like))
-        self.rows[:, 0] = 1.0
+        rows = like.new_zeros(len(adapters) + 1, 2, len(like))
+        rows[:, 0] = 1.0
         slots = [slot for slot, name in enumerate(adapters) if name in edits]
         if slots:
             used = [edits[adapters[slot]] for slot in slots]
-            self.rows[slots, 0] = torch.stack([edit.scale for edit in used])
-            self.rows[slots, 1] = torch.stack([edit.bias for edit in used]) * torch.stack([edit.unit for edit in used])
+            rows[slots, 0] = torch.stack([edit.scale for edit in used])
+            rows[slots, 1] = torch.stack([edit.bias for edit in used]) * torch.stack([edit.unit for edit in used])
         for slot in slots:  # a table by `acting` alone would be twice the small operations
             if (edit := edits[adapters[slot]]).strength != 1.0:
-                self.rows[slot] = torch.stack(edit.acting)
+                rows[slot] = torch.stack(edit.acting)
+        return cls(rows)
 
     def apply(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
-        edits = self.rows[rows].view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
+        edits = self.rows.index_select(0, rows).view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
         return apply_edit(hidden, edits[:, 0], edits[:, 1])
 
 
@@ -89,7 +104,7 @@ def run_by_adapter(
 
     hidden is (batch, ...); the outputs are put back into its order. An adapter without a copy uses the base's.
     """
-    repeats = batch.repeats(hidden.shape[0])
+    repeats = batch.index.repeats(hidden.shape[0])
     names = [name for name in batch.names for _ in range(repeats)]
     parts, order = [], []
     for name in dict.fromkeys(names):

@@ -22,7 +22,7 @@ from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads
 from redpeft.method.config import RedConfig
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
-from redpeft.method.mixed import BASE, MixedBatch, run_by_adapter
+from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.method.quantised import leave_unpacked
 from redpeft.method.register import PREFIX, REDPEFT
 from redpeft.method.sites import find_sites
@@ -54,7 +54,7 @@ class RedModel(BaseTuner):
             leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Full names, also where PEFT was given endings: loading goes by these.
-        edited = {name for name, layer in _red_layers(model).items() if adapter_name in layer.redpeft_edit}
+        edited = {name for name, layer in red_layers(model).items() if adapter_name in layer.redpeft_edit}
         config.target_modules, config.resolved = edited, True
         self._check_base(model, config, adapter_name)
 
@@ -144,7 +144,7 @@ class RedModel(BaseTuner):
         self._check_known([adapter_name])
         if not math.isfinite(scale):
             raise UserError(f"the strength of an adapter must be a finite number, not {scale}")
-        for layer in _red_layers(self.model).values():
+        for layer in red_layers(self.model).values():
             layer.set_scale(adapter_name, scale)
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class RedModel(BaseTuner):
             modules_to_save=list(self.peft_config[owner].modules_to_save) if owner else None,
         )
         self.inject_adapter(self.model, adapter_name)
-        for layer in _red_layers(self.model).values():
+        for layer in red_layers(self.model).values():
             layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
         for name, module in _head_modules(self.model, adapter_name).items():
             module.load_state_dict({key: new_head[f"{name}.{key}"] for key in module.state_dict()})
@@ -200,7 +200,7 @@ class RedModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        reasons = {layer.why_not_mergeable(): name for name, layer in _red_layers(self.model).items()}
+        reasons = {layer.why_not_mergeable(): name for name, layer in red_layers(self.model).items()}
         reasons.pop(None, None)
         if reasons:
             reason, name = next(iter(reasons.items()))
@@ -212,7 +212,7 @@ class RedModel(BaseTuner):
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """PEFT's, with a word where the merged model cannot simply be saved: a stock Llama, say, has no place for the
         bias that a layer without one has got."""
-        bases = {name: layer.get_base_layer() for name, layer in _red_layers(self.model).items()}
+        bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
         without = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
         model = super().merge_and_unload(*args, **kwargs)
         got = sorted(name for name in without if model.get_submodule(name).bias is not None)
@@ -234,14 +234,13 @@ class RedModel(BaseTuner):
             return
         if self.training:
             raise UserError("adapter_names is for inference: call model.eval() first")
-        layers = list(_red_layers(self.model).values())
+        layers = list(red_layers(self.model).values())
         if any(layer.merged for layer in layers):
             raise UserError("adapter_names has no effect on a merged adapter: call model.unmerge_adapter() first")
         batch = MixedBatch(names, list(self.peft_config))
         heads = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
         try:
-            for layer in layers:
-                layer.mix(batch)
+            _mix(layers, batch)
             for head in heads:
                 modules = {**head.modules_to_save, BASE: head.original_module}
                 head.forward = partial(run_by_adapter, modules, batch)
@@ -251,6 +250,13 @@ class RedModel(BaseTuner):
                 layer.mix(None)
             for head in heads:
                 head.__dict__.pop("forward", None)
+
+
+@torch.compiler.disable  # or every other mix of adapters would be compiled anew
+def _mix(layers: Sequence[RedLayer], batch: MixedBatch) -> None:
+    for layer in layers:
+        if layer.redpeft_edit:
+            layer.mix(batch.index, EditTable.of_adapters(layer.redpeft_edit, batch.adapters))
 
 
 def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
@@ -268,5 +274,5 @@ def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
 
 
-def _red_layers(model: nn.Module) -> dict[str, RedLayer]:
+def red_layers(model: nn.Module) -> dict[str, RedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}

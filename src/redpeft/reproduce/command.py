@@ -9,11 +9,12 @@ from pathlib import Path
 
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
-from redpeft.reproduce.probe import count_rows, estimate, in_words
+from redpeft.reproduce.probe import count_rows, estimate
 from redpeft.reproduce.report import Report, make_report, write_report
 from redpeft.reproduce.scored import Scoring, score_run
 from redpeft.reproduce.smoke import make_scoring
 from redpeft.runs.on_ray import require_ray, run_on_ray
+from redpeft.runs.pages import in_words
 from redpeft.runs.runner import run_jobs
 from redpeft.training.loop import bars_on_terminals_only, say
 from redpeft.training.run_folder import finished, locked

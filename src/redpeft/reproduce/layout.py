@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpeft.reproduce import pages
 from redpeft.reproduce.aggregate import Done, sampling_error
-from redpeft.reproduce.machine import machine
-from redpeft.reproduce.pages import Inline, Link
 from redpeft.reproduce.plan import Request
 from redpeft.reproduce.published import Column
 from redpeft.reproduce.settings import base_of, source_of
+from redpeft.runs import pages
+from redpeft.runs.machine import machine
+from redpeft.runs.pages import Inline, Link, number, relative
 
 if TYPE_CHECKING:
     from redpeft.reproduce.report import Line, Report
@@ -38,7 +37,7 @@ def grid(report: Report) -> tuple[list[str], list[list[Inline]]]:
         cells: list[Inline] = [_shown(report, line, column) for column in report.columns]
         if report.table.average:
             averages = (line.average(), line.published_average(report.table))
-            cells.append([" / ".join(_number(value, digits) for value in averages)])
+            cells.append([" / ".join(number(value, digits) for value in averages)])
         rows.append([[line.row.label], [f"{trained} / {line.row.parameters or '-'}"], *cells])
     errors = [_sampling(report, column) for column in report.columns]
     if any(error is not None for error in errors):
@@ -109,15 +108,15 @@ def _best_note(report: Report) -> str:
 
 def _shown(report: Report, line: Line, column: Column) -> list[str | Link]:
     cell, digits = line.cells[column], report.table.digits
-    published = _number(line.row.scores.get(column), digits, line.row.deviations.get(column))
+    published = number(line.row.scores.get(column), digits, line.row.deviations.get(column))
     folders = [*cell.folders.values()] or [report.request.out / line.row.name / column.task]
     target = _relative(report, folders[0] if len(folders) == 1 else folders[0].parent)
     if cell.headline is None:
         shown: list[str | Link] = [Link("failed", target)] if cell.failed else ["-"]
         return [*shown, f" / {published}"]
-    text: list[str | Link] = [Link(_number(cell.headline, digits, cell.headline_deviation), target)]
+    text: list[str | Link] = [Link(number(cell.headline, digits, cell.headline_deviation), target)]
     if cell.is_chosen:
-        both = f"{len(cell.chosen)} of {len(cell.scores)}; all {_number(cell.mean, digits, cell.deviation)}"
+        both = f"{len(cell.chosen)} of {len(cell.scores)}; all {number(cell.mean, digits, cell.deviation)}"
         text.append(f" (best {both})")
     if cell.failed:
         text.append(f" ({len(cell.failed)} failed)")
@@ -127,12 +126,12 @@ def _shown(report: Report, line: Line, column: Column) -> list[str | Link]:
 def _run_row(report: Report, row: str, task: str, run: Done) -> list[Inline]:
     digits, unit, result = report.table.digits, report.table.unit, run.result
     metrics = [column.metric for column in report.table.columns_of([task])]
-    test = ", ".join(_number(score and score * unit, digits) for score in map(run.score, metrics))
+    test = ", ".join(number(score and score * unit, digits) for score in map(run.score, metrics))
     best = result["validation"].get(result["metric"])
     return [
         [Link(f"{row}, {task}, seed {run.seed}", _relative(report, run.folder))],
         [test],
-        [f"{_number(best and best * (1 if result['metric'] == 'loss' else unit), 2)} ({result['metric']})"],
+        [f"{number(best and best * (1 if result['metric'] == 'loss' else unit), 2)} ({result['metric']})"],
         [f"{result['best_epoch']:g}"],
         [f"{result['learning_rate']:g}"],
         [f"{result['epochs']:g}"],
@@ -154,10 +153,4 @@ def _sampling(report: Report, column: Column) -> float | None:
 
 
 def _relative(report: Report, path: Path) -> str:
-    return Path(os.path.relpath(path, report.request.out)).as_posix()
-
-
-def _number(value: float | None, digits: int, deviation: float | None = None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return relative(path, report.request.out)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
 from redpeft.reproduce.published import Table, nearest
 from redpeft.reproduce.settings import base_of, family_of, recipe_for
 from redpeft.reproduce.smoke import SMOKE, make_data, make_model
-from redpeft.runs.runner import Job
+from redpeft.runs import output
+from redpeft.runs.queue import Job
 from redpeft.tasks.glue import GLUE
 from redpeft.training.recipe import parse_override
 
@@ -133,23 +132,12 @@ def _seeds(request: Request, task: str) -> list[int]:
 
 def check_folder(request: Request) -> None:
     """Raises `UserError` for an output folder of something else, or of runs with other settings."""
-    path = request.out / IDENTITY
-    if path.is_file():
-        there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(request.identity()))
-        if other := [key for key in here if here[key] != there.get(key)]:
-            raise UserError(
-                f"{request.out} holds runs with another {', '.join(other)}: choose another --out, or ask for the same"
-            )
-    elif request.out.exists() and (
-        not request.out.is_dir() or any(not path.name.startswith(".") for path in request.out.iterdir())
-    ):
-        raise UserError(f"{request.out} is not empty and holds no reproduction: choose another --out")
+    output.check_folder(request.out / IDENTITY, request.identity(), "reproduction")
 
 
 def claim(request: Request) -> None:
     """Write into the output folder whose it is."""
-    request.out.mkdir(parents=True, exist_ok=True)
-    write_atomically(request.out / IDENTITY, json.dumps(request.identity(), indent=2))
+    output.claim(request.out / IDENTITY, request.identity())
 
 
 def _tasks(request: Request) -> list[str]:

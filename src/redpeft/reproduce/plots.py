@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from redpeft.training.plots import new_figure
 
 if TYPE_CHECKING:
     from redpeft.reproduce.report import Report
@@ -16,7 +18,7 @@ def plot_parameters(report: Report, path: Path) -> Path | None:
     """The average (or the first column) of each method against the parameters that it trains; hollow: published, where
     that is of the same base model. None, and no file, where there is nothing to draw."""
     first = report.columns[0]
-    figure, panels = _figure(7, 4.4)
+    figure, panels = new_figure(7, 4.4)
     axes = panels[0, 0]
     drawn = False
     for index, line in enumerate(report.lines):
@@ -53,7 +55,7 @@ def plot_columns(report: Report, path: Path) -> Path | None:
         return None
     wide = min(COLUMNS, len(report.columns))
     high = math.ceil(len(report.columns) / wide)
-    figure, panels = _figure(2.6 * wide + 1, 2.6 * high + 0.6, high, wide)
+    figure, panels = new_figure(2.6 * wide + 1, 2.6 * high + 0.6, high, wide)
     figure.suptitle("axes do not begin at 0" + ("; lines: published" if report.is_papers_model else ""), fontsize=9)
     for panel, column in zip(panels.flat, report.columns, strict=False):
         values: list[float] = []
@@ -75,10 +77,3 @@ def plot_columns(report: Report, path: Path) -> Path | None:
         panel.set_axis_off()
     figure.savefig(path, dpi=120)
     return path
-
-
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -89,11 +89,3 @@ def _seconds(recipe: Recipe, rows: Mapping[str, int], speed: Speed) -> float:
     steps = min(recipe.max_steps or math.inf, math.ceil(recipe.epochs * epoch))
     validated = rows["validation"] * math.ceil(steps / epoch)
     return speed.rest + steps * speed.step + validated * speed.validation + rows.get("test", 0) * speed.test
-
-
-def in_words(seconds: float) -> str:
-    """A duration for people: 40 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

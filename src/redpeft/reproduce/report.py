@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.adapters.files import write_atomically
-from redpeft.reproduce import pages
 from redpeft.reproduce.aggregate import Cell, Done, average, beside_head, cell, finished_runs
 from redpeft.reproduce.layout import page_blocks
-from redpeft.reproduce.machine import machine
 from redpeft.reproduce.plan import Request, Run
 from redpeft.reproduce.plots import plot_columns, plot_parameters
 from redpeft.reproduce.published import Column, Row, Table
 from redpeft.reproduce.scored import what_is_left
 from redpeft.reproduce.settings import base_of
+from redpeft.runs import pages
+from redpeft.runs.machine import machine, versions_of
 from redpeft.training.loop import to_json
 
 
@@ -62,11 +62,7 @@ class Report:
 
     def versions(self) -> dict[str, str]:
         """The versions that the runs were made with."""
-        found: dict[str, set[str]] = {}
-        for *_, run in self.runs:
-            for name, version in run.result["versions"].items():
-                found.setdefault(name, set()).add(version)
-        return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
+        return versions_of(run.result for *_, run in self.runs)
 
     def column_name(self, column: Column) -> str:
         """What stands above a column."""

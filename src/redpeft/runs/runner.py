@@ -1,29 +1,30 @@
-"""Many runs: a list of jobs, one after the other, each resumed or skipped as its folder says."""
+"""Many runs: a list of jobs, side by side or one after the other, each resumed or skipped as its folder says."""
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redpeft.adapters.files import write_atomically
 from redpeft.errors import RunError, Stopped, UserError
-from redpeft.training.loop import is_first_process, say, to_json
+from redpeft.fleet.crew import train_fleets
+from redpeft.fleet.mould import kind_of, why_alone
+from redpeft.fleet.source import Event, Report, silent
+from redpeft.runs.progress import saying_once, showing
+from redpeft.runs.queue import Job, JobQueue
+from redpeft.runs.tally import Tally
+from redpeft.training.loop import is_first_process, last_checkpoint, say, to_json
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import finished, locked
+from redpeft.training.run_folder import CHECKPOINTS, finished, locked
 from redpeft.training.train import train
 
 SUMMARY = "summary.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run asked for: a recipe with one seed, and its run folder."""
-
-    recipe: Recipe
-    folder: Path
+ENOUGH_ROWS = 8  # in a batch
 
 
 def jobs_of(recipe: Recipe, folder: str | Path) -> list[Job]:
@@ -38,28 +39,91 @@ def jobs_of(recipe: Recipe, folder: str | Path) -> list[Job]:
 
 
 def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """Run the jobs in order and return the result of each.
+    """Run the jobs and return the result of each, in their order: side by side in fleets where that is faster, else
+    one after the other.
 
     Finished jobs are skipped and unfinished ones go on from their last checkpoint, so an interrupted list is run again
     as it is. A job that fails does not stop the others: its result is {"error": message, "seed": ..., "kind": ...}.
     Raises `UserError` before the first step if a folder belongs to another recipe, and `Stopped` on SIGTERM.
     """
-    jobs = list(jobs)
+    jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
     for job in jobs:
         finished(job.recipe, job.folder)
-    results = []
-    for number, job in enumerate(jobs, start=1):
-        if len(jobs) > 1:
-            say(f"job {number} of {len(jobs)}: {job.folder}")
-        try:
-            result = train(job.recipe, job.folder)
-        except Stopped:
-            raise
-        except (UserError, RunError) as error:
-            say(f"{job.folder}: {error}")
-            result = {"error": str(error), "kind": type(error).__name__, "seed": job.recipe.seed}
-        results.append({"folder": str(job.folder), **result})
-    return results
+    together = [job for kind in _kinds(jobs).values() for job in kind if len(kind) > 1]
+    results: dict[Path, dict[str, Any]] = {}
+    if together:
+        results |= _run_together(together)
+    rest = [job for job in jobs if job.folder not in results]
+    for number, job in enumerate(rest, start=1):
+        if len(rest) > 1:
+            say(f"job {number} of {len(rest)}: {job.folder}")
+        results[job.folder] = _run_alone(job)
+    return [results[job.folder] for job in jobs]
+
+
+def run_fleets(
+    jobs: Iterable[Job],
+    slots: int | None = None,
+    tokens: int | None = None,
+    halving: Mapping[Path, Hashable] | None = None,
+    report: Report = silent,
+) -> dict[Path, dict[str, Any]]:
+    """Run the jobs in fleets: the result of each by its folder. Arguments as of `train_fleets` and `JobQueue`.
+
+    Raises `UserError` for a job that no fleet can train, and as `run_jobs`.
+    """
+    queue = JobQueue(checked_for_fleets(jobs), halving)
+    train_fleets(queue, slots, tokens, report)
+    return queue.results
+
+
+def checked_for_fleets(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs as fleets take them. UserError for one that no fleet can train, or a folder of another recipe."""
+    jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
+    for job in jobs:
+        finished(job.recipe, job.folder)
+        if reason := why_alone(job.recipe):
+            raise UserError(f"{job.folder}: {reason} cannot be trained in a fleet; use redpeft train")
+    return jobs
+
+
+def _run_together(jobs: list[Job]) -> dict[Path, dict[str, Any]]:
+    tally = Tally({job.folder.resolve(): str(job.folder) for job in jobs})
+    with saying_once(), showing(tally, live=True) as show:
+
+        def report(event: Event) -> None:
+            tally(event)
+            show(event)
+
+        return run_fleets(jobs, report=report)
+
+
+def _run_alone(job: Job) -> dict[str, Any]:
+    try:
+        result = train(job.recipe, job.folder)
+    except Stopped:
+        raise
+    except (UserError, RunError) as error:
+        say(f"{job.folder}: {error}")
+        result = {"error": str(error), "kind": type(error).__name__, "seed": job.recipe.seed}
+    return {"folder": str(job.folder), **result}
+
+
+def _kinds(jobs: Iterable[Job]) -> dict[Hashable, list[Job]]:
+    """The jobs that a fleet trains faster than one after the other, by the kind of their fleet.
+
+    On a CPU a row among others costs little less than in a batch of 8 (benchmarks/fleet.py rows); on a GPU there is room
+    beside small batches.
+    """
+    kinds: dict[Hashable, list[Job]] = {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return kinds
+    for job in jobs:
+        small = torch.cuda.is_available() or job.recipe.batch_size < ENOUGH_ROWS
+        begun_alone = last_checkpoint(job.folder / CHECKPOINTS) is not None
+        if small and not begun_alone and why_alone(job.recipe) is None:
+            kinds.setdefault(kind_of(job.recipe), []).append(job)
+    return kinds
 
 
 def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:

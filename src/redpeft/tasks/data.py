@@ -166,11 +166,21 @@ def is_local(path: str) -> bool:
     )
 
 
-def _read_folder(folder: Path) -> dict[str, Dataset]:
+def splits_in(folder: Path) -> dict[str, list[Path]]:
+    """The data files of a folder that are of a split, by what they are called."""
+    return _named_splits(_data_files(folder))
+
+
+def _data_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in READERS:
             files.setdefault(SHARD.sub("", file.stem.lower()), []).append(file)
+    return files
+
+
+def _read_folder(folder: Path) -> dict[str, Dataset]:
+    files = _data_files(folder)
     chosen = _named_splits(files)
     if chosen:
         return {name: read_parts(parts) for name, parts in chosen.items()}

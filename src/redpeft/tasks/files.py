@@ -109,21 +109,22 @@ def _read_delimited(path: Path, separator: str) -> Dataset | None:
 
 
 def _read_json_lines(path: Path) -> Dataset:
-    return _from_objects(path, _parse_lines(path, read_text(path)))
+    return _from_objects(path, parse_lines(path, read_text(path)))
 
 
 def _read_json(path: Path) -> Dataset:
     """A list of objects, or JSON lines under another extension."""
     text = read_text(path)
     if not text.lstrip().startswith("["):
-        return _from_objects(path, _parse_lines(path, text))
+        return _from_objects(path, parse_lines(path, text))
     try:
         return _from_objects(path, list(enumerate(json.loads(text), start=1)))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
 
 
-def _parse_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+def parse_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+    """The values in JSON lines, with the number of each line; empty ones are passed over. UserError: a broken one."""
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

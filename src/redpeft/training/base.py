@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TorchAoConfig,
+    set_seed,
 )
 
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, quiet
@@ -92,6 +94,36 @@ def new_weights(model: PreTrainedModel, recipe: Recipe) -> list[str]:
     new = set(info["missing_keys"]) | mismatched
     # a checkpoint that was saved quantised stores those weights in other shapes and names
     return sorted(new - _quantised(model))
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, weights: Iterable[str], seed: int) -> None:
+    """Draw first values for these weights, by their names in `model`, as transformers does where a checkpoint lacks
+    them: the same ones for the same seed, whatever was drawn before, whatever else the model holds, and wherever."""
+    new = set(weights)
+    if not new:
+        return
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    owners = {name: model.get_submodule(name) for name in {weight.rpartition(".")[0] for weight in new}}
+    devices = {name: next(owner.parameters()).device for name, owner in owners.items()}
+    kept = {
+        weight: parameter.clone()
+        for name, owner in owners.items()
+        for key, parameter in owner.named_parameters()
+        if (weight := f"{name}.{key}") not in new
+    }
+    for name, module in model.named_modules():
+        module._is_hf_initialized = name not in owners
+    for name, weight in model.named_parameters():
+        weight._is_hf_initialized = name not in new
+    for owner in owners.values():
+        owner.to("cpu")  # a GPU draws other numbers
+    set_seed(seed)
+    base.initialize_weights()
+    for name, owner in owners.items():
+        owner.to(devices[name])
+    for name, weight in kept.items():  # transformers 4 draws whole modules
+        model.get_parameter(name).copy_(weight)
 
 
 def _quantised(model: torch.nn.Module) -> set[str]:

@@ -131,12 +131,15 @@ def say(line: str) -> None:
 
 def to_json(values: dict[str, Any], indent: int | None = None) -> str:
     """JSON, in which a number that is not finite is null: NaN is not JSON."""
-    return json.dumps(_finite(values), indent=indent, ensure_ascii=False)
+    return json.dumps(finite(values), indent=indent, ensure_ascii=False)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value for JSON, in which numbers that are not finite are None."""
     if isinstance(value, dict):
-        return {key: _finite(inside) for key, inside in value.items()}
+        return {key: finite(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [finite(inside) for inside in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

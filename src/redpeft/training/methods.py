@@ -111,8 +111,8 @@ def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[s
     """`model` ready to train by `recipe.method`: a PeftModel for PEFT's methods, or the model with the rest frozen.
 
     `new_weights` are the names of the weights that the checkpoint did not hold; they are trained with every method,
-    as is the task's head. Everything that is trained is held in fp32. Raises `UserError` for options that the method
-    lacks or that do not fit the model.
+    as is the task's head. Everything that is trained is held in fp32 (fp64 of an fp64 base). Raises `UserError` for
+    options that the method lacks or that do not fit the model.
     """
     check_options(recipe)
     head = head_modules(model, recipe.task, new_weights)
@@ -123,9 +123,13 @@ def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[s
     else:
         _unfreeze(model, recipe, head)
         trained = model
+    if recipe.head == "last":
+        in_head = head_parameters(trained, head)
+        for name in before_last(in_head):
+            in_head[name].requires_grad_(False)
     for parameter in trained.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     return trained
 
 
@@ -173,6 +177,12 @@ def head_parameters(model: torch.nn.Module, head: Iterable[str]) -> dict[str, to
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and any(part in f".{name}" for part in inside)
     }
+
+
+def before_last(weights: Iterable[str]) -> list[str]:
+    """Of a head's weights, in their order in the model, those of the layers before the last."""
+    names = list(weights)
+    return [name for name in names if name.rpartition(".")[0] != names[-1].rpartition(".")[0]]
 
 
 def all_options(recipe: Recipe) -> dict[str, Any]:

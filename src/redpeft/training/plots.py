@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches, and its axes (rows, columns). It needs no display."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
 def plot_run(history: Sequence[dict[str, Any]], metric: str, folder: Path) -> list[Path]:
     """Write loss.png and, where the run was evaluated, <metric>.png into `folder`; returns their paths.
 
@@ -28,12 +36,7 @@ def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[float, fl
 
 
 def _plot(path: Path, name: str, series: dict[str, list[tuple[float, float]]]) -> Path:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, [[axes]] = new_figure(6, 3.6)
     for label, points in series.items():
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, marker="o" if label == "validation" else None, label=label)

@@ -25,9 +25,9 @@ from redpeft.training.generating import answer_scores, metrics_function
 from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
+from redpeft.training.run import plain_scores
 from redpeft.training.run_folder import MODEL, RESULT, TRAINED
 from redpeft.training.stream import Row, batched
-from redpeft.training.train import plain_scores
 from redpeft.training.trainer import arguments, trainer_classes
 
 BATCH = 32

@@ -100,6 +100,12 @@ class Recipe(BaseModel):
     head_lr: float | None = Field(
         None, gt=0, description="Peak learning rate of the head; the same as learning_rate when not given."
     )
+    head: Literal["all", "last"] = Field(
+        "all",
+        description="What of a classifier's head is trained: all of it, or its last layer alone, where the layers "
+        "before it are in the base's checkpoint (RoBERTa's dense layer is most of its head; a trained adapter that is "
+        "folded into its base brings one).",
+    )
     batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, over all processes.")
     epochs: float = Field(5, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps, whatever the epochs.")
@@ -173,6 +179,8 @@ class Recipe(BaseModel):
         for name in ("packing", "learn_prompt"):
             if getattr(self, name) and self.task != "instruction":
                 raise ValueError(f"{name} is for the task instruction, not {self.task}")
+        if self.head == "last" and not self.task.endswith("classification"):
+            raise ValueError(f"head is for the heads of classifiers, and the task {self.task} has none")
         if self.packing and self.method in ("prompt", "prefix"):
             raise ValueError(f"packing puts several rows behind one prompt: leave it out with method {self.method}")
         if self.gradient_checkpointing and self.method == "prefix":
@@ -190,6 +198,10 @@ class Recipe(BaseModel):
         rate = self.learning_rate or DEFAULT_RATES[self.method]
         return self.model_copy(update={"learning_rate": rate, "method_options": all_options(self)})
 
+    def alone(self) -> Recipe:
+        """The resolved recipe of one run: without several seeds, and without where it is written."""
+        return self.resolved().model_copy(update={"seeds": None, "output": None})
+
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or runs/<data>-<method>."""
         name = Path(self.data.path or self.data.train or "").stem or "data"
@@ -197,7 +209,7 @@ class Recipe(BaseModel):
 
     def differences(self, other: Recipe) -> list[str]:
         """The dotted keys in which two resolved recipes differ, but for where they are written."""
-        mine, theirs = (_flat(recipe.resolved().model_dump(mode="json")) for recipe in (self, other))
+        mine, theirs = (flatten(recipe.resolved().model_dump(mode="json")) for recipe in (self, other))
         return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "output"]
 
     def save(self, path: str | Path) -> None:
@@ -332,8 +344,9 @@ def _is_model(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

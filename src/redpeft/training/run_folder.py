@@ -23,13 +23,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from redpeft.adapters.files import RECIPE, TASK, write_atomically
+from redpeft.adapters.files import MODEL as MODEL
+from redpeft.adapters.files import RECIPE, RESULT, TASK, write_atomically
 from redpeft.errors import RunError, UserError
 from redpeft.training.loop import CHECKPOINT_STATE, checkpoint_state, is_first_process
 from redpeft.training.recipe import Recipe, load_recipe
 
-RESULT, CHECKPOINTS, LOCK = "result.json", "checkpoints", ".lock"
-MODEL, TRAINED = "model", "trained.safetensors"
+CHECKPOINTS, LOCK, TRAINED = "checkpoints", ".lock", "trained.safetensors"
 
 
 def finished(recipe: Recipe, folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +21,15 @@ def machine() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def versions_of(results: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """The versions of libraries that runs were made with, by their results."""
+    found: dict[str, set[str]] = {}
+    for result in results:
+        for name, version in result["versions"].items():
+            found.setdefault(name, set()).add(version)
+    return {name: ", ".join(sorted(versions)) for name, versions in found.items()}
 
 
 def _processor() -> str:

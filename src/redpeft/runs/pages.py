@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -61,6 +64,31 @@ th, td { padding: 0.3em 0.7em; border-bottom: 1px solid #8886; text-align: left 
 .numbers :is(th, td):not(:first-child) { text-align: right; white-space: nowrap }
 img { max-width: 100% }
 pre { background: #8882; padding: 0.7em; overflow-x: auto }"""
+
+
+def plain(content: Inline) -> str:
+    """What a cell says, for a terminal."""
+    return "".join(part if isinstance(part, str) else part.text for part in content)
+
+
+def number(value: float | None, digits: int, deviation: float | None = None) -> str:
+    """A figure as a table shows it, with its standard deviation if there is one."""
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people: 40 s, 12 min, 3 h 20 min."""
+    if seconds < 60:
+        return f"{math.ceil(seconds)} s"
+    hours, minutes = divmod(math.ceil(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def relative(path: Path, folder: Path) -> str:
+    """Where `path` lies, seen from a page in `folder`."""
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

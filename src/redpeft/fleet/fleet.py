@@ -1,0 +1,217 @@
+"""K edits of one base model, each with its head, trained in one forward and backward pass.
+
+    values (slots, numbers)  ──rows of this batch──>  live (jobs, numbers)  ──>  the model: each sequence has the edit
+         ^                                              │                        and the head of its job
+         └──────────── AdamW, row by row <── gradient ──┘
+
+A row of the table holds everything that one job trains, flattened: | scales and biases | heads |. What a step costs
+depends on the rows of its batch and not on the number of slots: only the rows in use are gathered, differentiated and
+updated. The base model has no state of its own that training would change, so jobs do not know of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from redpeft.errors import UserError
+from redpeft.fleet.adamw import Rates, adamw, clip
+from redpeft.fleet.heads import Groups, StackedHead
+from redpeft.fleet.losses import row_loss
+from redpeft.method.mixed import EditTable, RowIndex
+from redpeft.method.model import red_layers
+
+
+class SlotState(NamedTuple):
+    """All that a slot holds of a job: what is trained, AdamW's moments, the units of its biases, its steps so far."""
+
+    values: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    units: torch.Tensor
+    steps: torch.Tensor
+
+
+class Fleet:
+    """A model with RED, and `slots` jobs that train its edits and heads side by side.
+
+    `model` is a PeftModel with RED, for classification of texts or tokens or for causal language modelling; what it
+    trains (`requires_grad`) is what every slot has a copy of. The model's own adapter is the mould: `fill` copies from
+    it, `copy_to_model` back into it, so that it can be saved and used like any other. `autocast` is the number format
+    that forward passes compute in (None: the model's own).
+
+    Raises `UserError` for a model without RED, one that trains something else beside edits and heads, and a task that
+    has no loss here.
+    """
+
+    def __init__(
+        self, model: PeftModel, slots: int, adapter: str = "default", autocast: torch.dtype | None = None
+    ) -> None:
+        base = model.get_base_model()
+        self.model, self.autocast = model, autocast
+        self.loss = row_loss(base, model.peft_config[adapter].task_type)
+        self.layers = [layer for layer in red_layers(base).values() if adapter in layer.redpeft_edit]
+        self.edits = [layer.redpeft_edit[adapter] for layer in self.layers]
+        wrappers = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
+        self.wrappers = [wrapper for wrapper in wrappers if adapter in wrapper.modules_to_save]
+        self.heads = [StackedHead(wrapper.modules_to_save[adapter]) for wrapper in self.wrappers]
+        edits = [vector for edit in self.edits for vector in edit.parameters() if vector.requires_grad]
+        heads = [weight for head in self.heads for weight in head.trained]
+        self.parameters = [*edits, *heads]
+        _check_trained(model, self.parameters, self.layers)
+        self.sizes = [parameter.numel() for parameter in self.parameters]
+        self.edit_numbers = sum(vector.numel() for vector in edits)
+        like = self.parameters[0].new_zeros(slots, sum(self.sizes))
+        self.state = SlotState(
+            values=like,
+            exp_avg=torch.zeros_like(like),
+            exp_avg_sq=torch.zeros_like(like),
+            units=like.new_ones(slots, len(self.edits)),
+            steps=torch.zeros(slots, 1, dtype=torch.long, device=like.device),
+        )
+        self._decayed = torch.zeros_like(like[0])
+
+    @property
+    def slots(self) -> int:
+        return len(self.state.values)
+
+    @property
+    def device(self) -> torch.device:
+        return self.state.values.device
+
+    def decay(self, names: Sequence[str]) -> None:
+        """Weight decay, where there is any, acts on the parameters with these names in the model, as in a Trainer."""
+        chosen = {id(parameter) for name, parameter in self.model.named_parameters() if name in set(names)}
+        marks = [
+            parameter.new_full((parameter.numel(),), float(id(parameter) in chosen)) for parameter in self.parameters
+        ]
+        self._decayed = torch.cat(marks)
+
+    @torch.no_grad()
+    def fill(self, slot: int, state: SlotState | None = None) -> None:
+        """Begin a job in a slot: with what the model's own adapter holds now, or where `state` says that it stood."""
+        if state is None:
+            values = torch.cat([parameter.flatten() for parameter in self.parameters])
+            units = torch.cat([edit.unit for edit in self.edits])
+            state = SlotState(values, torch.zeros_like(values), torch.zeros_like(values), units, torch.tensor([0]))
+        for table, row in zip(self.state, state, strict=True):
+            table[slot] = row.to(table)
+
+    def read(self, slot: int) -> SlotState:
+        """A copy of what a slot holds, on the CPU."""
+        return SlotState(*(table[slot].to("cpu", copy=True) for table in self.state))
+
+    @torch.no_grad()
+    def copy_to_model(self, slot: int) -> None:
+        """Put a slot's edits, units and heads into the model's own adapter."""
+        rows = self.state.values[slot].split(self.sizes)
+        for parameter, row in zip(self.parameters, rows, strict=True):
+            parameter.copy_(row.view_as(parameter))
+        for edit, unit in zip(self.edits, self.state.units[slot], strict=True):
+            edit.load_state_dict({**edit.state_dict(), "unit": unit.reshape(1)})
+
+    def step(self, batch: Mapping[str, Any], slots: Sequence[int], rates: Mapping[int, Rates]) -> dict[int, float]:
+        """One training step of each slot that has rows in the batch; returns their losses before it.
+
+        `batch` holds the model's arguments and `labels`; `slots` says whose each row is. A slot's loss is the mean
+        over its own rows (or their tokens), its gradient is clipped by its own norm, and `rates` are its own. A slot
+        whose loss is not finite is left as it was.
+        """
+        self._train(True)
+        used, index = self._index(slots)
+        live = self.state.values[used].requires_grad_()
+        with self._acting(live, used, index):
+            losses = self._losses(self._logits(batch), batch["labels"].to(self.device), index, len(used))
+            [gradient] = torch.autograd.grad(losses.sum(), live)
+        finite = losses.isfinite()
+        chosen, order = used[finite], [slot for slot, good in zip(used.tolist(), finite.tolist(), strict=True) if good]
+        if order:
+            self._update(chosen, gradient[finite], Rates.stack([rates[slot] for slot in order], live))
+        return dict(zip(used.tolist(), losses.tolist(), strict=True))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Mapping[str, Any], slots: Sequence[int]) -> tuple[dict[int, float], torch.Tensor]:
+        """The loss of each slot that has rows in the batch, and the logits of all rows."""
+        self._train(False)
+        used, index = self._index(slots)
+        with self._acting(self.state.values[used], used, index):
+            logits = self._logits(batch)
+            losses = self._losses(logits, batch["labels"].to(self.device), index, len(used))
+        return dict(zip(used.tolist(), losses.tolist(), strict=True)), logits
+
+    def _train(self, mode: bool) -> None:
+        if self.model.training != mode:
+            self.model.train(mode)
+            for head in self.heads:
+                head.train(mode)
+
+    def _index(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots in use, (jobs,), and for each row of the batch which of these is its own."""
+        used, index = torch.tensor(slots).unique(return_inverse=True)
+        return used.to(self.device), index.to(self.device)
+
+    def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
+        with self._precision():
+            return self.model.get_base_model()(**inputs).logits
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, jobs: int) -> torch.Tensor:
+        """(jobs,): the mean over each one's rows, or over the tokens of these that have a label."""
+        with self._precision():
+            sums, counts = self.loss(logits, labels)
+        zeros = sums.new_zeros(jobs)
+        return zeros.index_add(0, index, sums) / zeros.index_add(0, index, counts.to(sums)).clamp(min=1)
+
+    def _precision(self) -> Any:
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+
+    @contextmanager
+    def _acting(self, live: torch.Tensor, used: torch.Tensor, index: torch.Tensor) -> Iterator[None]:
+        """While inside, each sequence that passes through the model has the edits and heads of its row of `live`."""
+        parts = iter(live.split(self.sizes, dim=1))
+        units = self.state.units[used]
+        try:
+            for number, (layer, edit) in enumerate(zip(self.layers, self.edits, strict=True)):
+                scale, bias = (
+                    next(parts) if vector.requires_grad else vector.expand(len(live), -1)
+                    for vector in (edit.scale, edit.bias)
+                )
+                layer.mix(RowIndex(index), EditTable(torch.stack((scale, units[:, number, None] * bias), dim=1)))
+            groups = Groups(index, len(live))
+            for wrapper, head in zip(self.wrappers, self.heads, strict=True):
+                wrapper.forward = partial(head, [next(parts) for _ in head.trained], groups)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.mix(None)
+            for wrapper in self.wrappers:
+                wrapper.__dict__.pop("forward", None)
+
+    @torch.no_grad()
+    def _update(self, slots: torch.Tensor, gradient: torch.Tensor, rates: Rates) -> None:
+        values, first, second, _, steps = (table[slots] for table in self.state)
+        steps += 1
+        gradient = clip(gradient, rates.max_grad_norm)
+        parts = (slice(0, self.edit_numbers), rates.edit), (slice(self.edit_numbers, None), rates.head)
+        for part, rate in parts:
+            decay = rates.weight_decay * self._decayed[part] if bool(rates.weight_decay.any()) else None
+            adamw(values[:, part], first[:, part], second[:, part], gradient[:, part], steps, rate, decay)
+        updated = SlotState(values, first, second, self.state.units[slots], steps)
+        for table, rows in zip(self.state, updated, strict=True):
+            table[slots] = rows
+
+
+def _check_trained(model: nn.Module, parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> None:
+    known = {id(parameter) for parameter in parameters}
+    others = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
+    if not layers or not known:
+        raise UserError("a fleet trains RED: the model has no RED adapter that is being trained")
+    if others:
+        raise UserError(f"a fleet trains edits and heads, and this model trains {others[0]} too")

@@ -1,0 +1,68 @@
+"""Heads of many jobs: one head's modules, run with each job's own weights on its own rows of a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+
+class Groups:
+    """The rows of a batch gathered by job, in a grid (jobs, most rows of a job); `index` (rows,) is each one's job.
+
+    Shorter jobs fill up with copies of their own first row: whatever a job computes, also a NaN, stays its own.
+    """
+
+    def __init__(self, index: torch.Tensor, jobs: int) -> None:
+        order = index.argsort(stable=True)
+        counts = index.bincount(minlength=jobs)
+        starts = counts.cumsum(0) - counts
+        place = torch.empty_like(index)
+        place[order] = torch.arange(len(index), device=index.device) - starts[index[order]]
+        self.index, self.place = index, place
+        self.grid = order[starts][:, None].repeat(1, int(counts.max()))
+        self.grid[index, place] = torch.arange(len(index), device=index.device)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """(rows, ...) -> (jobs, most, ...)"""
+        return rows.index_select(0, self.grid.flatten()).unflatten(0, self.grid.shape)
+
+    def scatter(self, grouped: torch.Tensor) -> torch.Tensor:
+        """(jobs, most, ...) -> (rows, ...)"""
+        return grouped[self.index, self.place]
+
+
+class StackedHead:
+    """A head, called with weights (jobs, ...) in place of its own. Its weights that are not trained serve all jobs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        weights = dict(module.named_parameters())
+        self.names = [name for name, weight in weights.items() if weight.requires_grad]
+        self.trained = [weights[name] for name in self.names]
+        self.shared = {name: weight for name, weight in weights.items() if not weight.requires_grad}
+        self.shared |= dict(module.named_buffers())
+        self.skeleton = copy.deepcopy(module).to("meta")
+
+    def train(self, mode: bool) -> None:
+        self.skeleton.train(mode)
+
+    def __call__(self, weights: Sequence[torch.Tensor], groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`weights` are (jobs, numbers), in the order of `trained`; arguments with a row for each of the batch's are
+        shared out to the jobs, others go to each as they are."""
+        count = len(groups.index)
+        own = [torch.is_tensor(arg) and arg.dim() > 0 and arg.shape[0] == count for arg in args]
+        given = [groups.gather(arg) if mine else arg for arg, mine in zip(args, own, strict=True)]
+        stacked = {
+            name: row.unflatten(1, weight.shape)
+            for name, weight, row in zip(self.names, self.trained, weights, strict=True)
+        }
+
+        def one(weights: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+            return functional_call(self.skeleton, {**self.shared, **weights}, args, kwargs)
+
+        dims = (0, *(0 if mine else None for mine in own))
+        return groups.scatter(torch.vmap(one, in_dims=dims, randomness="different")(stacked, *given))

@@ -1,0 +1,106 @@
+"""How many jobs fit into memory at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from redpeft.errors import UserError
+from redpeft.fleet.adamw import Rates
+from redpeft.fleet.fleet import Fleet
+
+COPIES = 4  # of a job's numbers: values, two moments, and the best values
+SHARE = 0.8  # of the free memory is planned with
+MIB = 2**20
+
+
+class NoRoom(UserError):
+    """Not so many jobs fit into memory at the same time."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a slot and a pass take, bytes that are free, and the parts of a slot's numbers."""
+
+    slot: int
+    step: int
+    free: int
+    edit_numbers: int
+    head_numbers: int
+
+    @property
+    def fits(self) -> int:
+        """The most slots."""
+        return max(0, int((SHARE * self.free - self.step) / self.slot))
+
+    def choose(self, jobs: int, asked: int | None) -> int:
+        """Slots for so many jobs: as many as are asked for or useful. `NoRoom` where these do not fit."""
+        slots = min(jobs, asked or jobs, max(1, self.fits))
+        if self.fits < 1 or (asked is not None and min(asked, jobs) > self.fits):
+            raise NoRoom(
+                f"{min(jobs, asked or 1)} slots do not fit into memory: {self}; "
+                f"ask for at most {self.fits} (--slots), or for smaller passes (--tokens)"
+            )
+        return slots
+
+    def __str__(self) -> str:
+        return (
+            f"a slot takes {self.slot / MIB:.2f} MiB ({self.edit_numbers:,} numbers of the edit and "
+            f"{self.head_numbers:,} of the head, {COPIES} times with AdamW's moments and the best values), a pass "
+            f"{self.step / MIB:,.0f} MiB, and {self.free / MIB:,.0f} MiB are free"
+        )
+
+
+def plan_memory(fleet: Fleet, batch: dict[str, Any], rows: int) -> MemoryPlan:
+    """Measured by a training pass of a fleet with one slot, which is of no other use: `batch` is as large as passes
+    are to be, with so many rows."""
+    fleet.fill(0)
+    with _peak(fleet.device) as peak:
+        fleet.step(batch, [0] * rows, {0: Rates(0.0, 0.0)})
+    numbers = fleet.state.values.shape[1]
+    return MemoryPlan(
+        slot=COPIES * numbers * fleet.state.values.element_size(),
+        step=max(peak),
+        free=free_memory(fleet.device),
+        edit_numbers=fleet.edit_numbers,
+        head_numbers=numbers - fleet.edit_numbers,
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return psutil.virtual_memory().available
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[Sequence[int]]:
+    """Gets what is added inside to the memory of the device, at most."""
+    found: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device) - before)
+        return
+    with suppress(OSError):  # Linux: the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5")
+    before = psutil.Process().memory_info().rss
+    yield found
+    found.append(max(0, _high_water() - before))
+
+
+def _high_water() -> int:
+    """The most memory that this process has held, in bytes; where the system does not say, what it holds now."""
+    with suppress(OSError, StopIteration, IndexError, ValueError):
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,118 @@
+"""Jobs from a file with one in each line, or from a folder with the data of each."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from redpeft.errors import UserError
+from redpeft.fleet.mould import why_alone
+from redpeft.runs.queue import Job
+from redpeft.tasks.data import splits_in
+from redpeft.tasks.files import READERS, parse_lines, read_text
+from redpeft.training.loop import say
+from redpeft.training.recipe import Recipe, flatten, load_recipe, parse_override, read_yaml
+from redpeft.training.run import check_recipe
+
+NOT_HERE = {"seeds": "a line for each seed, with `seed`", "output": "the folder is --out, and `name` the one in it"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job as it is asked for: what is its own of a recipe, and where that is said, for errors."""
+
+    name: str
+    fields: dict[str, Any]
+    where: str
+    group: Hashable = None
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The jobs of a JSON lines file or of a folder of data, each with a name of its own. `UserError` for none of
+    these, and for what is wrong in them, with the line."""
+    if path.is_dir():
+        entries = _check_names(_from_folder(path))
+        if not entries:
+            raise UserError(
+                f"{path} holds no data: no file ({', '.join(READERS)}) and no folder with train, validation and test "
+                "files"
+            )
+        return entries
+    if not path.is_file():
+        raise UserError(f"no such file or folder: {path}")
+    if path.suffix.lower() != ".jsonl":
+        raise UserError(f"{path} is no list of jobs: these are JSON lines (.jsonl), or a folder with the data of each")
+    entries = _check_names(_from_line(path, number, row) for number, row in parse_lines(path, read_text(path)))
+    if not entries:
+        raise UserError(f"{path} is empty: it holds no jobs")
+    return entries
+
+
+def jobs_of_entries(
+    entries: Sequence[Entry], recipe: str | None, overrides: Sequence[str], out: Path
+) -> tuple[list[Job], dict[Path, Hashable]]:
+    """The jobs in `out`/<name>, and the group of each that has one. `recipe` and `overrides` say what the entries
+    do not.
+
+    Raises `UserError`, naming the line, for what no recipe has, what can be seen to be wrong before data is read, and
+    a job that no fleet can train.
+    """
+    shared = {**(flatten(read_yaml(recipe)) if recipe else {}), **dict(map(parse_override, overrides))}
+    jobs = [Job(_recipe(entry, shared), out / entry.name) for entry in entries]
+    groups = {out / entry.name: entry.group for entry in entries if entry.group is not None}
+    return jobs, groups
+
+
+def _recipe(entry: Entry, shared: Mapping[str, Any]) -> Recipe:
+    try:
+        recipe = load_recipe(None, {**shared, **entry.fields}).alone()
+        check_recipe(recipe)
+        if reason := why_alone(recipe):
+            raise UserError(f"{reason} cannot be trained in a fleet; use redpeft train or redpeft sweep")
+        return recipe
+    except UserError as error:
+        raise UserError(f"{entry.where}: {error}") from None
+
+
+def _from_line(path: Path, number: int, row: Any) -> Entry:
+    where = f"{path}, line {number}"
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a job is an object of recipe fields, not {str(row)[:40]!r}")
+    fields = flatten({key: value for key, value in row.items() if key not in ("name", "group")})
+    name, group = row.get("name", f"job-{number}"), row.get("group")
+    if wrong := next((key for key in NOT_HERE if key in fields), None):
+        raise UserError(f"{where}: {wrong} is not for jobs of a fleet: {NOT_HERE[wrong]}")
+    if not isinstance(name, str) or not name or Path(name).name != name or name.startswith(".") or "\\" in name:
+        raise UserError(f"{where}: name is to be the name of a folder, not {name!r}")
+    if not isinstance(group, str | int | None):
+        raise UserError(f"{where}: group is to be a text, not {group!r}")
+    return Entry(name, fields, where, group)
+
+
+def _from_folder(folder: Path) -> Iterator[Entry]:
+    """One entry for each data file, and for each folder with the splits of one data set."""
+    if "train" in (splits := splits_in(folder)):
+        raise UserError(
+            f"{folder} holds the data of one job ({', '.join(splits)}): use redpeft train, or give the folder above it"
+        )
+    for path in sorted(folder.iterdir()):
+        data = {"data.path": str(path.resolve()), "data.train": None}
+        if path.name.startswith("."):
+            continue
+        if path.is_dir() and splits_in(path):
+            yield Entry(path.name, data, str(path))
+        elif path.is_dir():
+            say(f"{path} is left out: it holds no train, validation or test file")
+        elif path.suffix.lower() in READERS:
+            yield Entry(path.stem, data, str(path))
+
+
+def _check_names(entries: Iterable[Entry]) -> list[Entry]:
+    seen: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.name in seen:
+            raise UserError(f"{entry.where}: the name {entry.name!r} is that of {seen[entry.name].where} too")
+        seen[entry.name] = entry
+    return list(seen.values())

@@ -1,0 +1,226 @@
+"""One run in hand: its data, its model and its Trainer; how it begins, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import redpeft
+from redpeft.adapters.card import write_card
+from redpeft.adapters.files import ADAPTER, RECIPE, TASK, find_adapter, find_run, read_adapter, write_atomically
+from redpeft.errors import UserError
+from redpeft.tasks import TASKS, Task, read_splits
+from redpeft.tasks.base_model import require_folder
+from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
+from redpeft.training.loop import TIMES, say, to_json
+from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
+from redpeft.training.plots import plot_run
+from redpeft.training.recipe import Recipe
+from redpeft.training.run_folder import CHECKPOINTS, MODEL, RESULT, TRAINED, tidy
+from redpeft.training.trainer import check_reporters, make_trainer, rows_at_once, trainer_classes
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A base model with what a recipe trains in it. `head`: the modules that are trained whole; `new`: its weights
+    that are drawn by the seed, since the base's checkpoint did not hold them."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    head: list[str]
+    new: list[str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train. `encoded` holds the splits as its Trainer takes them."""
+
+    recipe: Recipe
+    folder: Path
+    task: Task
+    splits: dict[str, Dataset]
+    encoded: dict[str, Dataset]
+    learner: Learner
+    trainer: Any
+
+    def begin(self) -> None:
+        """Write what the run is about, and clear away what a killed process left half written."""
+        self.recipe.save(self.folder / RECIPE)
+        write_atomically(self.folder / TASK, to_json(self.task.to_dict(), indent=2))
+        tidy(self.folder / CHECKPOINTS)
+
+    def finish(self, scores: dict[str, Any], times: dict[str, Any], plots: bool = True) -> None:
+        """Write the adapter's card and the pictures, and last the result: its presence says that the run is done."""
+        result = _describe(self) | scores | times
+        result["rows"] = {name: len(split) for name, split in self.splits.items()}
+        if plots:
+            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / "plots")
+        _write_card(self, result)
+        write_atomically(self.folder / RESULT, to_json(result, indent=2))
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
+    require_folder(recipe.base.model)
+    rows_at_once(recipe)
+    precision(recipe)
+    require_quantiser(recipe)
+    check_options(recipe)
+    check_reporters(recipe)
+    trainer_classes(recipe)
+    if recipe.init_from is not None:
+        read_adapter(find_adapter(recipe.init_from))
+
+
+def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
+    """What the recipe's data asks for, and the data by split. UserError: data that is missing or wrong."""
+    splits = read_splits(recipe.data, recipe.seed)
+    chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
+    task = TASKS[recipe.task].from_splits(splits, recipe.data, **chosen)
+    if recipe.init_from is not None:
+        _check_labels(task, recipe.init_from)
+    return task, splits
+
+
+def build_learner(recipe: Recipe, task: Task) -> Learner:
+    """Load the base and put on it what the recipe trains.
+
+    The first weights of a new head are drawn by the recipe's seed; those that it leaves as they are by a fixed one, so
+    that all jobs on a base share them.
+    """
+    base, tokenizer = load_base(recipe, task)
+    new = new_weights(base, recipe)
+    head = head_modules(base, recipe.task, new)
+    if recipe.head == "last":
+        frozen = set(before_last(name for name, _ in base.named_parameters() if name.startswith(_inside(head))))
+        draw_weights(base, frozen.intersection(new), seed=0)
+        new = [name for name in new if name not in frozen]
+    draw_weights(base, new, recipe.seed)
+    return Learner(apply_method(base, recipe, new), tokenizer, head, new)
+
+
+def _inside(modules: list[str]) -> tuple[str, ...]:
+    return tuple(f"{name}." for name in modules)
+
+
+def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> Run:
+    """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
+    tokenizer = learner.tokenizer
+    encoded = {name: task.encode(split, tokenizer, recipe.max_length) for name, split in splits.items()}
+    encoded |= {name: _by_length(encoded[name]) for name in encoded if name != "train"}
+    trainer = make_trainer(recipe, folder, task, learner.model, tokenizer, encoded, learner.head)
+    return Run(recipe, folder, task, splits, encoded, learner, trainer)
+
+
+def _check_labels(task: Task, init_from: str) -> None:
+    """Raises `UserError` where the run that an adapter comes from learned other labels: its head would answer those.
+
+    An adapter that was taken out of its run does not say what its labels are.
+    """
+    saved = find_run(init_from) / TASK
+    if not saved.is_file():
+        if getattr(task, "label_names", None):
+            say(f"{init_from} lies in no run folder: its head is taken for the labels of this data, in their order")
+        return
+    before, now = json.loads(saved.read_text(encoding="utf-8")), task.to_dict()
+    for key in ("task", "problem_type", "label_names"):
+        if before.get(key) != now.get(key):
+            there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
+            raise UserError(f"init_from: {key} is {there} in {init_from} and {here} here, so its head does not fit")
+
+
+def _by_length(dataset: Dataset) -> Dataset:
+    """The longest rows first: scored in batches of like length, with less padding. Their order changes no score."""
+    if "input_ids" not in dataset.column_names:  # TRL tokenises itself
+        return dataset
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
+
+
+def best_evaluation(state: Any) -> dict[str, Any]:
+    """The scores on the validation split at the best epoch, as result.json has them, from a Trainer's state."""
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), evaluations[-1])
+    return {"best_epoch": best["epoch"], "validation": plain_scores(best, "eval_")}
+
+
+def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metrics.items()
+        if key.startswith(prefix) and not key.endswith(TIMES)
+    }
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write adapter/ or model/ into a run folder under a temporary name, then rename it. `state`: its tensors, where
+    the model itself holds only a part of them."""
+    target = folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)
+    temporary = target.with_name(target.name + ".partial")
+    for path in (temporary, target):
+        shutil.rmtree(path, ignore_errors=True)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if isinstance(model, PeftModel) or len(trained) == len(list(model.parameters())):
+        model.save_pretrained(temporary, state_dict=state)
+    else:  # what was trained, to be put into the base model
+        tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
+        model.config.save_pretrained(temporary)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TRAINED)
+    tokenizer.save_pretrained(temporary)
+    os.replace(temporary, target)
+
+
+def _describe(run: Run) -> dict[str, Any]:
+    """What result.json holds beside scores and times."""
+    recipe, model, state = run.recipe, run.trainer.model, run.trainer.state
+    saved = run.folder / ADAPTER if (run.folder / ADAPTER).is_dir() else run.folder / MODEL
+    return {
+        "task": recipe.task,
+        "base": recipe.base.model,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "metric": run.task.metric,
+        "learning_rate": recipe.learning_rate,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "head_parameters": sum(p.numel() for p in head_parameters(model, run.learner.head).values()),
+        "adapter_bytes": sum(path.stat().st_size for path in saved.glob("*.safetensors")),
+        "versions": {module.__name__: module.__version__ for module in (redpeft, peft, transformers, torch)},
+    }
+
+
+def _write_card(run: Run, result: dict[str, Any]) -> None:
+    """The adapter's model card."""
+    if (run.folder / ADAPTER).is_dir():
+        metrics = {
+            f"{split} {name}": value
+            for split in ("validation", "test")
+            for name, value in (result[split] or {}).items()
+            if isinstance(value, float)
+        }
+        write_card(
+            run.folder / ADAPTER,
+            task=run.recipe.task,
+            metrics=metrics,
+            labels=getattr(run.task, "label_names", None),
+            recipe=run.recipe.model_dump(mode="json"),
+        )

@@ -1,0 +1,146 @@
+"""Small jobs for fleets: bases without dropout, data sets, and a source that counts."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import deque
+
+import pytest
+import torch
+
+WORDS = {"negative": ["bad", "awful"], "positive": ["good", "great"], "neutral": ["shop", "not"]}
+
+
+def write_data(folder, rows, seed=0, labels=("negative", "positive"), longest=12):
+    """A data set whose words tell the class: so many training rows, 8 for validation and 8 for test."""
+    folder.mkdir(parents=True)
+    draw = random.Random(seed)
+    for split, count in {"train": rows, "validation": 8, "test": 8}.items():
+        lines = []
+        for index in range(count):
+            label = labels[index % len(labels)]
+            words = [draw.choice(["the", "film", "is", "very", "in"]) for _ in range(draw.randint(1, longest))]
+            words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label]))
+            lines.append(json.dumps({"text": " ".join(words), "label": label}))
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_sets(tmp_path_factory):
+    """Folders of data by name: uneven in rows and lengths, one of a single training row for each class."""
+    folder = tmp_path_factory.mktemp("fleet_data")
+    return {
+        "small": write_data(folder / "small", 10, seed=1),
+        "large": write_data(folder / "large", 37, seed=2, longest=30),
+        "short": write_data(folder / "short", 21, seed=3, longest=2),
+        "tiny": write_data(folder / "tiny", 2, seed=4),
+        "three": write_data(folder / "three", 18, seed=5, labels=("negative", "positive", "neutral")),
+    }
+
+
+@pytest.fixture(scope="session")
+def still_encoder(tiny_encoder_folder, tiny_tokenizer, tmp_path_factory):
+    """The tiny encoder without dropout, so that a run is the same whatever is drawn beside it."""
+    from transformers import AutoModel
+
+    folder = tmp_path_factory.mktemp("still_encoder")
+    model = AutoModel.from_pretrained(tiny_encoder_folder)
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Runs compute in float64, alone and in fleets."""
+    from redpeft.training import run
+
+    load = run.load_base
+
+    def load_double(*args):
+        model, tokenizer = load(*args)
+        return model.double(), tokenizer
+
+    monkeypatch.setattr(run, "load_base", load_double)
+
+
+@pytest.fixture
+def make_job(still_encoder, data_sets, tmp_path):
+    """An assignment: 3 epochs with 4 rows a batch on one of the data sets, with any field changed."""
+    from redpeft.fleet.source import Assignment
+    from redpeft.training.recipe import load_recipe
+
+    def make(name, data_set, **changes):
+        data = data_sets.get(data_set, data_set)
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        values = {"base": str(still_encoder), "data": str(data), "epochs": 3, "batch_size": 4, **changes}
+        return Assignment(load_recipe(None, values).alone(), tmp_path / name)
+
+    return make
+
+
+class Source:
+    """Gives out jobs in their order, and keeps what became of them by folder name."""
+
+    def __init__(self, assignments):
+        self.ready, self.results, self.scores = deque(assignments), {}, {}
+        self.count = len(self.ready)
+
+    def take(self):
+        return self.ready.popleft() if self.ready else None
+
+    def done(self, folder, result):
+        self.results[folder.name] = result
+        self.count -= 1
+
+    def paused(self, folder, score):
+        self.scores[folder.name] = score
+
+    def left(self):
+        return self.count
+
+
+@pytest.fixture
+def source_of():
+    return Source
+
+
+@pytest.fixture
+def adapter_tensors():
+    """All tensors of a run folder's adapter."""
+    from safetensors.torch import load_file
+
+    def read(folder):
+        return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+    return read
+
+
+@pytest.fixture
+def assert_same(adapter_tensors):
+    """That two run folders hold the same adapter and scores."""
+
+    def check(one, other, atol, scores=1e-6):
+        left, right = adapter_tensors(one), adapter_tensors(other)
+        assert left.keys() == right.keys()
+        for key in left:
+            torch.testing.assert_close(left[key].double(), right[key].double(), rtol=0, atol=atol, msg=key)
+        results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+        for key in (
+            "steps",
+            "epochs",
+            "best_epoch",
+            "trainable_parameters",
+            "head_parameters",
+            "rows",
+            "learning_rate",
+        ):
+            assert results[0][key] == results[1][key], key
+        for split in ("validation", "test"):
+            mine, its = (result[split] or {} for result in results)
+            assert mine == pytest.approx({name: its[name] for name in mine}, abs=scores)  # TRL has more for people
+
+    return check

@@ -1,0 +1,103 @@
+"""Fleets of decoders, and of what has a label for each token: no heads, or heads with many answers a row."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from redpeft.fleet import train_fleets
+from redpeft.training.train import train
+
+pytest.importorskip("trl")
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    for split, count in {"train": 13, "validation": 5}.items():
+        rows = [
+            {"prompt": f"What is {i} and {i * 7 % 5}?" * (1 + i % 3), "response": f"It is {'so ' * (i % 4)}{i}."}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def make_chat(make_job, tiny_decoder_folder, questions):
+    def make(name, **changes):
+        return make_job(name, questions, base=str(tiny_decoder_folder), task="instruction", epochs=2, **changes)
+
+    return make
+
+
+@pytest.fixture
+def exact_loss(in_float64, monkeypatch):
+    """TRL's loss is fp32 whatever the model's: here it is the model's own."""
+    from trl import SFTTrainer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+        labels = inputs["labels"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum")
+        loss = losses / (labels != -100).sum()
+        return (loss, None) if return_outputs else loss
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+
+
+def compare(jobs, source_of, assert_same, atol, scores):
+    source = source_of(jobs)
+    events = []
+    train_fleets(source, report=events.append)
+    assert [result for result in source.results.values() if "error" in result] == []
+    assert [event["head_numbers"] for event in events if event["event"] == "fleet"] == [0]
+    for job in jobs:
+        alone = job.folder.with_name(f"{job.folder.name}-alone")
+        train(job.recipe, alone)
+        assert_same(job.folder, alone, atol, scores)
+
+
+@pytest.mark.usefixtures("exact_loss")
+def test_instruction_tuning_gives_what_it_gives_alone(make_chat, source_of, assert_same):
+    jobs = [
+        make_chat("a", seed=1),
+        make_chat("b", seed=2, batch_size=3, learning_rate=0.1),
+        make_chat("c", seed=3, learn_prompt=True, max_length=40),
+        make_chat("d", seed=4, gradient_checkpointing=False, max_steps=5),
+    ]
+    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+
+
+def test_on_a_base_in_bf16(make_chat, source_of, assert_same):
+    """The edits are fp32 and so are the products; what the base computes in bf16 depends on the batch's shape."""
+    jobs = [make_chat(str(seed), seed=seed, base__dtype="bf16", precision="bf16") for seed in range(2)]
+    compare(jobs, source_of, lambda one, other, atol, scores: assert_same(one, other, atol, scores), 0.03, 0.02)
+
+
+@pytest.mark.usefixtures("exact_loss")
+def test_gradient_checkpointing_changes_nothing(make_chat, source_of, assert_same):
+    jobs = [make_chat(str(seed), seed=seed, gradient_checkpointing=True) for seed in range(2)]
+    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_tokens_with_labels(make_job, source_of, assert_same, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split, count in {"train": 11, "validation": 6}.items():
+        rows = []
+        for i in range(count):
+            words = ["the", "film", "is", "good"][: 1 + i % 4] * (1 + i % 2)
+            rows.append({"tokens": words, "tags": ["O" if word in ("the", "is") else "B" for word in words]})
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jobs = [make_job(str(seed), tmp_path / "data", task="token-classification", seed=seed) for seed in range(3)]
+    source = source_of(jobs)
+    train_fleets(source)
+    assert [result for result in source.results.values() if "error" in result] == []
+    for job in jobs:
+        alone = job.folder.with_name(f"{job.folder.name}-alone")
+        train(job.recipe, alone)
+        assert_same(job.folder, alone, 1e-8)
+        assert json.loads((job.folder / "result.json").read_text())["head_parameters"] > 0

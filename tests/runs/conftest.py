@@ -1,0 +1,95 @@
+"""Small data for many jobs, and a trainer of fleets that computes nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from redpeft.cli.command import run_app
+
+WORDS = {"negative": ["bad", "awful"], "positive": ["good", "great"]}
+
+
+def write_rows(path, count, seed=0):
+    """Rows whose words tell the class, as JSON lines."""
+    draw, lines = random.Random(seed), []
+    for index in range(count):
+        label = ("negative", "positive")[index % 2]
+        words = [draw.choice(["the", "film", "is", "very", "in"]) for _ in range(draw.randint(1, 8))]
+        words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label]))
+        lines.append(json.dumps({"text": " ".join(words), "label": label}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def rows():
+    return write_rows
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = run_app([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def made_up_result(recipe, score):
+    metric = recipe.metric or "accuracy"
+    return {
+        "task": recipe.task, "base": recipe.base.model, "method": recipe.method, "seed": recipe.seed,
+        "metric": metric, "learning_rate": recipe.learning_rate, "steps": 10, "epochs": recipe.epochs,
+        "trainable_parameters": 194, "head_parameters": 66, "adapter_bytes": 99, "versions": {"redpeft": "0.1.0"},
+        "best_epoch": 2.0, "validation": {metric: score}, "test": {metric: score / 2},
+        "seconds": 1.5, "seconds_per_step": 0.1, "rows": {"train": 8, "validation": 4},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def fake_fleets(monkeypatch):
+    """Trains nothing: `score(recipe)` is a job's validation score, twice its test score, or the error it raises.
+
+    Returns what to call with `score`, which gives the list of folders as they are "trained".
+    """
+    from redpeft.errors import RunError, Stopped
+    from redpeft.runs import batch
+    from redpeft.training.loop import to_json
+    from redpeft.training.run_folder import finished, read_result
+
+    def use(score):
+        trained = []
+
+        def run_fleets(jobs, slots, tokens, halving, report):
+            report({"event": "fleet", "slots": slots or 4, "tokens": tokens or 64, "plan": "a slot takes nothing"})
+            for job in jobs:
+                folder, recipe = job.folder, job.recipe.alone()
+                if finished(recipe, folder):
+                    continue
+                trained.append(folder)
+                report({"event": "started", "folder": str(folder)})
+                report({"event": "pass", "rows": 8, "seconds": 0.1})
+                try:
+                    result = made_up_result(recipe, score(recipe))
+                except Stopped:
+                    raise
+                except RunError as error:
+                    report({"event": "failed", "folder": str(folder), "error": str(error), "kind": "RunError"})
+                    continue
+                folder.mkdir(parents=True)
+                recipe.save(folder / "recipe.yaml")
+                (folder / "result.json").write_text(to_json(result))
+                report({"event": "epoch", "folder": str(folder), "metric": "loss", "eval_loss": float("nan")})
+                report({"event": "finished", "folder": str(folder), **read_result(folder)})
+
+        monkeypatch.setattr(batch, "run_fleets", run_fleets)
+        return trained
+
+    return use

@@ -1,0 +1,108 @@
+"""The queue of jobs, and successive halving on it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from redpeft.runs.queue import Group, Job, JobQueue
+from redpeft.training.recipe import load_recipe
+
+
+def job(name, **changes):
+    return Job(load_recipe(None, {"base": "m", "data": "d", "epochs": 8, **changes}), Path(name))
+
+
+def work_off(queue, score):
+    """Do what the queue says: the epochs after which each job ended, by name."""
+    ended = {}
+    while assignment := queue.take():
+        name = assignment.folder.name
+        if assignment.over or assignment.until == math.inf:
+            done = ended[name] if assignment.over else assignment.recipe.epochs
+            ended[name] = done
+            queue.done(assignment.folder, {"epochs": done})
+        else:
+            ended[name] = assignment.until
+            queue.paused(assignment.folder, score(name))
+    return ended
+
+
+def test_jobs_come_in_order_and_results_are_kept():
+    queue = JobQueue([job("a"), job("b")])
+    assert (queue.left(), queue.ready()) == (2, 2)
+    first = queue.take()
+    assert (first.folder, first.until, first.over) == (Path("a"), math.inf, False)
+    queue.done(first.folder, {"score": 1})
+    assert queue.results == {Path("a"): {"score": 1}}
+    assert queue.left() == 1
+    assert queue.take().folder == Path("b")
+    assert queue.take() is None
+    assert queue.left() == 1
+
+
+def test_what_was_taken_can_be_given_back_and_comes_first():
+    queue = JobQueue([job(name) for name in "abc"])
+    queue.take()
+    queue.take()
+    queue.done(Path("a"), {})
+    queue.give_back([Path("a"), Path("b")])
+    assert [queue.take().folder.name for _ in range(2)] == ["b", "c"]
+
+
+def test_the_better_half_goes_on_at_each_rung():
+    names = "abcdefgh"
+    queue = JobQueue([job(name) for name in names], dict.fromkeys(map(Path, names), "group"))
+    assert work_off(queue, ord) == {"h": 8, "g": 4, "f": 2, "e": 2, "d": 1, "c": 1, "b": 1, "a": 1}
+    assert queue.left() == 0
+
+
+def test_groups_do_not_compete_and_others_run_whole():
+    groups = {Path("a"): 1, Path("b"): 1, Path("c"): 2, Path("d"): 2}
+    queue = JobQueue([job(name) for name in "abcde"], groups)
+    assert work_off(queue, ord) == {"a": 4, "b": 8, "c": 4, "d": 8, "e": 8}
+
+
+def test_one_that_fails_is_not_waited_for():
+    queue = JobQueue([job(name) for name in "abc"], dict.fromkeys(map(Path, "abc"), "group"))
+    taken = [queue.take() for _ in range(3)]
+    queue.paused(taken[0].folder, 1.0)
+    queue.paused(taken[1].folder, 2.0)
+    assert queue.take() is None
+    queue.done(taken[2].folder, {"error": "the loss is not finite"})
+    assert [(a.folder.name, a.until, a.over) for a in (queue.take(), queue.take())] == [
+        ("b", 4, False),
+        ("a", 4, False),
+    ]
+
+
+def test_what_ended_before_an_interruption_counts_as_halved():
+    """Eight began, four were ended at the first rung; after a restart none of the other four is ended there again."""
+    names = "abcdefgh"
+    queue = JobQueue([job(name) for name in names], dict.fromkeys(map(Path, names), "group"))
+    for name in names[:4]:
+        queue.take()
+        queue.done(Path(name), {"epochs": 1})
+    assert work_off(queue, ord) == {"h": 8, "g": 4, "f": 2, "e": 2}
+
+
+@pytest.mark.parametrize(
+    ("jobs", "epochs", "rungs"), [(2, 8, [4]), (8, 5, [1, 2]), (4, 1, []), (1, 9, []), (5, 2, [1])]
+)
+def test_rungs_are_whole_epochs(jobs, epochs, rungs):
+    group = Group({Path(str(number)): job("x", epochs=epochs).recipe for number in range(jobs)})
+    assert group.rungs == [*rungs, math.inf]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.integers(1, 12))
+def test_the_best_always_comes_to_the_end(scores, epochs):
+    names = [str(number) for number in range(len(scores))]
+    queue = JobQueue([job(name, epochs=epochs) for name in names], dict.fromkeys(map(Path, names), "all"))
+    ended = work_off(queue, lambda name: scores[int(name)])
+    best = max(range(len(scores)), key=scores.__getitem__)
+    assert ended[str(best)] == epochs
+    assert queue.results.keys() == {Path(name) for name in names}
