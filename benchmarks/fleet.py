@@ -153,7 +153,7 @@ def step_times(model_name: str, slots: Sequence[int], rows: int, tokens: int, st
 
 
 def row_times(sizes: Sequence[int], lengths: Sequence[int], rows: int, steps: int) -> Table:
-    """Milliseconds a row of a training step: alone in batches of these sizes, and of a fleet of jobs of 4 rows each."""
+    """Milliseconds a row of a training step: in batches of these sizes, and in a fleet of jobs of 4 rows each."""
     model, vocabulary, labels = _model("minilm")
     fleet = Fleet(model, rows)
     for slot in range(rows):

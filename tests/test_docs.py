@@ -125,6 +125,9 @@ def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, t
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
         (Path("messages") / file.name).write_text("".join(lines[::6]), encoding="utf-8")
     monkeypatch.setattr("redpeft.demo.MESSAGES", tmp_path / "messages")
+    Path("customers").mkdir()
+    for name in ("shop", "bank"):
+        shutil.copy("messages/train.jsonl", f"customers/{name}.jsonl")
     shutil.copytree(tiny_encoder_folder, "FacebookAI/roberta-base")
     shutil.copytree(tiny_t5_folder, "google-t5/t5-base")
     for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"):

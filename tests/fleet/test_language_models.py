@@ -71,6 +71,16 @@ def test_instruction_tuning_gives_what_it_gives_alone(make_chat, source_of, asse
     compare(jobs, source_of, assert_same, 1e-8, 1e-6)
 
 
+@pytest.mark.usefixtures("exact_loss")
+def test_a_job_of_one_example_beside_a_large_one(make_chat, source_of, assert_same, questions, tmp_path):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        row = (questions / f"{split}.jsonl").read_text().splitlines()[3]
+        (tmp_path / "data" / f"{split}.jsonl").write_text(row + "\n")
+    jobs = [make_chat("large", seed=1), make_chat("one", seed=2, data=str(tmp_path / "data"), batch_size=7)]
+    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+
+
 def test_on_a_base_in_bf16(make_chat, source_of, assert_same):
     """The edits are fp32 and so are the products; what the base computes in bf16 depends on the batch's shape."""
     jobs = [make_chat(str(seed), seed=seed, base__dtype="bf16", precision="bf16") for seed in range(2)]

@@ -322,7 +322,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     if "report_to" in changes and importlib.util.find_spec("trackio"):
         pytest.skip("trackio is installed")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("redpeft.training.train.read_splits", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr("redpeft.training.run.read_splits", lambda *_: pytest.fail("read the data"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 
@@ -331,7 +331,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     ("changes", "message"), [({"data__text": "body"}, "no column"), ({"metric": "x"}, "no metric")]
 )
 def test_wrong_data_is_refused_before_the_model_is_loaded(changes, message, make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.training.train.load_base", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.run.load_base", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 

@@ -45,8 +45,11 @@ def train_fleets(source: Source, slots: int | None = None, tokens: int | None = 
     jobs = Jobs(source, report)
     with stop_on_sigterm(control):
         while ready := jobs.next():
+            crew = None
             with jobs.failing(ready.assignment):
-                Crew(jobs, ready, slots, tokens, control).run()
+                crew = Crew(jobs, ready, slots, tokens, control)
+            if crew is not None:
+                crew.run()
 
 
 @dataclass

@@ -112,8 +112,8 @@ def _run_alone(job: Job) -> dict[str, Any]:
 def _kinds(jobs: Iterable[Job]) -> dict[Hashable, list[Job]]:
     """The jobs that a fleet trains faster than one after the other, by the kind of their fleet.
 
-    On a CPU a row among others costs little less than in a batch of 8 (benchmarks/fleet.py rows); on a GPU there is room
-    beside small batches.
+    On a CPU a row among many costs little less than in a batch of 8 (benchmarks/fleet.py rows); on a GPU there is
+    room beside small batches.
     """
     kinds: dict[Hashable, list[Job]] = {}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
