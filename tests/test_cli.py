@@ -296,6 +296,20 @@ def test_a_failed_seed_is_reported_after_the_others(redpeft, monkeypatch, tmp_pa
     assert not (tmp_path / "all" / "summary.json").exists()
 
 
+def test_train_on_instructions_shows_the_test_split_too(redpeft, tmp_path, tiny_decoder_folder):
+    pytest.importorskip("trl")
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"{split} {i}?", "response": f"It is {i}."} for i in range(4)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "run"
+    arguments = (f"base={tiny_decoder_folder}", "task=instruction", f"data.path={tmp_path / 'data'}", "epochs=1")
+    code, shown, err = redpeft("train", *arguments, "--out", out)
+    assert code == 0, err
+    result = json.loads((out / "result.json").read_text())
+    assert re.search(rf"loss\W+{result['validation']['loss']:.4f}\W+{result['test']['loss']:.4f}", shown)
+
+
 def test_demo_does_not_write_into_another_run(redpeft, trained):
     run, _ = trained
     before = sorted(path.name for path in run.iterdir())

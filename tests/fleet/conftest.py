@@ -141,6 +141,7 @@ def assert_same(adapter_tensors):
             assert results[0][key] == results[1][key], key
         for split in ("validation", "test"):
             mine, its = (result[split] or {} for result in results)
+            assert bool(mine) == bool(its), split
             assert mine == pytest.approx({name: its[name] for name in mine}, abs=scores)  # TRL has more for people
 
     return check

@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
-    for split, count in {"train": 13, "validation": 5}.items():
+    for split, count in {"train": 13, "validation": 5, "test": 4}.items():
         rows = [
             {"prompt": f"What is {i} and {i * 7 % 5}?" * (1 + i % 3), "response": f"It is {'so ' * (i % 4)}{i}."}
             for i in range(count)

@@ -138,7 +138,7 @@ def _scores(splits: dict[str, dict[str, Any]]) -> Table:
     """Scores by split and metric: each a value, or its mean and standard deviation over seeds."""
     table = Table("metric", *splits)
     for metric in next(iter(splits.values())):
-        table.add_row(metric, *(_figure(scores[metric]) for scores in splits.values()))
+        table.add_row(metric, *(_figure(scores.get(metric)) for scores in splits.values()))
     return table
 
 

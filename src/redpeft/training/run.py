@@ -30,7 +30,7 @@ from redpeft.training.methods import apply_method, before_last, check_options, h
 from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
 from redpeft.training.run_folder import CHECKPOINTS, MODEL, RESULT, TRAINED, tidy
-from redpeft.training.trainer import check_reporters, make_trainer, rows_at_once, trainer_classes
+from redpeft.training.trainer import as_evaluated, check_reporters, make_trainer, rows_at_once, trainer_classes
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]
     encoded = {name: task.encode(split, tokenizer, recipe.max_length) for name, split in splits.items()}
     encoded |= {name: _by_length(encoded[name]) for name in encoded if name != "train"}
     trainer = make_trainer(recipe, folder, task, learner.model, tokenizer, encoded, learner.head)
+    if "test" in encoded:
+        encoded["test"] = as_evaluated(trainer, encoded["test"])
     return Run(recipe, folder, task, splits, encoded, learner, trainer)
 
 

@@ -75,6 +75,13 @@ def make_trainer(
     return trainer
 
 
+def as_evaluated(trainer: Any, rows: Dataset) -> Dataset:
+    """Further rows as `trainer.evaluate` takes them: TRL's trainer tokenises those that it is made with."""
+    if not hasattr(trainer, "_prepare_dataset"):
+        return rows
+    return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "test")
+
+
 def _tensorboard(folder: Path) -> TensorBoardCallback:
     """transformers' callback, writing beside the run and not into its checkpoints, which go when it is done."""
     from torch.utils.tensorboard import SummaryWriter
