@@ -47,8 +47,8 @@ STUDIES = {
     "SST-2": Study("sst2"),
     "STS-B": Study("stsb"),
     "E2E, GPT-2": Study("e2e", "validation", "gpt2", points=False, overrides=E2E),
+    "E2E, Llama": Study("e2e", "validation", "llama", points=False, overrides={**E2E, "epochs": 2}),
     "QNLI": Study("qnli", "validation"),
-    "E2E, Llama": Study("e2e", "validation", "llama", points=False, overrides=E2E),
     "AG News": Study("ag_news"),
 }
 Scores = dict[tuple[str, str, float], list[float]]
@@ -63,12 +63,10 @@ def jobs(
         "data.train": str(data / study.data / "train.jsonl"),
         "data.test": str(data / study.data / f"{study.test}.jsonl"),
         "data.validation_fraction": 0.1,
-        "data.max_train_rows": 1000,
         "data.max_eval_rows": 500,
-        "batch_size": 8,
         "method_options": {"unit": unit if unit == "auto" else float(unit)},
-        **study.overrides,
         **shared,
+        **study.overrides,
     }
     return [
         Job(
@@ -137,12 +135,19 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder with gpt2 and llama; without it the encoder alone")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
+    parser.add_argument("--rows", type=int, default=1000, help="to train on")
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--precision", default="bf16", help="of the computation; edits and heads are fp32 always")
     parser.add_argument("--report", type=Path, metavar="PNG", help="also draw the plot here")
     args = parser.parse_args()
     seeds = [int(seed) for seed in args.seeds.split(",")]
-    shared = {"epochs": args.epochs, "precision": args.precision}
+    shared = {
+        "data.max_train_rows": args.rows,
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "precision": args.precision,
+    }
     fleets = [
         jobs(name, unit, args.data, args.models, args.out, seeds, shared)
         for name, study in STUDIES.items()
