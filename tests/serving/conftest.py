@@ -1,0 +1,88 @@
+"""A tiny Llama that an engine can serve, adapters far from the identity, and transformers' answers with the same edits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from .making import LAYERS, SITES, TOKENS, WIDTH, adapter
+
+PROMPTS = ["The quick brown fox", "serve", "A table of edits, a gather, a sum", "zebra crossing"]
+
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tiny_chat_tokenizer) -> Path:
+    """A saved LlamaForCausalLM with weights large enough that its answers differ from prompt to prompt."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tiny_chat_tokenizer),
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=tiny_chat_tokenizer.bos_token_id,
+        eos_token_id=tiny_chat_tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory) -> list[Path]:
+    """Twelve adapters; the last one edits a single layer."""
+    root = tmp_path_factory.mktemp("adapters")
+    some = [adapter(root / f"edit-{seed}", seed) for seed in range(11)]
+    return [*some, adapter(root / "edit-11", 11, SITES[1:2])]
+
+
+class Reference:
+    """transformers' greedy answers, with an adapter that PEFT has loaded or with none."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self._known: dict[tuple, list[int]] = {}
+
+    @torch.no_grad()
+    def answer(self, prompt: list[int], folder: Path | None, tokens: int = TOKENS) -> list[int]:
+        key = (tuple(prompt), folder, tokens)
+        if key not in self._known:
+            from peft import PeftModel
+            from transformers import AutoModelForCausalLM
+
+            import redpeft  # noqa: F401  # PEFT knows RED after it
+
+            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+            if folder is not None:
+                model = PeftModel.from_pretrained(model, str(folder))
+            ids = torch.tensor([prompt])
+            model.eval()
+            for _ in range(tokens):
+                logits = model(input_ids=ids).logits[0, -1]
+                first, second = logits.topk(2).values.tolist()
+                assert first - second > 1e-3 * abs(first), "a tie in the reference says nothing: choose another prompt"
+                ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+            self._known[key] = ids[0, len(prompt) :].tolist()
+        return self._known[key]
+
+
+@pytest.fixture(scope="session")
+def reference(base) -> Reference:
+    return Reference(base)
+
+
+@pytest.fixture(scope="session")
+def prompts(tiny_chat_tokenizer) -> list[list[int]]:
+    return [tiny_chat_tokenizer(text)["input_ids"] for text in PROMPTS]
