@@ -49,7 +49,10 @@ def adapters(tmp_path_factory) -> list[Path]:
 
 
 class Reference:
-    """transformers' greedy answers, with an adapter that PEFT has loaded or with none."""
+    """transformers' greedy answers, with an adapter that PEFT has loaded or with none.
+
+    An answer ends before a near tie of two tokens, which the order of summation may decide either way.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base = base
@@ -72,10 +75,20 @@ class Reference:
             for _ in range(tokens):
                 logits = model(input_ids=ids).logits[0, -1]
                 first, second = logits.topk(2).values.tolist()
-                assert first - second > 1e-3 * abs(first), "a tie in the reference says nothing: choose another prompt"
+                if first - second < 2e-4 * abs(first):
+                    break
                 ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
             self._known[key] = ids[0, len(prompt) :].tolist()
         return self._known[key]
+
+    def check(self, found: list[list[int]], prompts: list[list[int]], folders: list[Path | None]) -> None:
+        """That these are the answers; of all their tokens, nine in ten at least are not beyond a tie."""
+        expected = [
+            self.answer(prompt, folder, len(answer))
+            for answer, prompt, folder in zip(found, prompts, folders, strict=True)
+        ]
+        assert [answer[: len(known)] for answer, known in zip(found, expected, strict=True)] == expected
+        assert sum(map(len, expected)) >= 0.9 * sum(map(len, found))
 
 
 @pytest.fixture(scope="session")
