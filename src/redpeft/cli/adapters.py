@@ -180,6 +180,23 @@ def unpack(
     return Answer({"out": out, "adapters": names}, [f"Unpacked {len(names)} adapters: {out}"])
 
 
+@command("redpeft serve models/llama --adapters runs/teams -- --port 8000")
+def serve(
+    base: Annotated[str, typer.Argument(help="The base model: a Hub name or a folder.", show_default=False)],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="vLLM's own, as for `vllm serve`.")
+    ] = None,
+    adapters: Annotated[
+        Path, typer.Option(help="A folder with adapters and runs, or a pack: each is a model of its own.")
+    ] = Path("runs"),
+    max_adapters: Annotated[int, typer.Option(min=1, help="How many of them a batch can mix.")] = 64,
+) -> Answer:
+    """Serve a base model and any number of RED adapters with vLLM's OpenAI server."""
+    from redpeft.serving.command import serve
+
+    serve(base, adapters, max_adapters, options or [])
+
+
 def _numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]

@@ -7,7 +7,8 @@ fills the slots of its LoRA layers. A request has one adapter, LoRA or RED, so w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
+from redpeft.serving import frontend
 from redpeft.serving.folder import Source, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
@@ -209,11 +211,19 @@ def load_lora_model(
 _generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
 
 
-def add_lora(core: EngineCore, lora_request: LoRARequest) -> bool:
-    """In the place of the engine's own: whatever was cached with what the adapter was before is out of date."""
-    loaded = core.model_executor.add_lora(lora_request)
-    _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
-    return loaded
+def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool]:
+    """The engine's `add_lora`, which counts: what was cached with what an adapter was before is out of date.
+
+    The engine reads the method's annotations to decode its arguments, so these have to stay.
+    """
+
+    @functools.wraps(add_lora)
+    def add(core: EngineCore, lora_request: LoRARequest) -> bool:
+        loaded = add_lora(core, lora_request)
+        _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
+        return loaded
+
+    return add
 
 
 def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
@@ -226,6 +236,9 @@ def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
 
 def install() -> None:
     """Put all of it in place; a second call changes nothing."""
+    if LoRAModelRunnerMixin.load_lora_model is load_lora_model:
+        return
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
-    EngineCore.add_lora = add_lora
+    EngineCore.add_lora = _counted(EngineCore.add_lora)
     kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys
+    frontend.install()

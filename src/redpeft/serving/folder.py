@@ -55,17 +55,17 @@ def is_red(path: Path) -> bool:
     return _pack_of(path) is not None or read_config(find_adapter(path))["peft_type"] == "REDPEFT"
 
 
-def read(path: Path, widths: Mapping[str, int]) -> Adapter:
+def read(path: Path, widths: Mapping[str, int] | None = None) -> Adapter:
     """Read an adapter, from a folder or out of a pack (`<pack>/<name>`), with the checks of `read_adapter`.
 
-    `widths`: those of the engine's tables. A file larger than they could take is not read. Raises `UserError`.
+    `widths`: those of the engine's tables, if known: a file larger than they could take is not read. Raises `UserError`.
     """
     if pack_path := _pack_of(path):
         with open_pack(pack_path) as pack:
             return pack.adapter(path.relative_to(pack_path).as_posix())
     folder = find_adapter(path)
-    most = 8 * sum(2 * width + 1 for width in widths.values()) + SLACK  # of fp64
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    most = 8 * sum(2 * width + 1 for width in (widths or {}).values()) + SLACK  # of fp64
+    for name in (CONFIG_NAME, WEIGHTS_NAME) if widths is not None else ():
         file = folder / name
         if file.is_file() and file.stat().st_size > most:
             raise UserError(f"{file}: {file.stat().st_size:,} bytes, more than edits of this base model can have")

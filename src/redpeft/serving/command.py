@@ -1,0 +1,79 @@
+"""`redpeft serve`: vLLM's OpenAI server for one base model and the adapters of a folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from redpeft.errors import UserError
+from redpeft.serving.folder import Source, is_red, read
+from redpeft.serving.options import KEY
+from redpeft.serving.plugin import check_version
+
+logger = logging.getLogger(__name__)
+
+SERVER = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs, which asks for a package named vllm first
+IN_MEMORY = 1024  # adapters kept in the CPU's memory: a mebibyte each for a base of 7 billion parameters
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a folder has to serve now: how many RED adapters, the sites that they edit, and whether there are others."""
+
+    adapters: int
+    sites: list[str]
+    only_red: bool
+
+
+def look_through(source: Source) -> Offer:
+    """Read every adapter; a damaged one is named in a warning, and left for later: it may be replaced."""
+    sites: dict[str, None] = {}
+    adapters, others = 0, 0
+    for name in source.names:
+        try:
+            path = source.find(name)
+            if path is None or not is_red(path):
+                others += 1
+                continue
+            sites |= dict.fromkeys(read(path).edits)
+            adapters += 1
+        except UserError as error:
+            logger.warning("not served as it is: %s", error)
+    return Offer(adapters, list(sites), others == 0)
+
+
+def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> list[str]:
+    """vLLM's command for this base model and folder (or pack) of adapters; `options` are vLLM's own and go last.
+
+    Raises `UserError`: vLLM is not there or of another version, no such folder, or nothing in it that tells the sites.
+    """
+    check_version()
+    if not folder.exists():
+        raise UserError(f"no such folder or pack: {folder}")
+    source = Source(folder.resolve())
+    offer = look_through(source)
+    told = {"folder": str(source.root), "only": offer.only_red}
+    if offer.sites:  # of an empty folder's future adapters the FFN's sites are expected
+        told["sites"] = offer.sites
+    return [
+        *(sys.executable, "-m", SERVER, "--model", base, "--enable-lora"),
+        *("--max-loras", str(max_adapters), "--max-cpu-loras", str(max(IN_MEMORY, max_adapters))),
+        *("--additional-config", json.dumps({KEY: told})),
+        *options,
+    ]
+
+
+def serve(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> NoReturn:
+    """Become vLLM's server, with the adapters of `folder` as models. Raises `UserError` as `command_line` does.
+
+    Runtime loading is on, which vLLM's resolvers need; paths outside the folder are refused where they are read.
+    """
+    command = command_line(base, folder, max_adapters, options)
+    sys.stderr.flush()
+    os.execve(command[0], command, {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})

@@ -1,0 +1,180 @@
+"""A real server on a loopback port, called by OpenAI's client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from .making import TOKENS, adapter, edits
+
+pytestmark = pytest.mark.serving
+STARTED = 300  # seconds
+
+
+class Server:
+    def __init__(self, base: Path, folder: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.log = folder, log
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "128"]
+        command = ["redpeft", "serve", str(base), "--adapters", str(folder), "--max-adapters", "3", "--"]
+        command = [str(Path(sys.executable).with_name("redpeft")), *command[1:]]
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [*command, *options, "--enforce-eager", "--served-model-name", "base", "--max-num-seqs", "16"],
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+    def wait(self) -> None:
+        end = time.monotonic() + STARTED
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(self.url("health"), timeout=5)
+                return
+            except OSError:
+                time.sleep(1)
+        raise TimeoutError(self.log.read_text()[-3000:])
+
+    @property
+    def client(self):
+        from openai import OpenAI
+
+        return OpenAI(base_url=self.url("v1"), api_key="none", max_retries=0, timeout=120)
+
+    def ask(self, name: str, prompt: list[int], tokens: int = TOKENS) -> list[int]:
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        found = self.client.completions.create(
+            model=name, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=extra
+        )
+        return found.choices[0].token_ids
+
+    def models(self) -> list[str]:
+        return [model.id for model in self.client.models.list()]
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def server(base, adapters, tmp_path_factory):
+    root = tmp_path_factory.mktemp("server")
+    for number in range(6):
+        shutil.copytree(adapters[number], root / "served" / f"edit-{number}")
+    adapter(root / "served" / "damaged", 20)
+    tensors = edits(20)
+    next(iter(tensors.values()))[3] = float("nan")
+    save_file(tensors, root / "served" / "damaged" / "adapter_model.safetensors")
+    adapter(root / "outside", 21)
+    made = Server(base, root / "served", root / "log")
+    made.wait()
+    yield made
+    made.stop()
+
+
+def test_every_adapter_is_a_model(server):
+    assert server.models() == ["base", "damaged", *(f"edit-{number}" for number in range(6))]
+
+
+def test_concurrent_requests_answer_as_transformers(server, adapters, prompts, reference):
+    names = ["base", *(f"edit-{number}" for number in range(6))] * 2  # more adapters than the three slots
+    found: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        found[index] = server.ask(names[index], prompts[index % len(prompts)])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(names))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    folders = [None if name == "base" else adapters[int(name[-1])] for name in names]
+    order = range(len(names))
+    reference.check([found[i] for i in order], [prompts[i % len(prompts)] for i in order], folders)
+
+
+def refused(server, name: str) -> Exception:
+    from openai import APIStatusError
+
+    with pytest.raises(APIStatusError) as caught:
+        server.ask(name, [1, 5, 6])
+    return caught.value
+
+
+def test_a_damaged_adapter_is_refused_and_the_others_serve_on(server, adapters, prompts, reference):
+    error = refused(server, "damaged")
+    assert error.status_code == 400
+    assert "'damaged' was found but could not be loaded" in str(error)
+    assert "scale has values that are not finite" in server.log.read_text()
+    reference.check([server.ask("edit-0", prompts[0])], [prompts[0]], [adapters[0]])
+
+
+@pytest.mark.parametrize("name", ["../outside", "edit-0/../../outside", "{}/outside", "edit-99"])
+def test_names_do_not_lead_out_of_the_folder(server, name):
+    assert refused(server, name.format(server.folder.parent)).status_code == 404
+
+
+def test_no_request_loads_from_outside_the_folder(server):
+    body = json.dumps({"lora_name": "outside", "lora_path": str(server.folder.parent / "outside")}).encode()
+    request = urllib.request.Request(server.url("v1/load_lora_adapter"), body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert "not served, since it is not below" in caught.value.read().decode()
+    assert "outside" not in server.models()
+
+
+def test_new_ones_are_picked_up_replaced_ones_answer_anew_and_removed_ones_are_gone(
+    server, adapters, prompts, reference
+):
+    prompt = prompts[2] * 2  # blocks of the prefix cache
+    shutil.copytree(adapters[7], server.folder / "later")
+    assert "later" in server.models()
+    for _ in range(2):
+        reference.check([server.ask("later", prompt)], [prompt], [adapters[7]])
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapters[8] / file, server.folder / "later" / "new")
+        os.replace(server.folder / "later" / "new", server.folder / "later" / file)
+    for _ in range(2):
+        reference.check([server.ask("later", prompt)], [prompt], [adapters[8]])
+    shutil.rmtree(server.folder / "later")
+    assert refused(server, "later").status_code == 404
+    assert "later" not in server.models()
+
+
+def test_a_cancelled_request_leaves_the_rest_in_order(server, adapters, prompts, reference):
+    stream = server.client.completions.create(
+        model="edit-1", prompt=prompts[0], max_tokens=90, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    for number in (1, 2):
+        reference.check([server.ask(f"edit-{number}", prompts[1])], [prompts[1]], [adapters[number]])
+
+
+def test_sites_that_the_server_has_no_table_for_are_named(server):
+    adapter(server.folder / "attention", 30, ["model.layers.0.self_attn.o_proj"])
+    assert refused(server, "attention").status_code == 400
+    assert "it edits model.layers.0.self_attn.o_proj, and this server has tables for" in server.log.read_text()
