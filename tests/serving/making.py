@@ -25,10 +25,10 @@ def edits(seed: int, sites: list[str] = SITES, width: int = WIDTH, spread: float
     return tensors
 
 
-def adapter(folder: Path, seed: int, sites: list[str] = SITES, **config) -> Path:
+def adapter(folder: Path, seed: int, sites: list[str] = SITES, width: int = WIDTH, **config) -> Path:
     """An adapter folder as training leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "REDPEFT", "task_type": "CAUSAL_LM", "target_modules": sites, "resolved": True, **config}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    save_file(edits(seed, sites), folder / "adapter_model.safetensors")
+    save_file(edits(seed, sites, width), folder / "adapter_model.safetensors")
     return folder

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from .making import TOKENS
+from .making import TOKENS, adapter
 
 pytestmark = pytest.mark.serving
 
@@ -23,19 +23,29 @@ def engine(base, **options):
 RED_ONLY = {"redpeft": {"only": True}}
 
 
-@pytest.fixture(scope="module", params=["with LoRA", "RED alone", "compiled"])
+KINDS = {
+    "with LoRA": {"max_lora_rank": 8},
+    "RED alone, in chunks": {"additional_config": RED_ONLY, "max_num_batched_tokens": 32},  # a prompt has 35 tokens
+    "compiled": {"additional_config": RED_ONLY, "enforce_eager": False},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def llm(request, base):
-    options = {"additional_config": {} if request.param == "with LoRA" else RED_ONLY}
-    made = engine(base, enforce_eager=request.param != "compiled", **options)
+    made = engine(base, **KINDS[request.param])
     yield made
     del made
     gc.collect()
 
 
-def asked(adapters, number):
+def named(name, number, folder, **options):
     from vllm.lora.request import LoRARequest
 
-    return None if number is None else LoRARequest(f"edit-{number}", number + 1, str(adapters[number]))
+    return LoRARequest(name, number, str(folder), **options)
+
+
+def asked(adapters, number):
+    return None if number is None else named(f"edit-{number}", number + 1, adapters[number])
 
 
 def answers(llm, prompts, requests, tokens=TOKENS):
@@ -85,13 +95,65 @@ def test_the_base_in_a_mixed_batch_is_the_engine_without_adapters_bit_for_bit(ll
 
 
 def test_replaced_in_place_it_answers_anew_at_once(llm, adapters, prompts, reference, tmp_path):
-    from vllm.lora.request import LoRARequest
-
     folder = tmp_path / "edit"
     long = prompts[2] * 2  # several blocks of the prefix cache
     for source in (adapters[4], adapters[5]):
         shutil.copytree(source, folder, dirs_exist_ok=True)
-        request = LoRARequest("replaced", 50, str(folder), load_inplace=True)
+        request = named("replaced", 50, folder, load_inplace=True)
         llm.llm_engine.add_lora(request)
         for _ in range(2):
             reference.check(answers(llm, [long], [request]), [long], [source])
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory):
+    """A LoRA of q, v and the same down projections, far from zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.2)
+    folder = tmp_path_factory.mktemp("lora")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("llm", ["with LoRA"], indirect=True)
+def test_lora_and_red_adapters_share_a_batch_and_the_slots(llm, lora, adapters, prompts, reference):
+    """Requests without an adapter are not among them: vLLM's LoRA layers on a CPU give them the last slot's LoRA."""
+    folders = [lora, adapters[0], adapters[1], lora, adapters[2], adapters[3], adapters[4]]
+    requests = [named(folder.name, 90 if folder is lora else adapters.index(folder) + 1, folder) for folder in folders]
+    batch = [prompts[index % len(prompts)] for index in range(len(folders))]
+    for _ in range(2):
+        reference.check(answers(llm, batch, requests), batch, folders)
+
+
+@pytest.mark.parametrize("llm", ["RED alone, in chunks"], indirect=True)
+def test_what_cannot_be_served_is_refused_in_a_line(llm, lora, adapters, tmp_path):
+    def refused(folder):
+        with pytest.raises(Exception) as caught:  # the engine's process passes on the message
+            llm.llm_engine.add_lora(named("refused", 70, folder))
+        return str(caught.value)
+
+    assert "not a RED adapter, and this server was started for RED adapters only" in refused(lora)
+    qkv = adapter(tmp_path / "qkv", 1, ["model.layers.0.self_attn.q_proj"])
+    assert "it edits model.layers.0.self_attn.q_proj, and this server has tables for" in refused(qkv)
+    wide = adapter(tmp_path / "wide", 1, width=64)
+    assert "model.layers.0.mlp.down_proj has width 64, and 128 in this base model" in refused(wide)
+    assert "no such adapter folder" in refused(tmp_path / "none")
+
+
+@pytest.mark.parametrize("llm", ["compiled"], indirect=True)
+def test_of_two_adapters_of_one_name_each_answers_its_own_requests(llm, adapters, prompts, reference):
+    """As where one was replaced while requests for it were being answered."""
+    folders = [adapters[6], adapters[7], adapters[8], adapters[9]]
+    requests = [named("same", 60 + index, folder) for index, folder in enumerate(folders)]
+    for request in requests:
+        llm.llm_engine.add_lora(request)  # as a server does
+    for _ in range(2):
+        reference.check(answers(llm, prompts, requests), prompts, folders)

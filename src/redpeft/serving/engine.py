@@ -23,6 +23,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -95,7 +96,16 @@ class RedModelManager(LRUCacheLoRAModelManager):
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         renamed = mapper and mapper.get_rename_mapper().map_name(f"{site}.weight")
         found = find_module(renamed.removesuffix(".weight"), names) if renamed else None
-        return found or find_module(site, names)
+        return found or find_module(site, names) or self._find_experts(site, modules, names)
+
+    def _find_experts(self, site: str, modules: dict[str, nn.Module], names: set[str]) -> str | None:
+        """A layer's mixture of experts, which vLLM calls by another name (`block_sparse_moe` for `mlp`)."""
+        layer = find_module(site.rpartition(".")[0], names)
+        if layer is None or not layer.rpartition(".")[2].isdigit():
+            return None
+        children = modules[layer].named_children()
+        blocks = [name for name, child in children if any(isinstance(part, MoERunner) for part in child.modules())]
+        return f"{layer}.{blocks[0]}" if len(blocks) == 1 else None
 
     def _table(self, name: str, module: nn.Module, width: int) -> SlotTable:
         """The table of a module whose whole output lies on this rank, or is a part of a sum of the ranks' outputs."""
