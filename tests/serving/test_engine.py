@@ -85,7 +85,9 @@ def test_the_base_in_a_mixed_batch_is_the_engine_without_adapters_bit_for_bit(ll
         greedy = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=3)
         texts = [{"prompt_token_ids": prompt} for prompt in prompts]
         found = engine.generate(texts, greedy, lora_request=requests, use_tqdm=False)
-        return [[sorted((t, p.logprob) for t, p in step.items()) for step in each.outputs[0].logprobs] for each in found]
+        return [
+            [sorted((t, p.logprob) for t, p in step.items()) for step in each.outputs[0].logprobs] for each in found
+        ]
 
     mixed = logprobs(llm, [asked(adapters, number) for number in (None, 0, None, 1)])
     plain = logprobs(llm, None)

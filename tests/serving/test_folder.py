@@ -46,7 +46,8 @@ def test_an_empty_or_missing_folder_has_no_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "one/../../secret", "..", ".", "", "./one", "teams/../one", "one\0", "{}/secret", "teams", "/"]
+    "name",
+    ["../secret", "one/../../secret", "..", ".", "", "./one", "teams/../one", "one\0", "{}/secret", "teams", "/"],
 )
 def test_a_name_never_leads_out_of_the_folder(source, name):
     assert source.find(name.format(source.root.parent)) is None

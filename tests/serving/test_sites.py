@@ -21,7 +21,9 @@ def test_the_ffn_is_found_in_the_model_of_the_configuration():
     llama = named(LLAMA, "LlamaForCausalLM")
     assert widths_of_sites(llama, ["ffn"]) == {f"model.layers.{layer}.mlp.down_proj": 32 for layer in range(2)}
     both = widths_of_sites(llama, ["ffn", "attention"])
-    assert set(both) == {f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.o_proj")}
+    assert set(both) == {
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.o_proj")
+    }
     gpt2 = named(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50), "GPT2LMHeadModel")
     assert widths_of_sites(gpt2, ["ffn"]) == {"transformer.h.0.mlp.c_proj": 32}
 

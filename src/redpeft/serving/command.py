@@ -18,7 +18,9 @@ from redpeft.serving.plugin import check_version
 
 logger = logging.getLogger(__name__)
 
-SERVER = "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs, which asks for a package named vllm first
+SERVER = (
+    "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs, which asks for a package named vllm first
+)
 IN_MEMORY = 1024  # adapters kept in the CPU's memory: a mebibyte each for a base of 7 billion parameters
 
 

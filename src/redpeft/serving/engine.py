@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -24,6 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import MoERunner
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowParallelLinear
 from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -139,7 +140,9 @@ class RedModelManager(LRUCacheLoRAModelManager):
         for path, site in sites.items():
             width = adapter.edits[path].scale.numel()
             if width != self.widths[site]:
-                raise UserError(f"{adapter.folder}: {path} has width {width}, and {self.widths[site]} in this base model")
+                raise UserError(
+                    f"{adapter.folder}: {path} has width {width}, and {self.widths[site]} in this base model"
+                )
         return {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
 
     def activate_adapter(self, lora_id: int) -> bool:
@@ -218,6 +221,19 @@ def load_lora_model(
     return runner.lora_manager.create_lora_manager(model, vllm_config)
 
 
+def _without_lora(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A mixture of experts as it runs without LoRA, in a server of RED alone: LoRA's kernels are slower, and need a GPU."""
+
+    @functools.wraps(post_init)
+    def after_init(config: FusedMoEConfig) -> None:
+        told = get_current_vllm_config_or_none()
+        if told is not None and Options.of(told.additional_config).only:
+            config.is_lora_enabled = False
+        post_init(config)
+
+    return after_init
+
+
 _generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
 
 
@@ -249,6 +265,7 @@ def install() -> None:
     if LoRAModelRunnerMixin.load_lora_model is load_lora_model:
         return
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
+    FusedMoEConfig.__post_init__ = _without_lora(FusedMoEConfig.__post_init__)
     EngineCore.add_lora = _counted(EngineCore.add_lora)
     kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys
     frontend.install()
