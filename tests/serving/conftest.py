@@ -1,4 +1,4 @@
-"""A tiny Llama that an engine can serve, adapters far from the identity, and transformers' answers with the same edits."""
+"""A tiny Llama that an engine can serve, adapters, and transformers' answers with the same edits."""
 
 from __future__ import annotations
 

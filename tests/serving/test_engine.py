@@ -138,7 +138,7 @@ def test_lora_and_red_adapters_share_a_batch_and_the_slots(llm, lora, adapters, 
 @pytest.mark.parametrize("llm", ["RED alone, in chunks"], indirect=True)
 def test_what_cannot_be_served_is_refused_in_a_line(llm, lora, adapters, tmp_path):
     def refused(folder):
-        with pytest.raises(Exception) as caught:  # the engine's process passes on the message
+        with pytest.raises(Exception, match="add_lora") as caught:  # the engine's process passes it on
             llm.llm_engine.add_lora(named("refused", 70, folder))
         return str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The private names of vLLM that the plug-in leans on are there and take what they took: when one moves, this fails."""
+"""The private names of vLLM that the plug-in leans on are there and take what they took: or this fails."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ print(json.dumps({
 assert "self._token_lora_indices[: base_indices.shape[0]].copy_(" in inspect.getsource(PunicaWrapperBase)
 """
 NAMES = {
-    "LRUCacheLoRAModelManager.__init__": "self model max_num_seqs max_num_batched_tokens vocab_size lora_config device "
-    "vllm_config",
+    "LRUCacheLoRAModelManager.__init__": "self model max_num_seqs max_num_batched_tokens vocab_size lora_config "
+    "device vllm_config",
     "LRUCacheLoRAModelManager._create_lora_modules": "self",
     "LRUCacheLoRAModelManager.activate_adapter": "self lora_id",
     "LRUCacheLoRAModelManager._create_merged_loras_inplace": "self lora_model",

