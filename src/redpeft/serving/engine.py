@@ -42,6 +42,7 @@ from redpeft.serving.table import SlotTable
 
 logger = init_logger("vllm.redpeft")
 
+REMEMBERED = 4096  # adapters that were in a batch of late, by number; far more than requests are answered at a time
 FOLD = "fold the adapter into its base (redpeft fold) and serve that"
 
 
@@ -131,8 +132,9 @@ class RedModelManager(LRUCacheLoRAModelManager):
             raise UserError(f"{adapter.folder}: cannot be served with this model: {self.problem}")
         if adapter.head:
             raise UserError(f"{adapter.folder}: it has a head of its own ({some(list(adapter.head))}); {FOLD}")
-        sites = {path: find_module(path, self.widths) for path in adapter.edits}
-        if unknown := [path for path, site in sites.items() if site is None]:
+        found = {path: find_module(path, self.widths) for path in adapter.edits}
+        sites = {path: site for path, site in found.items() if site is not None}
+        if unknown := [path for path in found if path not in sites]:
             raise UserError(
                 f"{adapter.folder}: it edits {some(unknown)}, and this server has tables for "
                 f"{some(list(self.widths))}: "
@@ -204,7 +206,10 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         loaded = super().add_adapter(lora_request)
+        self._requests.pop(lora_request.lora_int_id, None)  # to be the latest again
         self._requests[lora_request.lora_int_id] = lora_request
+        if len(self._requests) > REMEMBERED:
+            del self._requests[next(iter(self._requests))]
         return loaded
 
 

@@ -47,7 +47,7 @@ class CurrentRequests(dict[str, LoRARequest]):
         self.resolver = resolver
 
     def __contains__(self, name: object) -> bool:
-        request = self.get(name)
+        request = self.get(name) if isinstance(name, str) else None
         return request is not None and self.resolver.is_current(request)
 
 
