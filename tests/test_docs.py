@@ -94,7 +94,7 @@ def test_every_page_is_in_the_index():
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_commands_exist_with_the_options_used(page):
     for call in calls(page):
-        name, *arguments = shlex.split(call)[1:]
+        name, *arguments = shlex.split(call.partition(" -- ")[0])[1:]  # after -- are another program's options
         assert name in COMMANDS, call
         options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
         known = {option for parameter in OPTIONS[name].params for option in parameter.opts}
