@@ -1,6 +1,6 @@
 """The part of the plug-in in vLLM's API server: the adapters of a folder are models, as they are at each request.
 
-With `engine`, the only module that touches vLLM's private names.
+It touches vLLM's private names, as `hooks` says.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
@@ -20,35 +21,37 @@ from redpeft.serving.options import Options
 
 
 class FolderResolver(LoRAResolver):
-    """Finds adapters below a folder by name, and remembers what their files were when they were loaded."""
+    """Finds adapters below a folder by name. `found`: what the files were of those that are to be loaded now."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self._stamps: dict[str, tuple[int, ...]] = {}
+        self.found: dict[str, tuple[int, ...]] = {}
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         path = self.source.find(lora_name)
         if path is None:
             return None
-        self._stamps[lora_name] = stamp(path)  # before it is read: a later change is seen then
+        self.found[lora_name] = stamp(path)  # before it is read: a later change is seen then
         return LoRARequest(lora_name, 1, str(path))  # vLLM gives it a number of its own
-
-    def is_current(self, request: LoRARequest) -> bool:
-        """Whether an adapter is still what was loaded; always, for one that was not found here."""
-        known = self._stamps.get(request.lora_name)
-        return known is None or known == stamp(Path(request.lora_path))
 
 
 class CurrentRequests(dict[str, LoRARequest]):
-    """vLLM's adapters by name. One whose files have changed is not among them, so that it is looked up again."""
+    """vLLM's adapters by name, which it adds when they are loaded. One whose files have changed since is not among
+    them, so that it is looked up again; and again, if it cannot be loaded as it is now."""
 
     def __init__(self, resolver: FolderResolver) -> None:
         super().__init__()
         self.resolver = resolver
+        self._stamps: dict[str, tuple[int, ...]] = {}
+
+    def __setitem__(self, name: str, request: LoRARequest) -> None:
+        known = self.resolver.found.pop(name, None)
+        self._stamps[name] = stamp(Path(request.lora_path)) if known is None else known
+        super().__setitem__(name, request)
 
     def __contains__(self, name: object) -> bool:
         request = self.get(name) if isinstance(name, str) else None
-        return request is not None and self.resolver.is_current(request)
+        return request is not None and self._stamps[request.lora_name] == stamp(Path(request.lora_path))
 
 
 def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
@@ -86,6 +89,20 @@ def _with_names(show: Callable[..., Any]) -> Callable[..., Any]:
     return list_models
 
 
+def _as_checked(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM looks for a request's adapter twice: to check its name, and again when the prompt is ready. One that was
+    replaced in between answers as what it was when it was checked."""
+
+    @functools.wraps(choose)
+    def adapter_of(serving: BaseServing, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
+        requests = serving.models.lora_requests
+        checked = requests.get(request.model) if isinstance(requests, CurrentRequests) else None
+        return checked or choose(serving, request, *args, **kwargs)
+
+    return adapter_of
+
+
 def install() -> None:
     OpenAIServingModels.__init__ = _with_folder(OpenAIServingModels.__init__)
     OpenAIServingModels.show_available_models = _with_names(OpenAIServingModels.show_available_models)
+    BaseServing._maybe_get_adapters = _as_checked(BaseServing._maybe_get_adapters)

@@ -1,0 +1,77 @@
+"""vLLM's adapters by name are those whose files are as they were when they were loaded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from .making import adapter
+
+pytestmark = pytest.mark.serving
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def requests(tmp_path):
+    from redpeft.serving.folder import Source
+    from redpeft.serving.frontend import CurrentRequests, FolderResolver
+
+    adapter(tmp_path / "edit", 1)
+    return CurrentRequests(FolderResolver(Source(tmp_path)))
+
+
+def look_up(requests):
+    return asyncio.run(requests.resolver.resolve_lora("base", "edit"))
+
+
+def replace(folder, seed):
+    adapter(folder / ".new", seed)
+    os.replace(folder / ".new" / WEIGHTS, folder / "edit" / WEIGHTS)
+
+
+def test_one_that_was_replaced_is_looked_up_again(requests, tmp_path):
+    requests["edit"] = look_up(requests)
+    assert "edit" in requests
+    replace(tmp_path, 2)
+    assert "edit" not in requests
+    requests["edit"] = look_up(requests)
+    assert "edit" in requests
+    assert "other" not in requests
+
+
+def test_one_that_changes_while_it_is_read_is_looked_up_again(requests, tmp_path):
+    request = look_up(requests)
+    replace(tmp_path, 2)
+    requests["edit"] = request
+    assert "edit" not in requests
+
+
+def test_what_could_not_be_loaded_does_not_bring_back_what_was_there_before(requests, tmp_path):
+    requests["edit"] = look_up(requests)
+    replace(tmp_path, 2)
+    look_up(requests)  # and the engine refuses it
+    assert "edit" not in requests
+
+
+def test_one_that_was_loaded_by_a_path_is_looked_up_again_too(requests, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    requests["alias"] = LoRARequest("alias", 3, str(tmp_path / "edit"))
+    assert "alias" in requests
+    replace(tmp_path, 2)
+    assert "alias" not in requests
+
+
+def test_a_request_keeps_the_adapter_that_it_was_checked_for(requests, tmp_path):
+    from vllm.entrypoints.serve.engine.serving import BaseServing
+
+    from redpeft.serving import plugin
+
+    plugin.register()
+    requests["edit"] = request = look_up(requests)
+    replace(tmp_path, 2)
+    serving = SimpleNamespace(models=SimpleNamespace(lora_requests=requests))
+    assert BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="edit")) is request
