@@ -25,6 +25,7 @@ from redpeft.adapters.files import (
     read_adapter,
     write_adapter,
 )
+from redpeft.adapters.fold.base import checkpoint_fingerprint
 from redpeft.adapters.fold.checkpoint import Checkpoint, local_folder
 from redpeft.adapters.fold.exactness import WARN_ABOVE
 from redpeft.adapters.fold.llama import as_llama
@@ -36,7 +37,7 @@ from redpeft.adapters.fold.write import changes, write_rest, write_weights
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
 from redpeft.adapters.preview import empty_model, model_config
 from redpeft.errors import UserError, some
-from redpeft.method.fingerprint import FLOATS, difference, fingerprint_of
+from redpeft.method.fingerprint import FLOATS, difference
 from redpeft.method.layer import output_width
 from redpeft.method.sites import find_sites
 
@@ -196,10 +197,9 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
                 f"{width} there, and {edit.scale.numel()} in the adapter"
             )
     saved = adapter.config.get("base_fingerprint")
-    plain = all(hasattr(original.get_submodule(site), "weight") for site in adapter.edits)
-    if not saved or not plain or any(is_quantised(original.config, site) for site in adapter.edits):
+    if not saved:
         return
-    found = fingerprint_of({s: checkpoint.read(names.find(f"{s}.weight")) for s in sorted(adapter.edits)})
+    found = checkpoint_fingerprint({site: site for site in adapter.edits}, original, checkpoint, names)
     if differs := difference(saved, found):
         raise UserError(f"{adapter.folder} is for another base model than {checkpoint.folder}: {differs}")
 
