@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from redpeft.method.fingerprint import fingerprint
+
 from .making import LAYERS, SITES, TOKENS, WIDTH, adapter
 
 PROMPTS = ["The quick brown fox", "serve", "A table of edits, a gather, a sum", "zebra crossing"]
@@ -38,6 +40,20 @@ def base(tmp_path_factory, tiny_chat_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_chat_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def own_fingerprint(base) -> dict:
+    """What an adapter that was trained on this base model says of it."""
+    from transformers import AutoModelForCausalLM
+
+    return fingerprint(AutoModelForCausalLM.from_pretrained(base), SITES)
+
+
+@pytest.fixture(scope="session")
+def other_fingerprint(own_fingerprint) -> dict:
+    """Of a base model of the same shape, such as its chat version."""
+    return {**own_fingerprint, "samples": [1.02 * value for value in own_fingerprint["samples"]]}
 
 
 @pytest.fixture(scope="session")

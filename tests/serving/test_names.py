@@ -17,26 +17,38 @@ import inspect, json
 from vllm.lora import model_manager, worker_manager, lora_model, request
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
 from vllm.model_executor.layers import linear
+from vllm.entrypoints.serve.instrumentator import metrics
+from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
 manager, worker = model_manager.LRUCacheLoRAModelManager, worker_manager.LRUCacheWorkerLoRAManager
 print(json.dumps({
     f"{owner.__name__.rpartition('.')[2]}.{name}": list(inspect.signature(getattr(owner, name)).parameters)
     for owner, names in [
         (manager, "__init__ _create_lora_modules activate_adapter _create_merged_loras_inplace _get_punica_wrapper"),
+        (manager, "remove_oldest_adapter list_adapters"),
         (worker, "__init__ create_lora_manager _load_adapter set_active_adapters _apply_adapters add_adapter"),
         (lora_model.LoRAModel, "__init__"),
         (LoRAModelRunnerMixin, "load_lora_model"),
         (EngineCore, "add_lora"),
         (kv_cache_utils, "_gen_lora_extra_hash_keys"),
         (OpenAIServingModels, "__init__ show_available_models resolve_lora"),
+        (BaseServing, "_maybe_get_adapters"),
+        (OutputProcessor, "_update_stats_from_output"),
+        (metrics, "get_prometheus_registry"),
+        (FilesystemResolver, "_get_lora_req_from_path"),
         (PunicaWrapperBase, "_update_base_metadata"),
     ]
     for name in names.split()
 }))
 assert "self._token_lora_indices[: base_indices.shape[0]].copy_(" in inspect.getsource(PunicaWrapperBase)
+made = inspect.getsource(RequestState.__init__)
+assert all(f"self.{name} = " in made for name in ("lora_name", "prompt_len", "is_prefilling"))
+assert "registry = get_prometheus_registry()" in inspect.getsource(metrics.attach_router)
 """
 NAMES = {
     "LRUCacheLoRAModelManager.__init__": "self model max_num_seqs max_num_batched_tokens vocab_size lora_config "
@@ -45,6 +57,8 @@ NAMES = {
     "LRUCacheLoRAModelManager.activate_adapter": "self lora_id",
     "LRUCacheLoRAModelManager._create_merged_loras_inplace": "self lora_model",
     "LRUCacheLoRAModelManager._get_punica_wrapper": "self module_name",
+    "LRUCacheLoRAModelManager.remove_oldest_adapter": "self",
+    "LRUCacheLoRAModelManager.list_adapters": "self",
     "LRUCacheWorkerLoRAManager.__init__": "self vllm_config device embedding_modules lora_model_cls",
     "LRUCacheWorkerLoRAManager.create_lora_manager": "self model vllm_config",
     "LRUCacheWorkerLoRAManager._load_adapter": "self lora_request",
@@ -58,6 +72,11 @@ NAMES = {
     "OpenAIServingModels.__init__": "self engine_client base_model_paths lora_modules",
     "OpenAIServingModels.show_available_models": "self",
     "OpenAIServingModels.resolve_lora": "self lora_name",
+    "BaseServing._maybe_get_adapters": "self request supports_default_mm_loras",
+    "OutputProcessor._update_stats_from_output": "self req_state engine_core_output engine_core_timestamp "
+    "iteration_stats",
+    "metrics.get_prometheus_registry": "",
+    "FilesystemResolver._get_lora_req_from_path": "self lora_name lora_path base_model_name",
     "PunicaWrapperBase._update_base_metadata": "self mapping lora_index_to_id max_loras vocab_size",
 }
 
@@ -72,14 +91,14 @@ def test_the_names_are_there_and_take_what_they_took():
 
 @pytest.mark.serving
 def test_what_is_put_in_their_place_takes_the_same_and_only_once():
-    from redpeft.serving import engine
+    from redpeft.serving import hooks
 
-    engine.install()
-    before = engine.EngineCore.add_lora
-    engine.install()
-    assert engine.EngineCore.add_lora is before
-    assert before.__annotations__["lora_request"] is engine.LoRARequest  # the engine decodes its arguments by this
-    assert list(inspect.signature(engine.load_lora_model).parameters)[1:] == ["model", "vllm_config", "device"]
+    hooks.install()
+    before = hooks.EngineCore.add_lora
+    hooks.install()
+    assert hooks.EngineCore.add_lora is before
+    assert before.__annotations__["lora_request"] is hooks.LoRARequest  # the engine decodes its arguments by this
+    assert list(inspect.signature(hooks.load_lora_model).parameters)[1:] == ["model", "vllm_config", "device"]
 
 
 @pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.32.0rc1"])

@@ -1,82 +1,18 @@
-"""A real server on a loopback port, called by OpenAI's client."""
+"""`redpeft serve` on a folder, called by OpenAI's client."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
 import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 
-from .making import TOKENS, adapter, edits
+from .making import adapter, edits
+from .server import Server, put
 
 pytestmark = pytest.mark.serving
-STARTED = 300  # seconds
-
-
-class Server:
-    def __init__(self, base: Path, folder: Path, log: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.log = folder, log
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--max-model-len", "128"]
-        command = ["redpeft", "serve", str(base), "--adapters", str(folder), "--max-adapters", "3", "--"]
-        command = [str(Path(sys.executable).with_name("redpeft")), *command[1:]]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*command, *options, "--enforce-eager", "--served-model-name", "base", "--max-num-seqs", "16"],
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-
-    def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}/{path}"
-
-    def wait(self) -> None:
-        end = time.monotonic() + STARTED
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(self.url("health"), timeout=5)
-                return
-            except OSError:
-                time.sleep(1)
-        raise TimeoutError(self.log.read_text()[-3000:])
-
-    @property
-    def client(self):
-        from openai import OpenAI
-
-        return OpenAI(base_url=self.url("v1"), api_key="none", max_retries=0, timeout=120)
-
-    def ask(self, name: str, prompt: list[int], tokens: int = TOKENS) -> list[int]:
-        extra = {"ignore_eos": True, "return_token_ids": True}
-        found = self.client.completions.create(
-            model=name, prompt=prompt, max_tokens=tokens, temperature=0, extra_body=extra
-        )
-        return found.choices[0].token_ids
-
-    def models(self) -> list[str]:
-        return [model.id for model in self.client.models.list()]
-
-    def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +26,7 @@ def server(base, adapters, tmp_path_factory):
     save_file(tensors, root / "served" / "damaged" / "adapter_model.safetensors")
     adapter(root / "outside", 21)
     made = Server(base, root / "served", root / "log")
-    made.wait()
-    yield made
+    yield made.wait()
     made.stop()
 
 
@@ -138,10 +73,8 @@ def test_names_do_not_lead_out_of_the_folder(server, name):
 
 
 def test_no_request_loads_from_outside_the_folder(server):
-    body = json.dumps({"lora_name": "outside", "lora_path": str(server.folder.parent / "outside")}).encode()
-    request = urllib.request.Request(server.url("v1/load_lora_adapter"), body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=60)
+        server.post("v1/load_lora_adapter", lora_name="outside", lora_path=str(server.folder.parent / "outside"))
     assert "not served, since it is not below" in caught.value.read().decode()
     assert "outside" not in server.models()
 
@@ -154,9 +87,7 @@ def test_new_ones_are_picked_up_replaced_ones_answer_anew_and_removed_ones_are_g
     assert "later" in server.models()
     for _ in range(2):
         reference.check([server.ask("later", prompt)], [prompt], [adapters[7]])
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapters[8] / file, server.folder / "later" / "new")
-        os.replace(server.folder / "later" / "new", server.folder / "later" / file)
+    put(adapters[8], server.folder / "later")
     for _ in range(2):
         reference.check([server.ask("later", prompt)], [prompt], [adapters[8]])
     shutil.rmtree(server.folder / "later")
@@ -178,3 +109,9 @@ def test_sites_that_the_server_has_no_table_for_are_named(server):
     adapter(server.folder / "attention", 30, ["model.layers.0.self_attn.o_proj"])
     assert refused(server, "attention").status_code == 400
     assert "it edits model.layers.0.self_attn.o_proj, and this server has tables for" in server.log.read_text()
+
+
+def test_an_adapter_of_another_base_model_is_refused(server, other_fingerprint):
+    adapter(server.folder / "foreign", 31, base_fingerprint=other_fingerprint)
+    assert refused(server, "foreign").status_code == 400
+    assert f"is for another base model than {server.base}: the weights differ" in server.log.read_text()

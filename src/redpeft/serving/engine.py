@@ -1,4 +1,4 @@
-"""All that touches vLLM's private names: RED adapters on its own adapter machinery.
+"""RED adapters on vLLM's own adapter machinery; it touches vLLM's private names, as `hooks` says.
 
 vLLM keeps adapters in a cache on the CPU, moves those of a batch into slots and tells every layer each token's slot.
 The managers here add to it: they hang a table of edits on each site, read RED adapters, and fill the tables where vLLM
@@ -7,15 +7,13 @@ fills the slots of its LoRA layers. A request has one adapter, LoRA or RED, so w
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from torch import nn
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
@@ -24,17 +22,13 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowParallelLinear
-from vllm.model_executor.models import supports_lora
 from vllm.model_executor.models.utils import PPMissingLayer
-from vllm.v1.core import kv_cache_utils
-from vllm.v1.engine.core import EngineCore
-from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
-from redpeft.serving import frontend
+from redpeft.serving import metrics
+from redpeft.serving.base import Base
 from redpeft.serving.folder import Source, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
@@ -59,11 +53,16 @@ class RedModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, model: nn.Module, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         self.options = Options.of(vllm_config.additional_config)
-        self.hf_config = vllm_config.model_config.hf_config
+        model_config = vllm_config.model_config
+        self.hf_config = model_config.hf_config
+        self.base = Base(
+            model_config.model, self.hf_config, model_config.revision, vllm_config.load_config.download_dir
+        )
         self.widths: dict[str, int] = {}  # by site; those on other pipeline ranks too
         self.places: dict[str, str] = {}  # the engine's module of each site of this rank
         self.tables: dict[str, SlotTable] = {}  # by that module
         self.problem = ""  # why there are no tables
+        self.counts = vllm_config.parallel_config.rank == 0  # all ranks do the same
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
 
     def _create_lora_modules(self) -> None:
@@ -126,7 +125,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def edits_of(self, adapter: Adapter) -> dict[str, Edit]:
         """An adapter's edits by the engine's modules; those on other pipeline ranks are left out.
 
-        Raises `UserError` for a head, for sites without a table, and for widths of another model.
+        Raises `UserError` for a head, for sites without a table, and for widths or weights of another model.
         """
         if self.problem:
             raise UserError(f"{adapter.folder}: cannot be served with this model: {self.problem}")
@@ -145,16 +144,34 @@ class RedModelManager(LRUCacheLoRAModelManager):
             if width != self.widths[site]:
                 expected = self.widths[site]
                 raise UserError(f"{adapter.folder}: {path} has width {width}, and {expected} in this base model")
+        self.base.check(adapter, sites)
         return {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
 
     def activate_adapter(self, lora_id: int) -> bool:
+        held = list(self.lora_index_to_id)
         fresh = super().activate_adapter(lora_id)
         if fresh:
             slot = self.lora_index_to_id.index(lora_id)
-            edits = getattr(self._registered_adapters[lora_id], "edits", {})
+            adapters = self._registered_adapters.cache
+            edits = getattr(adapters[lora_id], "edits", {})
             for name, table in self.tables.items():
                 table.fill(slot, edits.get(name))
+            self.count(adapters[lora_id], "adapter_slot_loads")
+            if held[slot] is not None:
+                self.count(adapters[held[slot]], "adapter_slot_evictions")
         return fresh
+
+    def remove_oldest_adapter(self) -> bool:
+        before = self.list_adapters()
+        removed = super().remove_oldest_adapter()
+        for number in before.keys() - self.list_adapters().keys():
+            self.count(before[number], "adapter_evictions")
+        return removed
+
+    def count(self, adapter: LoRAModel, what: str) -> None:
+        """Count an adapter's load or eviction; not those of vLLM's warm-up, whose adapters have no names."""
+        if self.counts and (name := getattr(adapter, "served_name", None)) is not None:
+            metrics.tally.add(name, **{what: 1})
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if lora_model.loras:  # vLLM's own takes the first of them
@@ -181,6 +198,12 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         return self._adapter_manager.model
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        adapter = self._read_adapter(lora_request)
+        adapter.served_name = lora_request.lora_name
+        self._adapter_manager.count(adapter, "adapter_loads")
+        return adapter
+
+    def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         options, path = self._adapter_manager.options, Path(get_adapter_absolute_path(lora_request.lora_path))
         if options.folder is not None and not Source(options.folder).holds(path):
             raise UserError(f"{path}: not served, since it is not below {options.folder}")
@@ -211,66 +234,3 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         if len(self._requests) > REMEMBERED:
             del self._requests[next(iter(self._requests))]
         return loaded
-
-
-def load_lora_model(
-    runner: LoRAModelRunnerMixin, model: nn.Module, vllm_config: VllmConfig, device: torch.device
-) -> nn.Module:
-    """In the place of the runner's own: a server of RED alone needs nothing of the model's class."""
-    if not supports_lora(model) and not Options.of(vllm_config.additional_config).only:
-        raise ValueError(
-            f"vLLM's {type(model).__name__} does not support LoRA; RED adapters alone can be served with it "
-            f'(--additional-config \'{{"{KEY}": {{"only": true}}}}\')'
-        )
-    runner.lora_manager = RedWorkerManager(vllm_config, device, getattr(model, "embedding_modules", {}))
-    return runner.lora_manager.create_lora_manager(model, vllm_config)
-
-
-def _without_lora(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A mixture of experts as it runs without LoRA, in a server of RED alone: LoRA's kernels need a GPU."""
-
-    @functools.wraps(post_init)
-    def after_init(config: FusedMoEConfig) -> None:
-        told = get_current_vllm_config_or_none()
-        if told is not None and Options.of(told.additional_config).only:
-            config.is_lora_enabled = False
-        post_init(config)
-
-    return after_init
-
-
-_generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
-
-
-def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool]:
-    """The engine's `add_lora`, which counts: what was cached with what an adapter was before is out of date.
-
-    The engine reads the method's annotations to decode its arguments, so these have to stay.
-    """
-
-    @functools.wraps(add_lora)
-    def add(core: EngineCore, lora_request: LoRARequest) -> bool:
-        loaded = add_lora(core, lora_request)
-        _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
-        return loaded
-
-    return add
-
-
-def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
-    """In the place of the prefix cache's own, which knows an adapter by name and path: by what was loaded too."""
-    lora = request.lora_request
-    if not lora:
-        return []
-    return [("lora", lora.lora_name, lora.lora_path, lora.lora_int_id, _generations.get(lora.lora_int_id, 0))]
-
-
-def install() -> None:
-    """Put all of it in place; a second call changes nothing."""
-    if LoRAModelRunnerMixin.load_lora_model is load_lora_model:
-        return
-    LoRAModelRunnerMixin.load_lora_model = load_lora_model
-    FusedMoEConfig.__post_init__ = _without_lora(FusedMoEConfig.__post_init__)
-    EngineCore.add_lora = _counted(EngineCore.add_lora)
-    kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys
-    frontend.install()

@@ -37,17 +37,21 @@ class Source:
 
     def find(self, name: str) -> Path | None:
         """Where the adapter of this name lies, which `read` reads; None where there is none, or outside the folder."""
-        below = PurePosixPath(name)
-        if not name or "\0" in name or below.is_absolute() or {"..", "."} & set(name.split("/")):
+        if leads_out(name):
             return None
         if self.root.is_file():
             return self.root / name if name in self.names else None
-        folder = find_adapter(self.root / below)
+        folder = find_adapter(self.root / name)
         return folder if (folder / CONFIG_NAME).is_file() and self.holds(folder) else None
 
     def holds(self, path: Path) -> bool:
         """Whether a path lies below the folder when all links are followed."""
         return path.resolve().is_relative_to(self.root.resolve())
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name from a request is none, or anything but a plain path below a folder."""
+    return not name or "\0" in name or PurePosixPath(name).is_absolute() or bool({"..", "."} & set(name.split("/")))
 
 
 def is_red(path: Path) -> bool:

@@ -24,9 +24,9 @@ def register() -> None:
     except UserError as error:
         logger.error("%s", error)
         return
-    from redpeft.serving import engine
+    from redpeft.serving import hooks
 
-    engine.install()
+    hooks.install()
 
 
 def check_version() -> str:

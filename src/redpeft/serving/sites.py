@@ -24,7 +24,7 @@ def widths_of_sites(config: PretrainedConfig, sites: Sequence[str]) -> dict[str,
     `sites`: kinds ("ffn", "attention", "qkv"), or paths. Raises `UserError` for a model that transformers cannot build
     and for sites that it does not have.
     """
-    model = _empty_model(config)
+    model = empty_model(config)
     paths = [site for site in sites if "." in site]
     kinds = [site for site in sites if "." not in site]
     found = {site.name: site.width for site in find_sites(model, kinds)} if kinds else {}
@@ -53,7 +53,8 @@ def _same_end(longer: str, shorter: str) -> bool:
     return longer.endswith(f".{shorter}") and any(part.isdigit() for part in shorter.split("."))
 
 
-def _empty_model(config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The base model without its weights, as transformers has it. `UserError`: it cannot be built."""
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     try:
         return on_meta(architecture or AutoModel, config)

@@ -60,7 +60,7 @@ class SlotTable(nn.Module):
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """As the forward hook of the site's module. The engine's linears return their output and a bias that is still
-        to be added, of which `hang` has made sure that there is none."""
+        to be added, of which `_table` in `engine` has made sure that there is none."""
         if isinstance(output, tuple):
             return self(output[0]), *output[1:]
         return self(output)

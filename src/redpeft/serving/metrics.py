@@ -1,0 +1,64 @@
+"""Counts by adapter beside vLLM's own metrics; it touches vLLM's private names, as `hooks` says."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+from vllm.entrypoints.serve.instrumentator import metrics as endpoint
+from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+
+from redpeft.serving.tally import COUNTED, Tally, read_counts, share
+
+tally = Tally()
+
+
+class AdapterCounts(Collector):
+    """A counter for each of `COUNTED`, `redpeft:<name>_total`, by `adapter_name`."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        tally.write()
+        total = read_counts()
+        for name, meaning in COUNTED.items():
+            family = CounterMetricFamily(f"redpeft:{name}", meaning, labels=["adapter_name"])
+            for adapter, counts in total.items():
+                if name in counts:
+                    family.add_metric([adapter], counts[name])
+            yield family
+
+
+def _with_counts(get_registry: Callable[[], CollectorRegistry]) -> Callable[[], CollectorRegistry]:
+    @functools.wraps(get_registry)
+    def get() -> CollectorRegistry:
+        registry = get_registry()
+        with contextlib.suppress(ValueError):  # it is there already: the process's own registry
+            registry.register(AdapterCounts())
+        return registry
+
+    return get
+
+
+def _counted(update: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's statistics of each output of the engine, by adapter too. A request's first output has its prompt's."""
+
+    @functools.wraps(update)
+    def count(processor: OutputProcessor, state: RequestState, output: Any, *args: Any) -> None:
+        update(processor, state, output, *args)
+        if state.lora_name is None or not processor.log_stats:
+            return
+        if state.is_prefilling:
+            tally.add(state.lora_name, requests=1, prompt_tokens=state.prompt_len)
+        tally.add(state.lora_name, generation_tokens=len(output.new_token_ids))
+
+    return count
+
+
+def install() -> None:
+    share()
+    endpoint.get_prometheus_registry = _with_counts(endpoint.get_prometheus_registry)
+    OutputProcessor._update_stats_from_output = _counted(OutputProcessor._update_stats_from_output)

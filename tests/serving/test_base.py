@@ -1,0 +1,66 @@
+"""An adapter of another base model than the one on disk is told by its fingerprint."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+
+import pytest
+from transformers import AutoConfig
+
+from redpeft.adapters import read_adapter
+from redpeft.errors import UserError
+from redpeft.serving.base import Base
+
+from .making import SITES, adapter
+
+NAMED = {site: site for site in SITES}
+
+
+@pytest.fixture
+def check(base, tmp_path):
+    def check(saved, sites=NAMED, name=None):
+        folder = adapter(tmp_path / "edit", 1, list(sites), base_fingerprint=saved)
+        Base(str(name or base), AutoConfig.from_pretrained(base)).check(read_adapter(folder), sites)
+
+    return check
+
+
+def test_its_own_base_and_none_named_are_let_through(check, own_fingerprint):
+    check(own_fingerprint)
+    check(None)
+
+
+def test_other_weights_are_refused(check, other_fingerprint, base):
+    with pytest.raises(UserError, match=f"edit is for another base model than {base}: the weights differ"):
+        check(other_fingerprint)
+
+
+def test_other_shapes_are_refused(check, own_fingerprint):
+    with pytest.raises(UserError, match="the edited modules have other names or shapes"):
+        check({**own_fingerprint, "shapes": "0" * 16})
+
+
+def test_modules_may_have_other_names_in_the_adapter(base, check):
+    """As where it was trained on the model without its head."""
+    from transformers import AutoModel
+
+    from redpeft.method.fingerprint import fingerprint
+
+    own = {site.removeprefix("model."): site for site in SITES}
+    saved = fingerprint(AutoModel.from_pretrained(base), own)
+    check(saved, own)
+    with pytest.raises(UserError, match="the weights differ"):
+        check({**saved, "samples": saved["samples"][::-1]}, own)
+
+
+@pytest.mark.parametrize("kind", ["no weights", "no such model"])
+def test_where_there_is_nothing_to_compare_it_is_let_through_with_a_word(
+    check, base, other_fingerprint, tmp_path, caplog, kind
+):
+    empty = tmp_path / "empty"
+    if kind == "no weights":
+        shutil.copytree(base, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    with caplog.at_level(logging.INFO, "vllm.redpeft"):
+        check(other_fingerprint, name=empty if kind == "no weights" else "nobody/no-such-model")
+    assert "adapters of another base model would not be noticed: " in caplog.text
