@@ -63,9 +63,7 @@ def test_an_adapter_of_another_base_model_is_refused_with_the_reason(server, oth
     folder = adapter(tmp_path / "foreign", 10, base_fingerprint=other_fingerprint)
     with pytest.raises(urllib.error.HTTPError) as caught:
         server.post("v1/load_lora_adapter", lora_name="foreign", lora_path=str(folder))
-    assert (
-        "is for another base model than <path>: the weights differ" in caught.value.read().decode()
-    )
+    assert "is for another base model than <path>: the weights differ" in caught.value.read().decode()
     assert f"{folder} is for another base model than {server.base}: the weights differ" in server.log.read_text()
     assert "foreign" not in server.models()
 
