@@ -20,6 +20,7 @@ from vllm.model_executor.layers import linear
 from vllm.entrypoints.serve.instrumentator import metrics
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
@@ -48,6 +49,7 @@ print(json.dumps({
 assert "self._token_lora_indices[: base_indices.shape[0]].copy_(" in inspect.getsource(PunicaWrapperBase)
 made = inspect.getsource(RequestState.__init__)
 assert all(f"self.{name} = " in made for name in ("lora_name", "prompt_len", "is_prefilling"))
+assert "self.engine_core = " in inspect.getsource(AsyncLLM.__init__)  # its processes are started there
 assert "registry = get_prometheus_registry()" in inspect.getsource(metrics.attach_router)
 """
 NAMES = {

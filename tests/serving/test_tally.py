@@ -10,7 +10,7 @@ import time
 import pytest
 
 from redpeft.serving import tally
-from redpeft.serving.tally import FOLDER, Tally, read_counts
+from redpeft.serving.tally import FOLDER, OF_SERVERS, Tally, read_counts
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_what_is_counted_is_written_a_moment_later(monkeypatch, folder):
         while read_counts() != {"a": {"requests": expected}}:
             assert time.monotonic() < end
             time.sleep(0.01)
-    assert [file.name for file in folder.iterdir()] == [f"{os.getpid()}.json"]
+    assert [file.name for file in folder.iterdir()] == [f"redpeft-{os.getpid()}.json"]
 
 
 def test_the_adapter_that_was_counted_longest_ago_is_forgotten():
@@ -56,8 +56,21 @@ def test_the_adapter_that_was_counted_longest_ago_is_forgotten():
 def test_without_a_server_nothing_is_written(monkeypatch, folder):
     monkeypatch.delenv(FOLDER)
     monkeypatch.setattr(tally, "Timer", None)
-    Tally().add("a", requests=1)
+    one = Tally()
+    one.add("a", requests=1)
+    one.write()
     assert list(folder.iterdir()) == []
+    assert read_counts() == {}
+
+
+def test_several_api_servers_share_the_folder_that_vllm_makes_for_them(monkeypatch, tmp_path):
+    monkeypatch.delenv(FOLDER)
+    monkeypatch.setenv(OF_SERVERS, str(tmp_path))
+    one = Tally()
+    one.add("a", requests=1)
+    one.write()
+    (tmp_path / "counter_7.db").touch()  # vLLM's own
+    assert read_counts() == {"a": {"requests": 1}}
 
 
 def test_a_folder_that_is_gone_stops_nobody(monkeypatch, folder):

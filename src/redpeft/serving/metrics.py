@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 from vllm.entrypoints.serve.instrumentator import metrics as endpoint
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 
 from redpeft.serving.tally import COUNTED, Tally, read_counts, share
@@ -58,7 +59,16 @@ def _counted(update: Callable[..., None]) -> Callable[..., None]:
     return count
 
 
+def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def build(engine: AsyncLLM, *args: Any, **kwargs: Any) -> None:
+        share()  # before the engine's processes start
+        init(engine, *args, **kwargs)
+
+    return build
+
+
 def install() -> None:
-    share()
+    AsyncLLM.__init__ = _with_folder(AsyncLLM.__init__)
     endpoint.get_prometheus_registry = _with_counts(endpoint.get_prometheus_registry)
     OutputProcessor._update_stats_from_output = _counted(OutputProcessor._update_stats_from_output)

@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 from threading import Lock, Timer
 
-FOLDER = "REDPEFT_METRICS_DIR"  # in the environment, which a server's processes inherit
+# In the environment, which a server's processes inherit: ours, or vLLM's where it runs several API servers
+FOLDER, OF_SERVERS = "REDPEFT_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
 KEPT = 1024  # adapters that a process keeps counts of: those that it had to do with last
 DELAY = 1.0  # seconds
 COUNTED = {
@@ -47,7 +48,7 @@ class Tally:
             self._counts[adapter] = counts
             if len(self._counts) > self.kept:
                 del self._counts[next(iter(self._counts))]
-            if self._is_due or FOLDER not in os.environ:
+            if self._is_due or folder() is None:
                 return
             self._is_due = True
         timer = Timer(DELAY, self.write)
@@ -59,12 +60,20 @@ class Tally:
         with self._lock:
             self._is_due = False
             text = json.dumps(self._counts)
-        file = Path(os.environ[FOLDER]) / f"{os.getpid()}.json"
+        if (shared := folder()) is None:
+            return
+        file = shared / f"redpeft-{os.getpid()}.json"
         try:
             file.with_suffix(".partial").write_text(text, encoding="utf-8")
             file.with_suffix(".partial").replace(file)
         except OSError:  # the server is ending and its folder is gone, or the disk is full: the next one is in time
             return
+
+
+def folder() -> Path | None:
+    """The folder that this server's processes share; None outside of servers."""
+    found = os.environ.get(FOLDER) or os.environ.get(OF_SERVERS)
+    return Path(found) if found else None
 
 
 def share() -> None:
@@ -77,7 +86,8 @@ def share() -> None:
 def read_counts() -> dict[str, Counter[str]]:
     """The counts of all processes together, by adapter; of those that have ended too."""
     total: dict[str, Counter[str]] = {}
-    for file in sorted(Path(os.environ[FOLDER]).glob("*.json")):
+    shared = folder()
+    for file in sorted(shared.glob("redpeft-*.json")) if shared else []:
         for adapter, counts in json.loads(file.read_text(encoding="utf-8")).items():
             total.setdefault(adapter, Counter()).update(counts)
     return total
