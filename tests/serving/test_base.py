@@ -19,9 +19,11 @@ NAMED = {site: site for site in SITES}
 
 @pytest.fixture
 def check(base, tmp_path):
-    def check(saved, sites=NAMED, name=None):
+    def check(saved, sites=NAMED, name=None, **options):
         folder = adapter(tmp_path / "edit", 1, list(sites), base_fingerprint=saved)
-        Base(str(name or base), AutoConfig.from_pretrained(base)).check(read_adapter(folder), sites)
+        config = AutoConfig.from_pretrained(base)
+        config.quantization_config = options.pop("quantised", None)
+        Base(str(name or base), config, **options).check(read_adapter(folder), sites)
 
     return check
 
@@ -54,13 +56,30 @@ def test_modules_may_have_other_names_in_the_adapter(base, check):
         check({**saved, "samples": saved["samples"][::-1]}, own)
 
 
-@pytest.mark.parametrize("kind", ["no weights", "no such model"])
+def test_of_a_name_on_the_hub_the_files_are_those_that_the_engine_has_downloaded(
+    check, base, own_fingerprint, other_fingerprint, tmp_path
+):
+    cached = tmp_path / "cache" / "models--some--base"
+    shutil.copytree(base, cached / "snapshots" / "abc")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text("abc")
+    hub = {"name": "some/base", "revision": "v1", "cache": str(tmp_path / "cache")}
+    check(own_fingerprint, **hub)
+    with pytest.raises(UserError, match="is for another base model than some/base: the weights differ"):
+        check(other_fingerprint, **hub)
+
+
+@pytest.mark.parametrize("kind", ["no weights", "no such model", "quantised"])
 def test_where_there_is_nothing_to_compare_it_is_let_through_with_a_word(
     check, base, other_fingerprint, tmp_path, caplog, kind
 ):
-    empty = tmp_path / "empty"
-    if kind == "no weights":
-        shutil.copytree(base, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(base, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    options = {
+        "no weights": {"name": tmp_path / "empty"},
+        "no such model": {"name": "nobody/no-such-model"},
+        "quantised": {"quantised": {"quant_method": "gptq"}},
+    }
     with caplog.at_level(logging.INFO, "vllm.redpeft"):
-        check(other_fingerprint, name=empty if kind == "no weights" else "nobody/no-such-model")
-    assert "adapters of another base model would not be noticed: " in caplog.text
+        check(other_fingerprint, **options[kind])
+    assert "adapters of another base model than " in caplog.text
+    assert " would not be noticed: " in caplog.text

@@ -42,11 +42,14 @@ class Base:
     def _fingerprint(self, sites: Mapping[str, str]) -> dict | None:
         key = frozenset(sites.items())
         if key not in self._known:
-            self._known[key] = None
+            found, why = None, "its weights are quantised, or a mixture of experts"
             try:
-                self._known[key] = checkpoint_fingerprint(sites, *self._files)
+                found = checkpoint_fingerprint(sites, *self._files)
             except (UserError, OSError, ValueError) as error:
-                logger.info("adapters of another base model would not be noticed: %s", first_line(error))
+                why = first_line(error)
+            if found is None:
+                logger.info("adapters of another base model than %s would not be noticed: %s", self.name, why)
+            self._known[key] = found
         return self._known[key]
 
     @cached_property
