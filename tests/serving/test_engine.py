@@ -30,6 +30,9 @@ KINDS = {
 }
 
 
+RED_ALONE = pytest.mark.parametrize("llm", list(KINDS)[1:], indirect=True)  # vLLM's LoRA layers are slow on a CPU
+
+
 @pytest.fixture(scope="module", params=KINDS)
 def llm(request, base):
     made = engine(base, **KINDS[request.param])
@@ -65,6 +68,7 @@ def test_a_mixed_batch_answers_as_transformers_with_the_same_edits(llm, adapters
     assert len({tuple(answer) for answer in found}) == len(set(zip(numbers, map(tuple, batch), strict=True)))
 
 
+@RED_ALONE
 def test_more_adapters_than_slots_take_turns(llm, adapters, prompts, reference):
     for _ in range(2):  # evicted and loaded again
         numbers = range(len(adapters))
@@ -72,6 +76,7 @@ def test_more_adapters_than_slots_take_turns(llm, adapters, prompts, reference):
         reference.check(found, [prompts[0]] * len(adapters), adapters)
 
 
+@RED_ALONE
 def test_an_adapter_of_one_layer_leaves_the_others_alone(llm, adapters, prompts, reference):
     for number in (0, 11, 1, 11):  # into a slot that a fuller one had
         found = answers(llm, prompts[:2], [asked(adapters, number)] * 2)
@@ -96,6 +101,7 @@ def test_the_base_in_a_mixed_batch_is_the_engine_without_adapters_bit_for_bit(ll
     assert mixed[1] != plain[1]
 
 
+@RED_ALONE
 def test_replaced_in_place_it_answers_anew_at_once(llm, adapters, prompts, reference, tmp_path):
     folder = tmp_path / "edit"
     long = prompts[2] * 2  # several blocks of the prefix cache
