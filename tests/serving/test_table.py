@@ -43,6 +43,14 @@ def test_each_token_gets_the_edit_in_its_slot(slots, seed):
     torch.testing.assert_close(table(hidden).double(), by_loop(hidden, token_slots, edits), rtol=1e-6, atol=1e-4)
 
 
+def test_a_batch_dimension_before_the_tokens_is_none_of_its_business():
+    table = SlotTable(2, WIDTH, torch.tensor([1, -1, 0]))
+    for slot in (0, 1):
+        table.fill(slot, random_edit(slot))
+    hidden = torch.randn(3, WIDTH)
+    assert torch.equal(table(hidden[None]), table(hidden)[None])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_token_without_an_adapter_keeps_every_bit(dtype):
     hidden = torch.tensor([[0.0, -0.0, 1e-30, -3.0, float("inf"), 65504.0]]).to(dtype)

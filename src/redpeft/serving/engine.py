@@ -15,20 +15,20 @@ import msgspec
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import MoERunner
-from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowParallelLinear
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
 from redpeft.serving import metrics
 from redpeft.serving.base import Base
+from redpeft.serving.checks import FOLD, check_model, check_site, is_partial
 from redpeft.serving.folder import Source, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
@@ -37,7 +37,6 @@ from redpeft.serving.table import SlotTable
 logger = init_logger("vllm.redpeft")
 
 REMEMBERED = 4096  # adapters that were in a batch of late, by number; far more than requests are answered at a time
-FOLD = "fold the adapter into its base (redpeft fold) and serve that"
 
 
 class RedAdapter(LoRAModel):
@@ -53,6 +52,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
 
     def __init__(self, model: nn.Module, *args: Any, vllm_config: VllmConfig, **kwargs: Any) -> None:
         self.options = Options.of(vllm_config.additional_config)
+        self.vllm_config = vllm_config
         model_config = vllm_config.model_config
         self.hf_config = model_config.hf_config
         self.base = Base(
@@ -63,6 +63,9 @@ class RedModelManager(LRUCacheLoRAModelManager):
         self.tables: dict[str, SlotTable] = {}  # by that module
         self.problem = ""  # why there are no tables
         self.counts = vllm_config.parallel_config.rank == 0  # all ranks do the same
+        for name in ("is_3d_moe_weight", "is_non_gated_moe"):  # asked of every mixture of experts
+            if not hasattr(model, name):
+                setattr(model, name, getattr(SupportsLoRA, name))
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
 
     def _create_lora_modules(self) -> None:
@@ -77,6 +80,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
             logger.warning("RED adapters cannot be served with this model: %s", error)
 
     def _hang_tables(self) -> None:
+        check_model(self.model, self.vllm_config)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         widths = widths_of_sites(self.hf_config, self.options.sites)
         hung: list[tuple[str, str, SlotTable]] = []
@@ -110,17 +114,12 @@ class RedModelManager(LRUCacheLoRAModelManager):
 
     def _table(self, name: str, module: nn.Module, width: int) -> SlotTable:
         """The table of a module whose whole output lies on this rank, or is a part of a sum of the ranks' outputs."""
-        layer = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
-        if isinstance(layer, LinearBase) and not isinstance(layer, RowParallelLinear | ReplicatedLinear):
-            raise UserError(f"vLLM packs or splits {name} ({type(layer).__name__}), so it cannot be edited; {FOLD}")
-        if getattr(layer, "skip_bias_add", False) and layer.bias is not None:
-            raise UserError(f"vLLM adds the bias of {name} elsewhere, so its output cannot be edited; {FOLD}")
+        check_site(name, module, self.vllm_config)
         wrapper = self._get_punica_wrapper(name)
         if wrapper is None:
             raise UserError(f"vLLM serves no adapters in {name}, only in the language model; {FOLD}")
         wrapper._token_lora_indices.fill_(-1)  # until the first batch it holds whatever was in memory
-        is_partial = isinstance(layer, RowParallelLinear) and not layer.reduce_results and layer.tp_rank > 0
-        return SlotTable(self.lora_slots, width, wrapper._token_lora_indices, partial=is_partial)
+        return SlotTable(self.lora_slots, width, wrapper._token_lora_indices, partial=is_partial(module))
 
     def edits_of(self, adapter: Adapter) -> dict[str, Edit]:
         """An adapter's edits by the engine's modules; those on other pipeline ranks are left out.

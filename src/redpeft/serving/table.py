@@ -54,9 +54,11 @@ class SlotTable(nn.Module):
             bias.copy_(edit.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(tokens, width) -> (tokens, width), each token with the edit in its slot, in hidden's dtype."""
-        edits = self.rows[self.token_slots[: hidden.shape[0]]]
-        return apply_edit(hidden, edits[:, 0], edits[:, 1])
+        """(..., width) -> (..., width), each token with the edit in its slot, in hidden's dtype. The tokens are in
+        their order, in one dimension or, where the engine runs transformers' own model, in two."""
+        tokens = hidden.reshape(-1, self.width)
+        edits = self.rows[self.token_slots[: tokens.shape[0]]]
+        return apply_edit(tokens, edits[:, 0], edits[:, 1]).reshape(hidden.shape)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """As the forward hook of the site's module. The engine's linears return their output and a bias that is still
