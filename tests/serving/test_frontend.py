@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,15 @@ def test_what_could_not_be_loaded_does_not_bring_back_what_was_there_before(requ
     assert "edit" not in requests
 
 
+def test_one_that_was_removed_or_unloaded_is_forgotten(requests, tmp_path):
+    for remove in (lambda: requests.__delitem__("edit"), lambda: shutil.rmtree(tmp_path / "edit")):
+        requests["edit"] = look_up(requests)
+        remove()
+        assert "edit" not in requests
+        assert len(requests) == len(requests._stamps) == 0
+    assert look_up(requests) is None
+
+
 def test_one_that_was_loaded_by_a_path_is_looked_up_again_too(requests, tmp_path):
     from vllm.lora.request import LoRARequest
 
@@ -75,3 +85,18 @@ def test_a_request_keeps_the_adapter_that_it_was_checked_for(requests, tmp_path)
     replace(tmp_path, 2)
     serving = SimpleNamespace(models=SimpleNamespace(lora_requests=requests))
     assert BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="edit")) is request
+
+
+def test_the_mixes_of_adapters_in_vllms_gauge_stay_few():
+    from prometheus_client import CollectorRegistry, Gauge
+
+    from redpeft.serving import metrics
+
+    gauge = Gauge("mixes", "Adapters that run together.", ["running"], registry=CollectorRegistry())
+    record = metrics._bounded(lambda logger, number: logger.gauge_lora_info.labels(running=str(number)).set(1))
+    for number in range(3 * metrics.MOST_MIXES):
+        record(SimpleNamespace(gauge_lora_info=gauge), number)
+    kept = {sample.labels["running"] for sample in gauge.collect()[0].samples}
+    assert str(3 * metrics.MOST_MIXES - 1) in kept
+    assert len(kept) <= metrics.MOST_MIXES + 1
+    metrics._bounded(lambda logger: None)(SimpleNamespace(gauge_lora_info=None))  # a server without adapters

@@ -26,6 +26,7 @@ from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 manager, worker = model_manager.LRUCacheLoRAModelManager, worker_manager.LRUCacheWorkerLoRAManager
 print(json.dumps({
     f"{owner.__name__.rpartition('.')[2]}.{name}": list(inspect.signature(getattr(owner, name)).parameters)
@@ -38,6 +39,7 @@ print(json.dumps({
         (EngineCore, "add_lora"),
         (kv_cache_utils, "_gen_lora_extra_hash_keys"),
         (OpenAIServingModels, "__init__ show_available_models resolve_lora"),
+        (PrometheusStatLogger, "record"),
         (BaseServing, "_maybe_get_adapters"),
         (OutputProcessor, "_update_stats_from_output"),
         (metrics, "get_prometheus_registry"),
@@ -74,6 +76,7 @@ NAMES = {
     "OpenAIServingModels.__init__": "self engine_client base_model_paths lora_modules",
     "OpenAIServingModels.show_available_models": "self",
     "OpenAIServingModels.resolve_lora": "self lora_name",
+    "PrometheusStatLogger.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     "BaseServing._maybe_get_adapters": "self request supports_default_mm_loras",
     "OutputProcessor._update_stats_from_output": "self req_state engine_core_output engine_core_timestamp "
     "iteration_stats",

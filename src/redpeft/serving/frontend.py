@@ -49,9 +49,19 @@ class CurrentRequests(dict[str, LoRARequest]):
         self._stamps[name] = stamp(Path(request.lora_path)) if known is None else known
         super().__setitem__(name, request)
 
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self._stamps[name]
+
     def __contains__(self, name: object) -> bool:
         request = self.get(name) if isinstance(name, str) else None
-        return request is not None and self._stamps[request.lora_name] == stamp(Path(request.lora_path))
+        if request is None:
+            return False
+        now = stamp(Path(request.lora_path))
+        if not any(now):  # its files are gone, and with them what is known of it
+            del self[request.lora_name]
+            return False
+        return self._stamps[request.lora_name] == now
 
 
 def _with_folder(init: Callable[..., None]) -> Callable[..., None]:

@@ -13,10 +13,12 @@ from prometheus_client.registry import Collector
 from vllm.entrypoints.serve.instrumentator import metrics as endpoint
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
+from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from redpeft.serving.tally import COUNTED, Tally, read_counts, share
 
 tally = Tally()
+MOST_MIXES = 256  # of adapters in a batch
 
 
 class AdapterCounts(Collector):
@@ -59,6 +61,20 @@ def _counted(update: Callable[..., None]) -> Callable[..., None]:
     return count
 
 
+def _bounded(record: Callable[..., None]) -> Callable[..., None]:
+    """vLLM's gauge of the adapters that run and wait keeps each mix of them for good, of a thousand adapters more and
+    more: it begins anew when there are too many."""
+
+    @functools.wraps(record)
+    def keep_few(logger: PrometheusStatLogger, *args: Any, **kwargs: Any) -> None:
+        gauge = logger.gauge_lora_info
+        if gauge is not None and len(gauge._metrics) > MOST_MIXES:
+            gauge.clear()
+        record(logger, *args, **kwargs)
+
+    return keep_few
+
+
 def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def build(engine: AsyncLLM, *args: Any, **kwargs: Any) -> None:
@@ -71,4 +87,5 @@ def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
 def install() -> None:
     AsyncLLM.__init__ = _with_folder(AsyncLLM.__init__)
     endpoint.get_prometheus_registry = _with_counts(endpoint.get_prometheus_registry)
+    PrometheusStatLogger.record = _bounded(PrometheusStatLogger.record)
     OutputProcessor._update_stats_from_output = _counted(OutputProcessor._update_stats_from_output)
