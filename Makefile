@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow test-oldest test-serving reproduce-smoke lint types bench clean
+.PHONY: demo test test-slow test-oldest test-serving soak-serving reproduce-smoke lint types bench clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,9 @@ test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transform
 
 test-serving: .venv-serving/.ready  ## the plug-in within vLLM, on its CPU build: engines, a server, two ranks
 	.venv-serving/bin/python -m pytest tests/serving -m "serving or not serving"
+
+soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real server: answers, errors, memory
+	.venv-serving/bin/python -m pytest -s tests/serving/soak.py -m serving
 
 # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which text needs not and which fit other torches.
 .venv-serving/.ready: pyproject.toml constraints-serving.txt
