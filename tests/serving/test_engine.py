@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,3 +166,21 @@ def test_of_two_adapters_of_one_name_each_answers_its_own_requests(llm, adapters
         llm.llm_engine.add_lora(request)  # as a server does
     for _ in range(2):
         reference.check(answers(llm, prompts, requests), prompts, folders)
+
+
+@pytest.mark.parametrize(
+    ("number", "options", "known"), [(3, {}, True), (3, {"load_inplace": True}, False), (4, {}, False)]
+)
+def test_what_is_in_memory_is_put_into_a_slot_without_a_look_at_the_rest(number, options, known):
+    """vLLM lists all adapters in memory for each one of a batch, which with a thousand of them takes its time."""
+    from redpeft.serving.engine import RedWorkerManager
+
+    called = []
+    worker = RedWorkerManager.__new__(RedWorkerManager)
+    worker._adapter_manager = SimpleNamespace(
+        _registered_adapters={3: "adapter"},
+        get_adapter=lambda number: called.append(("get", number)),
+        activate_adapter=lambda number: called.append(("activate", number)),
+    )
+    assert worker._touch(named("edit", number, "folder", **options)) is known
+    assert called == ([("get", 3), ("activate", 3)] if known else [])

@@ -23,6 +23,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.model_executor.layers.fused_moe import MoERunner
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
@@ -227,9 +228,20 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         super()._apply_adapters([msgspec.structs.replace(each, load_inplace=False) for each in lora_requests])
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
-        loaded = super().add_adapter(lora_request)
+        loaded = self._touch(lora_request) or super().add_adapter(lora_request)
         self._requests.pop(lora_request.lora_int_id, None)  # to be the latest again
         self._requests[lora_request.lora_int_id] = lora_request
         if len(self._requests) > REMEMBERED:
             del self._requests[next(iter(self._requests))]
         return loaded
+
+    def _touch(self, lora_request: LoRARequest) -> bool:
+        """Give a slot to an adapter that is in memory, where nothing is to be loaded. vLLM's own copies a list of all
+        adapters first, for each one of each batch: with a thousand in memory that is a quarter of the time."""
+        manager, number = self._adapter_manager, lora_request.lora_int_id
+        if lora_request.load_inplace or number not in manager._registered_adapters:
+            return False
+        with gpu_sync_allowed():
+            manager.get_adapter(number)  # it is the latest of the cache now
+            manager.activate_adapter(number)
+        return True
