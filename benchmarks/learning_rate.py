@@ -62,8 +62,6 @@ def jobs(
         "base": str(models / study.base if models and study.base else get_model_path()),
         "data.train": str(data / study.data / "train.jsonl"),
         "data.test": str(data / study.data / f"{study.test}.jsonl"),
-        "data.validation_fraction": 0.1,
-        "data.max_eval_rows": 500,
         "method_options": {"unit": unit if unit == "auto" else float(unit)},
         **shared,
         **study.overrides,
@@ -104,9 +102,10 @@ def report(found: Scores, image: Path | None) -> None:
 
 def _cell(values: list[float], name: str) -> str:
     digits = 1 if STUDIES[name].points else 3
-    if len(values) < 2:
+    if not values:
         return "-"
-    return f"{statistics.fmean(values):.{digits}f} ({statistics.stdev(values):.{digits}f}; {len(values)})"
+    spread = f"{statistics.stdev(values):.{digits}f}" if len(values) > 1 else "-"
+    return f"{statistics.fmean(values):.{digits}f} ({spread}; {len(values)})"
 
 
 def _plot(found: Scores, names: list[str], image: Path) -> None:
@@ -118,9 +117,9 @@ def _plot(found: Scores, names: list[str], image: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(2.9 * len(names), 3), layout="constrained", squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         for unit, style in zip(UNITS, ("o-", "s--"), strict=True):
-            rates = [rate for rate in RATES if len(found.get((name, unit, rate), [])) > 1]
+            rates = [rate for rate in RATES if (name, unit, rate) in found]
             runs = [found[name, unit, rate] for rate in rates]
-            spreads = [statistics.stdev(values) for values in runs]
+            spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in runs]
             axis.errorbar(rates, [*map(statistics.fmean, runs)], spreads, fmt=style, label=f"unit: {unit}", capsize=2)
         axis.set(title=name, xscale="log", xlabel="learning rate")
         axis.set_ylabel("score" if STUDIES[name].points else "loss")
@@ -136,6 +135,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--rows", type=int, default=1000, help="to train on")
+    parser.add_argument("--validation", type=float, default=0.1, help="part of the training file to validate on")
+    parser.add_argument("--test-rows", type=int, default=500, help="to test on, and to validate on at most")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--precision", default="bf16", help="of the computation; edits and heads are fp32 always")
@@ -144,6 +145,8 @@ def main() -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     shared = {
         "data.max_train_rows": args.rows,
+        "data.validation_fraction": args.validation,
+        "data.max_eval_rows": args.test_rows,
         "batch_size": args.batch_size,
         "epochs": args.epochs,
         "precision": args.precision,

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import platform
 import random
 import statistics
 import sys
@@ -32,13 +30,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
 from engines import BASE, METHODS, WEIGHTS, engines, make_adapters, make_base
+from redpeft.runs.machine import machine
 
 AGAIN = "base again"
 MEMORY = 0.4  # of what is free, for the adapters of one engine
@@ -108,7 +107,7 @@ def load(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> d
         {
             "way": way,
             "median_ms": 1e3 * statistics.median(times[1:]),  # the first one warms up
-            "p99_ms": 1e3 * percentile(times[1:], 99),
+            "p99_ms": 1e3 * p99(times[1:]),
             "file_bytes": (ways[way][0] / WEIGHTS).stat().st_size,
             "slot_bytes": slots[way],
         }
@@ -153,14 +152,14 @@ def _latency_row(load_factor: float, way: str, rounds: list[list[float]]) -> dic
         "way": way,
         "requests": len(waits),
         "p50_ms": 1e3 * statistics.median(waits),
-        "p99_ms": 1e3 * percentile(waits, 99),
-        "p99_ms_range": [1e3 * extreme(percentile(one, 99) for one in rounds) for extreme in (min, max)],
+        "p99_ms": 1e3 * p99(waits),
+        "p99_ms_range": [1e3 * extreme(p99(one) for one in rounds) for extreme in (min, max)],
     }
 
 
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that so many percent do not exceed."""
-    return sorted(values)[math.ceil(percent / 100 * len(values)) - 1]
+def p99(values: Sequence[float]) -> float:
+    """The smallest value that 99 percent do not exceed."""
+    return float(np.percentile(values, 99, method="inverted_cdf"))
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
@@ -206,10 +205,9 @@ def show(report: dict[str, Any]) -> None:
         console.print(f"{part}: " + ", ".join(f"{key} {value}" for key, value in report[part].items()), soft_wrap=True)
 
 
-def machine() -> dict[str, Any]:
+def conditions() -> dict[str, Any]:
     packages = {package: version(package) for package in ("torch", "transformers", "peft", "redpeft")}
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": cpu, "cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2), **packages}
+    return {**machine(), "load_average": round(os.getloadavg()[0], 2), **packages}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -246,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     random.seed(0)
     settings = {name: getattr(options, name) for name in ("slots", "prompt", "tokens", "threads", "compile")}
-    report: dict[str, Any] = {"question": options.question, "machine": machine(), "settings": vars(options)}
+    report: dict[str, Any] = {"question": options.question, "machine": conditions(), "settings": vars(options)}
     with tempfile.TemporaryDirectory() as folder:
         report |= {"throughput": throughput, "load": load, "latency": latency}[options.question](
             options, Path(folder), settings

@@ -33,6 +33,7 @@ print(json.dumps({
     for owner, names in [
         (manager, "__init__ _create_lora_modules activate_adapter _create_merged_loras_inplace _get_punica_wrapper"),
         (manager, "remove_oldest_adapter list_adapters"),
+        (model_manager.AdapterLRUCache, "popitem"),
         (worker, "__init__ create_lora_manager _load_adapter set_active_adapters _apply_adapters add_adapter"),
         (lora_model.LoRAModel, "__init__"),
         (LoRAModelRunnerMixin, "load_lora_model"),
@@ -62,6 +63,7 @@ NAMES = {
     "LRUCacheLoRAModelManager._create_merged_loras_inplace": "self lora_model",
     "LRUCacheLoRAModelManager._get_punica_wrapper": "self module_name",
     "LRUCacheLoRAModelManager.remove_oldest_adapter": "self",
+    "AdapterLRUCache.popitem": "self remove_pinned",
     "LRUCacheLoRAModelManager.list_adapters": "self",
     "LRUCacheWorkerLoRAManager.__init__": "self vllm_config device embedding_modules lora_model_cls",
     "LRUCacheWorkerLoRAManager.create_lora_manager": "self model vllm_config",

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # as from_pretrained and configurations call it
@@ -22,6 +22,11 @@ def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
     build = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
         return build(copy.deepcopy(config))
+
+
+def checkpoint_class(config: PretrainedConfig) -> Any:
+    """The class of model that a checkpoint with this configuration holds, or else the auto class of bare models."""
+    return getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
 
 
 def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: Any) -> dict[str, Any]:

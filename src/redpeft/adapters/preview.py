@@ -6,13 +6,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import transformers
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.inspect import place
-from redpeft.adapters.loading import on_meta
+from redpeft.adapters.loading import checkpoint_class, on_meta
 from redpeft.errors import UserError, first_line
 from redpeft.method.sites import Site, find_sites
 
@@ -74,8 +73,7 @@ def model_config(model: str) -> PretrainedConfig:
 def empty_model(model: str) -> PreTrainedModel:
     """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
     config = model_config(model)
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    return on_meta(architecture or AutoModel, config)
+    return on_meta(checkpoint_class(config), config)
 
 
 def preview_table(preview: Preview) -> Table:

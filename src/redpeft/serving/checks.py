@@ -1,4 +1,7 @@
-"""What vLLM does around a site that would make an edit there wrong: refused by name, when the server starts."""
+"""What vLLM does around a site that would make an edit there wrong: refused by name, when the server starts.
+
+It touches vLLM's private names, as `hooks` says.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ def check_model(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 def check_site(name: str, module: nn.Module, vllm_config: VllmConfig) -> None:
     """`UserError` for a module whose output is not the site's: packed, split, or scaled or summed later."""
-    layer = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+    layer = _without_lora(module)
     if isinstance(layer, LinearBase) and not isinstance(layer, RowParallelLinear | ReplicatedLinear):
         raise UserError(f"vLLM packs or splits {name} ({type(layer).__name__}), so it cannot be edited; {FOLD}")
     if getattr(layer, "skip_bias_add", False) and layer.bias is not None:
@@ -57,5 +60,9 @@ def _check_experts(name: str, experts: MoERunner, vllm_config: VllmConfig) -> No
 
 def is_partial(module: nn.Module) -> bool:
     """Whether a module's output is this rank's part of a sum, to which the first rank adds the bias."""
-    layer = module.base_layer if isinstance(module, BaseLayerWithLoRA) else module
+    layer = _without_lora(module)
     return isinstance(layer, RowParallelLinear) and not layer.reduce_results and layer.tp_rank > 0
+
+
+def _without_lora(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, BaseLayerWithLoRA) else module

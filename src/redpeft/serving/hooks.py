@@ -1,6 +1,6 @@
 """What the plug-in puts in the place of vLLM's own, in each of its processes.
 
-This package touches vLLM's private names here, in `engine`, `frontend` and `metrics`, and nowhere else.
+This package touches vLLM's private names here, in `engine`, `checks`, `frontend` and `metrics`, and nowhere else.
 """
 
 from __future__ import annotations

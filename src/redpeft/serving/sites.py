@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import transformers
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from redpeft.adapters.loading import on_meta
+from redpeft.adapters.loading import checkpoint_class, on_meta
 from redpeft.errors import UserError, first_line
 from redpeft.method.layer import output_width
 from redpeft.method.sites import find_sites
@@ -55,8 +54,7 @@ def _same_end(longer: str, shorter: str) -> bool:
 
 def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     """The base model without its weights, as transformers has it. `UserError`: it cannot be built."""
-    architecture = getattr(transformers, (config.architectures or [""])[0], None)
     try:
-        return on_meta(architecture or AutoModel, config)
+        return on_meta(checkpoint_class(config), config)
     except Exception as error:  # whatever a model's own code does with a configuration
         raise UserError(f"transformers cannot build {config.architectures}: {first_line(error)}") from error
