@@ -27,7 +27,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from redpeft.errors import UserError
 from redpeft.serving import plugin
-from redpeft.serving.checks import FUSED
+from redpeft.serving.vllm_internals.checks import FUSED
 
 DEPTHS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers"}
 LISTS = {"layer_types", "mlp_layer_types", "layers_block_type"}
@@ -92,7 +92,7 @@ def settings(architecture: str) -> VllmConfig:
 
 def outcome(architecture: str) -> tuple[str, str, bool]:
     """ "served" and the engine's module of the last site, "refused" and why, or "not built" and the engine's error."""
-    from redpeft.serving.engine import RedModelManager
+    from redpeft.serving.vllm_internals.engine import RedModelManager
 
     if registry._VLLM_MODELS[architecture][0].startswith(FUSED):
         return "refused", "kernels of its own", False  # `check_model`; most of them need a GPU to be built

@@ -173,7 +173,7 @@ def test_of_two_adapters_of_one_name_each_answers_its_own_requests(llm, adapters
 )
 def test_what_is_in_memory_is_put_into_a_slot_without_a_look_at_the_rest(number, options, known):
     """vLLM lists all adapters in memory for each one of a batch, which with a thousand of them takes its time."""
-    from redpeft.serving.engine import RedWorkerManager
+    from redpeft.serving.vllm_internals.engine import RedWorkerManager
 
     called = []
     worker = RedWorkerManager.__new__(RedWorkerManager)

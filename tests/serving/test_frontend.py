@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture
 def requests(tmp_path):
     from redpeft.serving.folder import Source
-    from redpeft.serving.frontend import CurrentRequests, FolderResolver
+    from redpeft.serving.vllm_internals.frontend import CurrentRequests, FolderResolver
 
     adapter(tmp_path / "edit", 1)
     return CurrentRequests(FolderResolver(Source(tmp_path)))
@@ -90,7 +90,7 @@ def test_a_request_keeps_the_adapter_that_it_was_checked_for(requests, tmp_path)
 def test_the_mixes_of_adapters_in_vllms_gauge_stay_few():
     from prometheus_client import CollectorRegistry, Gauge
 
-    from redpeft.serving import metrics
+    from redpeft.serving.vllm_internals import metrics
 
     gauge = Gauge("mixes", "Adapters that run together.", ["running"], registry=CollectorRegistry())
     record = metrics._bounded(lambda logger, number: logger.gauge_lora_info.labels(running=str(number)).set(1))

@@ -128,7 +128,7 @@ def told(fast_prefill: bool = False, ubatching: bool = False, dtype: str = "floa
 def test_models_whose_modules_are_passed_by_or_see_a_part_of_the_tokens_are_refused():
     from torch import nn
 
-    from redpeft.serving.checks import FUSED, check_model
+    from redpeft.serving.vllm_internals.checks import FUSED, check_model
 
     own = type("OwnBlock", (nn.Module,), {"__module__": f"{FUSED}inkling.nvidia.model"})
     check_model(nn.Sequential(nn.Linear(2, 2)), told())
@@ -154,7 +154,7 @@ def test_mixtures_whose_output_is_not_the_sites_are_refused(ranks, parallel, lat
     from torch import nn
     from vllm.model_executor.layers.fused_moe import MoERunner
 
-    from redpeft.serving.checks import check_site
+    from redpeft.serving.vllm_internals.checks import check_site
 
     experts = MoERunner.__new__(MoERunner)
     nn.Module.__init__(experts)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import redpeft
 from redpeft.errors import UserError
 from redpeft.serving import plugin
 
@@ -98,7 +101,7 @@ def test_the_names_are_there_and_take_what_they_took():
 
 @pytest.mark.serving
 def test_what_is_put_in_their_place_takes_the_same_and_only_once():
-    from redpeft.serving import hooks
+    from redpeft.serving.vllm_internals import hooks
 
     hooks.install()
     before = hooks.EngineCore.add_lora
@@ -106,6 +109,14 @@ def test_what_is_put_in_their_place_takes_the_same_and_only_once():
     assert hooks.EngineCore.add_lora is before
     assert before.__annotations__["lora_request"] is hooks.LoRARequest  # the engine decodes its arguments by this
     assert list(inspect.signature(hooks.load_lora_model).parameters)[1:] == ["model", "vllm_config", "device"]
+
+
+def test_no_other_package_reaches_into_vllm():
+    root = Path(redpeft.__file__).parent
+    reaching = {
+        file.parent for file in root.rglob("*.py") if re.search(r"^\s*(import|from) vllm\b", file.read_text(), re.M)
+    }
+    assert reaching == {root / "serving" / "vllm_internals"}
 
 
 @pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.32.0rc1"])

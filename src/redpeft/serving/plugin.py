@@ -24,7 +24,7 @@ def register() -> None:
     except UserError as error:
         logger.error("%s", error)
         return
-    from redpeft.serving import hooks
+    from redpeft.serving.vllm_internals import hooks
 
     hooks.install()
 

@@ -1,4 +1,4 @@
-"""RED adapters on vLLM's own adapter machinery; it touches vLLM's private names, as `hooks` says.
+"""RED adapters on vLLM's own adapter machinery.
 
 vLLM keeps adapters in a cache on the CPU, moves those of a batch into slots and tells every layer each token's slot.
 The managers here add to it: they hang a table of edits on each site, read RED adapters, and fill the tables where vLLM
@@ -27,13 +27,13 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
-from redpeft.serving import metrics
 from redpeft.serving.base import Base
-from redpeft.serving.checks import FOLD, check_model, check_site, is_partial
 from redpeft.serving.folder import Source, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
 from redpeft.serving.table import SlotTable
+from redpeft.serving.vllm_internals import metrics
+from redpeft.serving.vllm_internals.checks import FOLD, check_model, check_site, is_partial
 
 logger = init_logger("vllm.redpeft")
 

@@ -1,7 +1,4 @@
-"""The part of the plug-in in vLLM's API server: the adapters of a folder are models, as they are at each request.
-
-It touches vLLM's private names, as `hooks` says.
-"""
+"""The part of the plug-in in vLLM's API server: the adapters of a folder are models, as they are at each request."""
 
 from __future__ import annotations
 

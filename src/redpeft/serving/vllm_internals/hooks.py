@@ -1,7 +1,4 @@
-"""What the plug-in puts in the place of vLLM's own, in each of its processes.
-
-This package touches vLLM's private names here, in `engine`, `checks`, `frontend` and `metrics`, and nowhere else.
-"""
+"""What the plug-in puts in the place of vLLM's own, in each of its processes."""
 
 from __future__ import annotations
 
@@ -22,10 +19,10 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from redpeft.adapters.files import CONFIG_NAME, read_config
-from redpeft.serving import frontend, metrics
-from redpeft.serving.engine import RedWorkerManager
 from redpeft.serving.folder import leads_out
 from redpeft.serving.options import KEY, Options
+from redpeft.serving.vllm_internals import frontend, metrics
+from redpeft.serving.vllm_internals.engine import RedWorkerManager
 
 
 def load_lora_model(

@@ -1,7 +1,4 @@
-"""What vLLM does around a site that would make an edit there wrong: refused by name, when the server starts.
-
-It touches vLLM's private names, as `hooks` says.
-"""
+"""What vLLM does around a site that would make an edit there wrong: refused by name, when the server starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts by adapter beside vLLM's own metrics; it touches vLLM's private names, as `hooks` says."""
+"""Counts by adapter beside vLLM's own metrics."""
 
 from __future__ import annotations
 
