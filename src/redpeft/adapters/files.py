@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 from redpeft.errors import UserError, some
@@ -110,10 +110,9 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
     """
     if config["peft_type"] != "REDPEFT":
         raise UserError(f"{folder}: this is a {config['peft_type']} adapter, not a RED adapter (REDPEFT)")
-    tensors = read()
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(read().items()):  # safetensors gives them in any order
         site, is_edit, part = key.removeprefix(PREFIX).rpartition(EDIT)
         if is_edit:
             parts.setdefault(site, {})[part] = tensor.float()
@@ -204,7 +203,8 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         found = f"; {', '.join(pickles)} may be a pickle, and redpeft reads safetensors only" if pickles else ""
         raise UserError(f"{folder}: no {WEIGHTS_NAME} there{found}")
     try:
-        return load_file(path)
+        # not load_file: it keeps half a KB, and maps the file, so that one cut short meanwhile would end a server
+        return load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: corrupt or truncated, not a safetensors file ({error}); copy it again") from error
 
