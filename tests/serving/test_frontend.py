@@ -87,6 +87,35 @@ def test_a_request_keeps_the_adapter_that_it_was_checked_for(requests, tmp_path)
     assert BaseServing._maybe_get_adapters(serving, SimpleNamespace(model="edit")) is request
 
 
+def test_a_name_is_looked_up_by_one_at_a_time_and_then_forgotten():
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.utils.counter import AtomicCounter
+
+    from redpeft.serving.vllm_internals.frontend import Locks
+
+    now, most = [], []
+
+    class Resolver:
+        async def resolve_lora(self, base, name):
+            now.append(name)
+            await asyncio.sleep(0.01)
+            most.append(len(now))
+            now.remove(name)
+
+    models = object.__new__(OpenAIServingModels)
+    models.lora_resolver_lock, models.lora_requests, models.lora_resolvers = Locks(), {}, [Resolver()]
+    models.model_config, models.lora_id_counter = SimpleNamespace(model="base"), AtomicCounter()
+
+    async def ask(names):
+        return await asyncio.gather(*map(models.resolve_lora, names))
+
+    assert {reply.error.code for reply in asyncio.run(ask(["nobody"] * 5))} == {404}
+    assert most == [1] * 5
+    asyncio.run(ask([f"nobody-{number}" for number in range(100)]))
+    assert max(most) > 1
+    assert len(models.lora_resolver_lock) == 0
+
+
 def test_the_mixes_of_adapters_in_vllms_gauge_stay_few():
     from prometheus_client import CollectorRegistry, Gauge
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ModelCard, ModelList, ModelPermission
@@ -61,6 +63,14 @@ class CurrentRequests(dict[str, LoRARequest]):
         return self._stamps[request.lora_name] == now
 
 
+class Locks(WeakValueDictionary[str, asyncio.Lock]):
+    """A lock for each name that is being looked up. vLLM's own dictionary keeps one for good of every name that anyone
+    has asked for, those of no adapter too."""
+
+    def __getitem__(self, name: str) -> asyncio.Lock:
+        return self.setdefault(name, asyncio.Lock())
+
+
 def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def build(models: OpenAIServingModels, engine_client: Any, *args: Any, **kwargs: Any) -> None:
@@ -70,6 +80,7 @@ def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
             resolver = FolderResolver(Source(folder))
             models.lora_resolvers.append(resolver)
             models.lora_requests = CurrentRequests(resolver)
+            models.lora_resolver_lock = Locks()
 
     return build
 
