@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -43,6 +44,16 @@ def test_what_is_counted_is_written_a_moment_later(monkeypatch, folder):
             assert time.monotonic() < end
             time.sleep(0.01)
     assert [file.name for file in folder.iterdir()] == [f"redpeft-{os.getpid()}.json"]
+
+
+def test_the_timer_and_who_asks_can_write_at_once():
+    one = Tally()
+    one.add("a" * 10_000, requests=1)
+    with ThreadPoolExecutor(4) as pool:
+        written = [pool.submit(one.write) for _ in range(2_000)]
+        while not all(each.done() for each in written):
+            assert set(read_counts()) <= {"a" * 10_000}  # whole at any moment
+    assert all(each.exception() is None for each in written)
 
 
 def test_the_adapter_that_was_counted_longest_ago_is_forgotten():

@@ -38,6 +38,7 @@ class Tally:
         self.kept = kept
         self._counts: dict[str, Counter[str]] = {}  # the latest last
         self._lock = Lock()
+        self._writing = Lock()  # the timer and who answers /metrics write the same file
         self._is_due = False
 
     def add(self, adapter: str, **amounts: int) -> None:
@@ -57,17 +58,18 @@ class Tally:
 
     def write(self) -> None:
         """Put the counts where `read_counts` finds them, which happens by itself a moment after each change."""
-        with self._lock:
-            self._is_due = False
-            text = json.dumps(self._counts)
-        if (shared := folder()) is None:
-            return
-        file = shared / f"redpeft-{os.getpid()}.json"
-        try:
-            file.with_suffix(".partial").write_text(text, encoding="utf-8")
-            file.with_suffix(".partial").replace(file)
-        except OSError:  # the server is ending and its folder is gone, or the disk is full: the next one is in time
-            return
+        with self._writing:
+            with self._lock:
+                self._is_due = False
+                text = json.dumps(self._counts)
+            if (shared := folder()) is None:
+                return
+            file = shared / f"redpeft-{os.getpid()}.json"
+            try:
+                file.with_suffix(".partial").write_text(text, encoding="utf-8")
+                file.with_suffix(".partial").replace(file)
+            except OSError:  # the server is ending and its folder is gone, or the disk is full: the next one is in time
+                return
 
 
 def folder() -> Path | None:
