@@ -17,6 +17,7 @@ from redpeft.serving.tally import FOLDER, OF_SERVERS, Tally, read_counts
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr(tally, "DELAY", 1000)  # a timer would write into the folder of a later test
     return tmp_path
 
 

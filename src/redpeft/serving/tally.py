@@ -68,7 +68,7 @@ class Tally:
             try:
                 file.with_suffix(".partial").write_text(text, encoding="utf-8")
                 file.with_suffix(".partial").replace(file)
-            except OSError:  # the server is ending and its folder is gone, or the disk is full: the next one is in time
+            except OSError:  # the server is ending and its folder is gone, or the disk is full: the next is in time
                 return
 
 
