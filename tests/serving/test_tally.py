@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -47,14 +48,21 @@ def test_what_is_counted_is_written_a_moment_later(monkeypatch, folder):
     assert [file.name for file in folder.iterdir()] == [f"redpeft-{os.getpid()}.json"]
 
 
-def test_the_timer_and_who_asks_can_write_at_once():
+def test_the_timer_and_who_asks_can_write_at_once(monkeypatch):
+    def write_slowly(path, text, encoding):
+        with path.open("w", encoding=encoding) as file:
+            file.write(text[:5])
+            file.flush()
+            time.sleep(0.005)
+            file.write(text[5:])
+
+    monkeypatch.setattr(Path, "write_text", write_slowly)
     one = Tally()
-    one.add("a" * 10_000, requests=1)
+    one.add("a", requests=1)
     with ThreadPoolExecutor(4) as pool:
-        written = [pool.submit(one.write) for _ in range(2_000)]
+        written = [pool.submit(one.write) for _ in range(40)]
         while not all(each.done() for each in written):
-            assert set(read_counts()) <= {"a" * 10_000}  # whole at any moment
-    assert all(each.exception() is None for each in written)
+            assert read_counts() in ({}, {"a": {"requests": 1}})  # whole at any moment
 
 
 def test_the_adapter_that_was_counted_longest_ago_is_forgotten():
