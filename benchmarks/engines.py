@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redpeft import RedConfig
+from redpeft.adapters.files import WEIGHTS_NAME
 
 BASE = "base"
 METHODS = {
@@ -36,7 +37,6 @@ DISTINCT = 16  # adapters with numbers of their own; the others are links to the
 # vLLM asks for tcmalloc on CPUs, which keeps the memory of large tensors for the next ones. glibc's allocator, left as
 # it is, gives it back to the system each time; LoRA, which copies each token's matrices, then takes twice as long.
 KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
-WEIGHTS = "adapter_model.safetensors"
 VOCABULARY = 32_000
 
 
@@ -63,13 +63,13 @@ def make_adapters(base: Path, method: str, root: Path, count: int, distinct: int
     """Adapters far from the identity, each in a folder of its own."""
     first = root / "0"
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), METHODS[method]()).save_pretrained(first)
-    tensors = load_file(first / WEIGHTS)
+    tensors = load_file(first / WEIGHTS_NAME)
     for number in range(1, count):
         folder, known = root / str(number), root / str(number % distinct)
         shutil.copytree(first if number < distinct else known, folder, copy_function=os.link)
         if number < distinct:
-            (folder / WEIGHTS).unlink()
-            save_file({k: t * (1 + 0.1 * torch.randn_like(t)) for k, t in tensors.items()}, folder / WEIGHTS)
+            (folder / WEIGHTS_NAME).unlink()
+            save_file({k: t * (1 + 0.1 * torch.randn_like(t)) for k, t in tensors.items()}, folder / WEIGHTS_NAME)
     return [root / str(number) for number in range(count)]
 
 

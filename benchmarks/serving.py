@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from engines import BASE, METHODS, WEIGHTS, engines, make_adapters, make_base
+from engines import BASE, METHODS, engines, make_adapters, make_base
+from redpeft.adapters.files import WEIGHTS_NAME
 from redpeft.runs.machine import machine
 
 AGAIN = "base again"
@@ -48,7 +49,7 @@ MEMORY = 0.4  # of what is free, for the adapters of one engine
 
 def fitting(method: str, counts: Sequence[int], folder: Path) -> tuple[list[int], str]:
     """The numbers of adapters whose weights fit into memory, and what to say of the others."""
-    size = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS).values())
+    size = sum(tensor.nbytes for tensor in load_file(folder / WEIGHTS_NAME).values())
     most = int(MEMORY * psutil.virtual_memory().available / size)
     fit = [count for count in counts if count <= most]
     left = [count for count in counts if count > most]
@@ -108,7 +109,7 @@ def load(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> d
             "way": way,
             "median_ms": 1e3 * statistics.median(times[1:]),  # the first one warms up
             "p99_ms": 1e3 * p99(times[1:]),
-            "file_bytes": (ways[way][0] / WEIGHTS).stat().st_size,
+            "file_bytes": (ways[way][0] / WEIGHTS_NAME).stat().st_size,
             "slot_bytes": slots[way],
         }
         for way, times in seconds.items()

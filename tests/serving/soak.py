@@ -27,6 +27,8 @@ import psutil
 import pytest
 from safetensors.torch import save_file
 
+from redpeft.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+
 from .making import TOKENS, WIDTH, adapter, edits
 from .server import Server
 
@@ -41,8 +43,6 @@ SWAPPED = 4  # names whose adapters are replaced while others ask for them
 # the base alone, without the plug-in, vLLM grew by 0.5 for each thousand requests.
 MOST_GROWTH = 1.5
 SAMPLED = 2.0  # seconds between two looks at the memory
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 class Served:
@@ -62,8 +62,8 @@ class Served:
         """An adapter is there all at once: a hidden folder gets its name, or its weights a new file."""
         target, fresh = self.root / name, self.root / f".{name}"
         if target.exists():
-            shutil.copy(self.adapters[edit] / WEIGHTS, fresh)
-            os.replace(fresh, target / WEIGHTS)
+            shutil.copy(self.adapters[edit] / WEIGHTS_NAME, fresh)
+            os.replace(fresh, target / WEIGHTS_NAME)
         else:
             shutil.copytree(self.adapters[edit], fresh)
             fresh.rename(target)
@@ -186,7 +186,7 @@ class Client(threading.Thread):
         damage(self.served.root / f".{name}")
         (self.served.root / f".{name}").rename(self.served.root / name)
         self.refused(name, 400)
-        shutil.copy(self.served.adapters[1] / CONFIG, self.served.root / name)
+        shutil.copy(self.served.adapters[1] / CONFIG_NAME, self.served.root / name)
         self.served.put(name, 1)
         self.check(name, 1)
         shutil.rmtree(self.served.root / name)
@@ -240,24 +240,24 @@ ACTIONS: dict[Callable[[Client], None], int] = {
 def not_finite(folder: Path) -> None:
     tensors = edits(20)
     next(iter(tensors.values()))[3] = float("nan")
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_NAME)
 
 
 def too_wide(folder: Path) -> None:
-    save_file(edits(20, width=2 * WIDTH), folder / WEIGHTS)
+    save_file(edits(20, width=2 * WIDTH), folder / WEIGHTS_NAME)
 
 
 def truncated(folder: Path) -> None:
-    whole = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    whole = (folder / WEIGHTS_NAME).read_bytes()
+    (folder / WEIGHTS_NAME).write_bytes(whole[: len(whole) // 2])
 
 
 def no_json(folder: Path) -> None:
-    (folder / CONFIG).write_text("{'peft_type': REDPEFT")
+    (folder / CONFIG_NAME).write_text("{'peft_type': REDPEFT")
 
 
 def no_weights(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS_NAME).unlink()
 
 
 DAMAGES = [not_finite, too_wide, truncated, no_json, no_weights]

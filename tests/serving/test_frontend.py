@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from redpeft.adapters.files import WEIGHTS_NAME
+
 from .making import adapter
 
 pytestmark = pytest.mark.serving
-WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def look_up(requests):
 
 def replace(folder, seed):
     adapter(folder / ".new", seed)
-    os.replace(folder / ".new" / WEIGHTS, folder / "edit" / WEIGHTS)
+    os.replace(folder / ".new" / WEIGHTS_NAME, folder / "edit" / WEIGHTS_NAME)
 
 
 def test_one_that_was_replaced_is_looked_up_again(requests, tmp_path):
