@@ -112,3 +112,10 @@ def test_families_are_recipes_by_themselves():
         )
         assert recipe.base.model == base_of(model)
     assert load_recipe(recipes_folder() / "llama2.yaml").base.dtype == "bf16"
+
+
+def test_every_value_belongs_to_a_row_of_a_table():
+    rows = {model: set() for model in values() if model != "tasks"}
+    for table in tables().values():
+        rows[table.values].update(table.rows)
+    assert rows == {model: set(values()[model]["rows"]) for model in rows}

@@ -99,7 +99,7 @@ METHODS = {
         fit=fit_prompt,
     ),
     "prefix": Method(PrefixTuningConfig, 1e-2, {"num_virtual_tokens": 16}, fit=fit_prefix),
-    "bitfit": Method(BitFitOptions, 1e-3, train=biases, own_weights=True),
+    "bitfit": Method(BitFitOptions, 3e-3, train=biases, own_weights=True),
     "top_layers": Method(TopLayersOptions, 1e-3, train=top_layers, own_weights=True),
     "full": Method(NoOptions, 1e-4, train=everything, own_weights=True),
     "head": Method(NoOptions, 3e-2, train=nothing),
