@@ -9,6 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset
 from scipy.stats import pearsonr
 from sklearn.metrics import matthews_corrcoef
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, EvalPrediction
 
 from redpeft.errors import UserError
@@ -52,6 +53,13 @@ def test_a_pair_alone_and_as_t5_was_trained(tokenizer):
     assert named["labels"] == published["labels"]
     cut = task_of(PAIRS).encode(make(PAIRS), tokenizer, 8)
     assert max(map(len, cut["input_ids"])) == 8
+
+
+def test_labels_end_where_the_tokenizer_writes_no_end(tokenizer):
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    labels = task_of(SINGLE).encode(make(SINGLE), tokenizer, 64)["labels"]
+    assert tokenizer("good")["input_ids"][-1] != tokenizer.eos_token_id
+    assert texts_of(tokenizer, labels) == ["good</s>", "bad</s>", "bad</s>"]
 
 
 def test_labels_are_words_where_the_data_has_words(tokenizer):

@@ -103,7 +103,7 @@ class TextToTextTask(ClassificationTask):
         return [[" ".join([self.prefix, *parts]) for parts in named]]
 
     def _targets(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The tokens of each row's label. UserError for a label that the tokenizer cannot write as it is."""
+        """The tokens of each row's label and an end. UserError for a label that the tokenizer cannot write as is."""
         labels = self.labels(dataset)
         numbers = self.problem_type == REGRESSION
         texts = [f"{label:.1f}" if numbers else self.label_names[label] for label in labels]
@@ -116,6 +116,8 @@ class TextToTextTask(ClassificationTask):
                     f"{cols.source(dataset)}: the label {text!r} is {again!r} in this model's tokens (at most "
                     f"{LABEL_TOKENS}): give it another name"
                 )
+            if tokens[text][-1] != tokenizer.eos_token_id:  # T5's tokenizer writes the end, others leave it out
+                tokens[text].append(tokenizer.eos_token_id)
         return [tokens[text] for text in texts]
 
 
