@@ -55,11 +55,17 @@ def test_a_pair_alone_and_as_t5_was_trained(tokenizer):
     assert max(map(len, cut["input_ids"])) == 8
 
 
-def test_labels_end_where_the_tokenizer_writes_no_end(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+@pytest.mark.parametrize(
+    ("written", "end", "label"),
+    [("$A", "</s>", "good</s>"), ("$A </s> <unk>", "</s>", "good</s><unk>"), ("$A <unk>", None, "good<unk>")],
+    ids=["no end", "an end and a language code, as mBART", "no end token, as BERT"],
+)
+def test_labels_end_once(tokenizer, written, end, label):
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("</s>", "<unk>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=written, special_tokens=special)
+    tokenizer.eos_token = end
     labels = task_of(SINGLE).encode(make(SINGLE), tokenizer, 64)["labels"]
-    assert tokenizer("good")["input_ids"][-1] != tokenizer.eos_token_id
-    assert texts_of(tokenizer, labels) == ["good</s>", "bad</s>", "bad</s>"]
+    assert texts_of(tokenizer, labels)[0] == label
 
 
 def test_labels_are_words_where_the_data_has_words(tokenizer):

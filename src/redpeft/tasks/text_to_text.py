@@ -103,7 +103,11 @@ class TextToTextTask(ClassificationTask):
         return [[" ".join([self.prefix, *parts]) for parts in named]]
 
     def _targets(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The tokens of each row's label and an end. UserError for a label that the tokenizer cannot write as is."""
+        """The tokens of each row's label and an end. UserError for a label that the tokenizer cannot write as is.
+
+        T5's tokenizer writes the end, others leave it to the caller. One without an end token (BERT's, in a pair of
+        encoder and decoder) is left to what it writes itself.
+        """
         labels = self.labels(dataset)
         numbers = self.problem_type == REGRESSION
         texts = [f"{label:.1f}" if numbers else self.label_names[label] for label in labels]
@@ -116,8 +120,9 @@ class TextToTextTask(ClassificationTask):
                     f"{cols.source(dataset)}: the label {text!r} is {again!r} in this model's tokens (at most "
                     f"{LABEL_TOKENS}): give it another name"
                 )
-            if tokens[text][-1] != tokenizer.eos_token_id:  # T5's tokenizer writes the end, others leave it out
-                tokens[text].append(tokenizer.eos_token_id)
+            end = tokenizer.eos_token_id
+            if end is not None and end not in tokens[text]:  # mBART's stands before a language code
+                tokens[text].append(end)
         return [tokens[text] for text in texts]
 
 
