@@ -4,7 +4,7 @@
 
 A thousand adapters over three slots. Eight clients ask, cancel, replace, add, unload, remove, break, mend and load, as
 they draw. An answer is compared with transformers' greedy tokens. The level of memory is that of all of the server's
-processes together, fitted to what was done in the last two thirds.
+processes together, fitted to what was done in the last two thirds; a run of a minute sees caches fill, and fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ SWAPPED = 4  # names whose adapters are replaced while others ask for them
 # MB of all processes, of 3,600, for each thousand actions, which are some 1,400 requests: 0.5 and 1.0 in two runs. Of
 # the base alone, without the plug-in, vLLM grew by 0.5 for each thousand requests.
 MOST_GROWTH = 1.5
-SETTLED = 5.0  # minutes: a shorter run sees the server fill its caches, which says nothing of growth
 SAMPLED = 2.0  # seconds between two looks at the memory
 
 
@@ -331,4 +330,4 @@ def test_soak(server, served):
     assert set(done) == {action.__name__ for action in ACTIONS}
     for number in range(len(served.adapters)):  # and all is as it was
         first.check(f"steady-{number:04}", number)
-    assert grown < MOST_GROWTH or MINUTES < SETTLED
+    assert grown < MOST_GROWTH
