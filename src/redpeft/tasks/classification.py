@@ -256,11 +256,16 @@ def _label_values(dataset: Dataset, column: str | list[str]) -> list:
 
 
 def _guess_problem_type(labels: list) -> str:
-    """Lists are several labels, numbers that are not all whole are regression, everything else is one label."""
+    """Lists are several labels; numbers that are not all whole, or written ones of which more than 20 differ, are
+    regression; everything else is one label."""
     if any(isinstance(label, list) for label in labels):
         return MULTI
-    numbers = all(isinstance(label, (int, float)) for label in labels)
-    return REGRESSION if numbers and any(label % 1 != 0 for label in labels) else SINGLE
+    try:
+        numbers = set(map(float, labels))
+    except ValueError:
+        return SINGLE
+    written = any(isinstance(label, str) for label in labels)
+    return REGRESSION if (len(numbers) > 20 if written else any(number % 1 != 0 for number in numbers)) else SINGLE
 
 
 def _label_names(train: Dataset, column: str | list[str], labels: list) -> list[str]:
@@ -283,6 +288,6 @@ def _number(dataset: Dataset, index: int, value: Any) -> float:
 
 
 def _flag(dataset: Dataset, index: int, value: Any) -> float:
-    if value not in (0, 1):
+    if value not in (0, 1, "0", "1"):
         raise UserError(f"{cols.where(dataset, index)}: {value!r} where a column of labels holds 0 or 1")
     return float(value)

@@ -99,7 +99,7 @@ def _read_delimited(path: Path, separator: str) -> Dataset | None:
     text = read_text(path)
     if not text.strip():
         return None
-    frame = pd.read_csv(io.StringIO(text), sep=separator, keep_default_na=False, na_values=[""], low_memory=False)
+    frame = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=[""])
     frame.columns = frame.columns.str.strip()
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(
