@@ -21,6 +21,7 @@ import typer
 from redpeft import cli, demo
 from redpeft.training.methods import DEFAULT_RATES
 from redpeft.training.recipe import load_recipe
+from versions import TOO_OLD
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -152,11 +153,16 @@ RUN = [page for page in PAGES if re.search(r"^```\w+ run$", page.read_text(encod
 @pytest.mark.parametrize("page", RUN, ids=page_name)
 def test_snippets_run(page, workplace, monkeypatch):
     names: dict = {}
+    left_out = 0
     for language, run, text in blocks(page, "bash", "python"):
         if run and language == "bash":
             run_commands(text, monkeypatch)
+        elif run and TOO_OLD and ".add_adapter(RedConfig" in text:  # PEFT's own takes a name first
+            left_out += 1
         elif run:
             exec(compile(text, page_name(page), "exec"), names)
+    if left_out:
+        pytest.skip(f"all blocks but {left_out} ran: {TOO_OLD}")
 
 
 def test_the_messages_of_the_errors_page_are_those_of_the_code():

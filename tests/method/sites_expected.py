@@ -61,7 +61,7 @@ NO_FFN = {
     "convolutions in the place of linears": """bit dac efficientnet encodec fastspeech2_conformer
         fastspeech2_conformer_with_hifigan glm_image_vqmodel hgnet_v2 mobilenet_v1 mobilenet_v2 mobilevitv2 poolformer
         pp_ocrv5_mobile_rec pp_ocrv5_server_rec pp_ocrv6_small_det pp_ocrv6_small_rec pp_ocrv6_tiny_rec regnet resnet
-        squeezebert swiftformer textnet univnet uvdoc vits""",
+        squeezebert swiftformer textnet univnet uvdoc vits wavtokenizer_encoder""",
     "the MLP reads more than the block's width": "efficientloftr lightglue",
     "two FFNs that look alike, one for each kind of input": "higgs_audio_v2 lxmert",
     "gone since transformers 5": "jukebox mega van",

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from redpeft import RedConfig, calibrate
 from redpeft.errors import UserError
+from versions import needs_add_adapter
 
 SHARED = ["shared_expert.down_proj"]
 
@@ -27,6 +28,7 @@ SHARED = ["shared_expert.down_proj"]
 # add_adapter, load_adapter, delete_adapter, set_adapter, disable_adapters
 
 
+@needs_add_adapter
 @pytest.mark.parametrize("heads", [None, ["classifier"]], ids=["edits", "edits and head"])
 def test_adapters_of_a_transformers_model(tiny, heads):
     if heads and Version(peft.__version__) < Version("0.19"):
@@ -56,6 +58,7 @@ def test_adapters_of_a_transformers_model(tiny, heads):
     assert plain == names
 
 
+@needs_add_adapter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saved_adapters_are_loaded_in_full_precision(tiny, tmp_path, dtype):
     tiny.bert_classifier(dtype).save_pretrained(tmp_path / "base")
@@ -84,6 +87,7 @@ def test_saved_adapters_are_loaded_in_full_precision(tiny, tmp_path, dtype):
     tiny.assert_same([edit.unit for edit in tiny.edits(again)], units)  # measured once, not again
 
 
+@needs_add_adapter
 def test_nothing_stays_behind_on_models_with_shared_experts(tiny):
     model, ids = tiny.qwen_moe(), tiny.tokens()
     clean, names = model(ids).logits, set(model.state_dict())
@@ -100,6 +104,7 @@ def test_nothing_stays_behind_on_models_with_shared_experts(tiny):
     assert torch.equal(model(ids).logits, clean)
 
 
+@needs_add_adapter
 def test_other_methods_are_refused(tiny):
     model = tiny.llama()
     model.add_adapter(LoraConfig(target_modules=["q_proj"]), "low")
@@ -153,6 +158,7 @@ def test_trainer_ends_with_the_best_checkpoint(tiny, tmp_path):
     tiny.assert_same(tiny.values(model), tiny.values(loaded))
 
 
+@needs_add_adapter
 def test_trainer_with_add_adapter_on_a_bf16_model(tiny, tmp_path):
     model = tiny.bert_classifier(torch.bfloat16)
     model.add_adapter(RedConfig(modules_to_save=["classifier"]))

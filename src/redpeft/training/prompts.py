@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import peft
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +17,10 @@ from redpeft.tasks import TASKS
 
 if TYPE_CHECKING:
     from redpeft.training.recipe import Recipe
+
+# What transformers from 5.24 calls `cache`, and earlier ones and PEFT before 0.22 call `past_key_values`.
+OLD, NEW = "past_key_values", "cache"
+PEFT_KNOWS_NEW = Version(peft.__version__) >= Version("0.22")
 
 
 def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
@@ -25,6 +33,7 @@ def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
     decodes = TASKS[recipe.task].task_type == "CAUSAL_LM"
     if decodes and "position_ids" in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_number_positions, with_kwargs=True)
+    _use_old_name(model)
     return options
 
 
@@ -49,12 +58,49 @@ def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
             "that a run could not go back to its best epoch: leave it out"
         )
     backbone = getattr(model, model.base_model_prefix, model)
-    if not any("past_key_values" in inspect.signature(part.forward).parameters for part in (model, backbone)):
+    if not any({OLD, NEW} & set(inspect.signature(part.forward).parameters) for part in (model, backbone)):
         raise UserError(
             f"method prefix puts keys and values into the attention, and {type(model).__name__} takes none: choose "
             "another method, such as prompt"
         )
+    _use_old_name(model)
     return _fit_length(model, recipe, options)
+
+
+def _use_old_name(model: PreTrainedModel) -> None:
+    """Let PEFT find the keys and values by the name that it knows: it refuses a prefix where it finds none, and takes
+    every step of a generation for the first, so that the prompt comes again before each token."""
+    if PEFT_KNOWS_NEW:
+        return
+    for part in {id(part): part for part in (model, getattr(model, model.base_model_prefix, model))}.values():
+        if NEW in inspect.signature(part.forward).parameters:
+            part.forward = _taking_old_name(part.forward)
+    if hasattr(model, "prepare_inputs_for_generation"):
+        model.prepare_inputs_for_generation = _giving_old_name(model.prepare_inputs_for_generation)
+
+
+def _taking_old_name(forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(OLD) is not None:
+            kwargs[NEW] = kwargs.pop(OLD)
+        return forward(*args, **kwargs)
+
+    signature = inspect.signature(forward)
+    parameters = [p.replace(name=OLD) if p.name == NEW else p for p in signature.parameters.values()]
+    renamed.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return renamed
+
+
+def _giving_old_name(prepare: Callable) -> Callable:
+    @functools.wraps(prepare)
+    def renamed(*args: Any, **kwargs: Any) -> Any:
+        inputs = prepare(*args, **kwargs)
+        if NEW in inputs:
+            inputs[OLD] = inputs.pop(NEW)
+        return inputs
+
+    return renamed
 
 
 def _number_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
