@@ -19,12 +19,15 @@ CHANGES = {
     "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 1e4}},
     "deformable_detr": RESNET | {"backbone_config": STAGES},
     "detr": RESNET,
+    "doge": {"is_moe": True},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1},
     "emu3": {"vocabulary_map": {"<image>": 4}},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
     "funnel": {"architectures": ["FunnelModel"], "block_sizes": [2, 2], "num_decoder_layers": 2},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "granitemoe_swa": {"shared_intermediate_size": 1024},
+    "granitemoeshared": {"shared_intermediate_size": 1024},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
@@ -64,6 +67,7 @@ NO_FFN = {
         squeezebert swiftformer textnet univnet uvdoc vits wavtokenizer_encoder""",
     "the MLP reads more than the block's width": "efficientloftr lightglue",
     "two FFNs that look alike, one for each kind of input": "higgs_audio_v2 lxmert",
+    "the experts are added behind one more attention than the FFN beside them": "longcat_flash",
     "gone since transformers 5": "jukebox mega van",
     "two halves of an FFN declared without attention between them": "gemma4_audio",
 }
@@ -327,4 +331,21 @@ QKV = {
     "wav2vec2-conformer": [f"encoder.layers.{{4}}.self_attn.linear_{name}" for name in "qkv"],
     "whisper": BART_QKV,
     "xlm": [f"attentions.{{4}}.{name}_lin" for name in "qkv"],
+}
+
+# Mixtures of experts: the module (or the two) in a block whose output is the sum of all experts of a token.
+EXPERTS = {
+    "mlp": """afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
+        deepseek_v4 doge dots1 dots3_note dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint
+        glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa gpt_oss hunyuan_v1_moe
+        hy_v3 hy_v4 inkling2 inkling2_text inkling_mm_model inkling_text jetmoe kimi_k25 kimi_linear kolibri1 laguna
+        mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4
+        mistral_large4_text mixtral muse_spark muse_spark_text olmoe openai_privacy_filter phimoe qwen2_moe
+        qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen3_vl_moe_text
+        solar_open step3p7 switch_transformers unlimited_ocr zaya""",
+    "ffn": "dbrx nllb-moe",
+    "feed_forward": "jamba lfm2_moe llama4 llama4_text",
+    "mixer": "nemo_speechlm nemotron_h",
+    "block_sparse_moe": "granitemoe",
+    "block_sparse_moe + shared_mlp": "granitemoe_swa granitemoehybrid granitemoeshared",
 }

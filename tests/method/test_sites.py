@@ -7,7 +7,7 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from sites_expected import ATTENTION, CHANGES, FFN, MIXED, NO_FFN, NOT_BUILT, QKV, READ_FROM, TWINS
+from sites_expected import ATTENTION, CHANGES, EXPERTS, FFN, MIXED, NO_FFN, NOT_BUILT, QKV, READ_FROM, TWINS
 from torch import nn
 from transformers import (
     AutoModel,
@@ -330,10 +330,31 @@ def test_both_sides_of_an_encoder_decoder_and_the_text_side_of_a_captioner_are_e
 
 
 @as_read
-def test_the_experts_are_the_site_where_the_block_itself_sums_them():
+def test_all_experts_of_every_family_are_edited_together():
+    found = {}
+    for family in FAMILIES:
+        if family in " ".join([*NOT_BUILT.values(), *NO_FFN.values()]).split():
+            continue
+        modules = dict(build(family).named_modules())
+        for site in find_sites(build(family)):
+            kept = [name for name in modules if name == site.name or name.startswith(f"{site.name}.")]
+            if any(re.search("expert|moe$", f"{name} {type(modules[name]).__name__}", re.I) for name in kept):
+                names = [name.rpartition(".")[2] for name in (site.name, site.added) if name]
+                found.setdefault(" + ".join(names), set()).add(family)
+    assert found == {module: set(families.split()) for module, families in EXPERTS.items()}
+
+
+@as_read
+def test_the_norm_behind_their_sum_is_the_site_where_experts_and_a_dense_ffn_are_added():
     experts = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}
     config = CONFIG_MAPPING["gemma4_text"](num_hidden_layers=2, **experts)
-    assert names(on_meta(config)) == ["layers.0.experts", "layers.1.experts"]
+    assert names(on_meta(config)) == [f"layers.{block}.post_feedforward_layernorm" for block in (0, 1)]
+
+
+@as_read
+def test_a_shared_expert_alone_is_the_ffn():
+    config = CONFIG_MAPPING["granitemoehybrid"](num_hidden_layers=1, num_local_experts=0)
+    assert find_sites(on_meta(config)) == [Site("layers.0.shared_mlp.output_linear", "ffn", 4096, 0)]
 
 
 class Quantised(nn.Module):
@@ -397,7 +418,13 @@ def test_the_small_mlps_of_a_prediction_head_are_no_sites():
         (
             "lxmert",
             "ffn",
-            "cannot tell the FFN's output. Blocks seen: LxmertXLayer (visual_attention.att.query 768->768",
+            "cannot tell the FFN's output: encoder.x_layers.0.lang_output.dense, encoder.x_layers.0.visn_output.dense "
+            "could each be it. Blocks seen: LxmertXLayer (visual_attention.att.query 768->768",
+        ),
+        (
+            "longcat_flash",
+            "ffn",
+            "cannot tell the FFN's output: layers.0.mlp, layers.0.mlps.0, layers.0.mlps.1 could each be it. Blocks",
         ),
         ("squeezebert", "ffn", "Blocks seen: SqueezeBertModule (no linears)"),
         ("resnet", "ffn", "Blocks seen: ResNetConvLayer (no linears)"),

@@ -11,8 +11,10 @@ blocks (Swin's stages, ALBERT's groups), and one of unlike parts belongs to the 
 
 - "ffn": leave out attention, state-space mixers, adapters and bottlenecks. Of the linears that remain, the FFN's make
   the widest detour: from d up to f (or 2f: gate and up fused) and back. The site is the one that leads back; the last
-  one where up and down look alike, or where a block has FFNs on both sides of its attention (conformers). A block with
-  experts is edited as a whole, at the smallest module that holds them all: its output is their sum.
+  one where up and down look alike, or where a block has FFNs on both sides of its attention (conformers).
+  Experts are edited together, at the smallest module that holds them all: its output is their sum. Where the block
+  itself adds a shared expert to that (GraniteMoeShared), the site has two parts (`added`). Where it norms the sum of
+  its experts and an FFN beside them (Gemma 4), the norm's output is the site.
 - "attention": in each self-attention, the linear back to d that is no query, key, value, gate or position.
 - "qkv": in each self-attention, the linears named after query, key and value, which must be each of them exactly once;
   or the only linear beside the output, which holds them fused.
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import chain
@@ -42,13 +44,15 @@ from transformers.pytorch_utils import Conv1D
 from redpeft.errors import UserError
 
 KINDS = ("ffn", "attention", "qkv")
-RED_PLUS = "red+"  # the paper's enhanced variant: all of them
+RED_PLUS = "red+"
+RED_PLUS_KINDS = ("ffn", "attention", "qkv")  # the paper's enhanced variant; a kind to come is no part of it
 
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)", re.I)
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.I)
 _ASIDE = re.compile(r"mamba|(^|_)ssm|bottleneck|adapter", re.I)  # neither attention nor FFN
-_EXPERT = re.compile(r"expert", re.I)
+_EXPERT = re.compile(r"expert|moe$", re.I)
 _NORM = re.compile(r"norm(\dd|gated)?$", re.I)
+_AFTER_FFN = re.compile(r"post_(feed_?forward|ffn|mlp)_(layer_?)?norm$")
 _QKV = re.compile(r"(?:^|_)w?(?:(qkv|qk|kv|q|k|v)|(q)uer(?:y|ies)|(k)eys?|(v)alues?)(?=_|$)", re.I)
 _OUTPUT = re.compile(r"(^|[._])(o|out|output)($|[._])", re.I)
 _GATE = re.compile(r"gate|position|relative|(^|[._])(pos|rel)($|[._])", re.I)
@@ -60,13 +64,22 @@ Linear = tuple[str, int, int]  # name, width in, width out
 
 @dataclass(frozen=True)
 class Site:
-    """A module whose output is edited: its full name, its kind ("ffn", "attention" or "qkv"), the width of its output,
-    and the index of its block within its stack (the first blocks of T5's encoder and of its decoder both have 0)."""
+    """A module whose output is edited.
+
+    Attributes:
+        name: its full name in the model.
+        kind: "ffn", "attention" or "qkv".
+        width: of its output.
+        layer: the index of its block within its stack (the first blocks of T5's encoder and of its decoder have 0).
+        added: the full name of a module whose output the block adds to this one's, and which the same edit acts on: a
+            shared expert beside its experts. None for nearly all sites.
+    """
 
     name: str
     kind: str
     width: int
     layer: int
+    added: str | None = None
 
 
 def find_sites(
@@ -79,7 +92,7 @@ def find_sites(
 
     Args:
         sites: "ffn", "attention" (the output projection), "qkv" (a fused projection is one site), a list of these, or
-            "red+" for all of them.
+            "red+" for these three, the paper's enhanced variant.
         layers: keep the blocks with these indices.
 
     Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or in doubt.
@@ -115,7 +128,8 @@ def _kinds(sites: str | Sequence[str]) -> list[str]:
     asked = {sites} if isinstance(sites, str) else set(sites)
     if not asked or not asked <= {*KINDS, RED_PLUS}:
         raise UserError(f"sites={sites!r}: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
-    return [kind for kind in KINDS if asked & {kind, RED_PLUS}]
+    asked |= set(RED_PLUS_KINDS) if RED_PLUS in asked else set()
+    return [kind for kind in KINDS if kind in asked]
 
 
 def _of_layers(sites: list[Site], layers: list[int]) -> list[Site]:
@@ -140,8 +154,8 @@ class _Block:
     def sites(self, kind: str) -> list[Site]:
         if kind == "ffn":
             if len(self.ffn) > 1:
-                raise UserError(_doubt(kind, [self]))
-            return [Site(name, kind, self.width, self.index) for name in self.ffn]
+                raise UserError(_doubt(kind, [self], f": {', '.join(self.ffn)} could each be it"))
+            return [Site(name, kind, self.width, self.index, self._added(name)) for name in self.ffn]
         pick = self._output if kind == "attention" else self._query_key_value
         return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
 
@@ -169,16 +183,11 @@ class _Block:
         parts = list(_walk(self.name, self.module, _is_attention))
         if experts := [name for name, module in parts if _says(_EXPERT, name, module)]:
             around = [n for n, m in parts if not _is_list(m) and all(name.startswith(f"{n}.") for name in experts)]
-            return [around[-1] if around else experts[0]]
+            return self._with_experts(around[-1] if around else experts[0], parts)
         linears = _linears(self.name, self.module, _is_no_ffn)
-        shapes = Counter((start, end) for _, start, end in linears)
-
-        def leads_back(inner: int, end: int) -> bool:
-            others = shapes - Counter([(inner, end)])
-            return end == self.width and bool(others[end, inner] or others[end, 2 * inner])
-
-        inner = max((start for _, start, end in linears if leads_back(start, end)), default=0)
-        back = [name for name, start, end in linears if start == inner and leads_back(start, end)]
+        ways_back = _ways_back(linears, self.width)
+        inner = max((start for _, start in ways_back), default=0)
+        back = [name for name, start in ways_back if start == inner]
         # A prediction head is a small MLP with neither attention nor norm; XLM keeps its FFNs apart from these too.
         if inner <= self.width and not self.attends and not any(_says(_NORM, *part) for part in parts):
             return []
@@ -189,6 +198,23 @@ class _Block:
         if 2 * inner != self.width and any(_parent(name) in beside for name in back):
             return []
         return back[-1:] if self._attention_between(back[-2:]) else back
+
+    def _with_experts(self, experts: str, parts: list[Named]) -> list[str]:
+        """The site of a block with experts, whose sum is the output of the module `experts`."""
+        siblings = [named for named in parts if _parent(named[0]) == _parent(experts) and named[0] != experts]
+        each = [one for named in siblings for one in (_children(*named) if _is_list(named[1]) else [named])]
+        others = [named for named in each if not (_says(_NORM, *named) or _says(_ASIDE, *named))]
+        dense = [named[0] for named in others if _ways_back(_linears(*named), self.width)]
+        if not dense or _last(dense[0]) == shared_expert(dict(parts)[experts], siblings):
+            return [experts]
+        # Gemma 4 norms the sum of its experts and its dense FFN. LongCat-Flash adds its experts later than the FFN
+        # beside them, behind one more attention: nowhere is their sum.
+        return [name for name, _ in siblings if _AFTER_FFN.search(name)] or [experts, *dense]
+
+    def _added(self, site: str) -> str | None:
+        modules = {self.name: self.module, **dict(_walk(self.name, self.module))}
+        added = shared_expert(modules[site], _children("", modules[_parent(site)]))
+        return added and f"{_parent(site)}.{added}"
 
     def _attention_between(self, names: list[str]) -> bool:
         """Whether attention is declared between two modules, as it is between the halves of a conformer's FFN."""
@@ -337,6 +363,27 @@ def _reads_weights(kind: type) -> bool:
     return any("multi_head_attention_forward" in code.co_names for code in codes if code)
 
 
+def _ways_back(linears: list[Linear], width: int) -> list[tuple[str, int]]:
+    """The linears that end a detour from `width` to another width, or to twice that (gate and up fused), and back:
+    their names, and that width."""
+    shapes = Counter((start, end) for _, start, end in linears)
+
+    def leads_back(inner: int, end: int) -> bool:
+        others = shapes - Counter([(inner, end)])
+        return end == width and bool(others[end, inner] or others[end, 2 * inner])
+
+    return [(name, start) for name, start, end in linears if leads_back(start, end)]
+
+
+def shared_expert(experts: nn.Module, siblings: Iterable[Named]) -> str | None:
+    """The one of the modules beside `experts` whose output their block adds to theirs, by the last part of its name:
+    GraniteMoeShared's `shared_mlp`. None for a module that holds no experts or sums them all itself."""
+    if not any(_says(_EXPERT, *child) for child in _children("", experts)):
+        return None
+    shared = (_last(name) for name, module in siblings if _last(name) == "shared_mlp" and _linears("", module))
+    return next(shared, None)
+
+
 def _config(module: nn.Module) -> type:
     return type(getattr(module, "config", None))
 
@@ -345,15 +392,19 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def _says(pattern: re.Pattern, name: str, module: nn.Module) -> bool:
-    return bool(pattern.search(name.rpartition(".")[2]) or pattern.search(type(module).__name__))
+    return bool(pattern.search(_last(name)) or pattern.search(type(module).__name__))
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
     """By its name; or by its class, unless that is named after an attention within (`PixtralAttentionLayer`)."""
     if _NORM.search(type(module).__name__) or not _says(_ATTENTION, name, module):
         return False
-    by_name = _ATTENTION.search(name.rpartition(".")[2])
+    by_name = _ATTENTION.search(_last(name))
     return bool(by_name) or not any(_says(_ATTENTION, *child) for child in _children(name, module))
 
 
