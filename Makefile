@@ -49,7 +49,7 @@ test-slow: .venv/.quantisers .venv/.ray  ## what takes longer: several processes
 	$(BIN)/python -m pytest -m slow
 
 # Tables that share a base model share a folder, and with it their runs.
-reproduce-smoke: $(VENV)/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)
+reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)
 	$(BIN)/redpeft reproduce glue-roberta-base --budget smoke --out runs/smoke/roberta-base
 	$(BIN)/redpeft reproduce glue-roberta-large --budget smoke --out runs/smoke/roberta-large
 	$(BIN)/redpeft reproduce ablation --budget smoke --out runs/smoke/roberta-large
