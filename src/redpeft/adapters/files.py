@@ -25,6 +25,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from redpeft.errors import UserError, some
+from redpeft.method.compiled import compile_in_place, plain_name
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import output_width
 
@@ -113,11 +114,13 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
     for key, tensor in sorted(read().items()):  # safetensors gives them in any order
-        site, is_edit, part = key.removeprefix(PREFIX).rpartition(EDIT)
+        name = plain_name(key).removeprefix(PREFIX)
+        site, is_edit, part = name.rpartition(EDIT)
         if is_edit:
             parts.setdefault(site, {})[part] = tensor.float()
         else:
-            head[key.removeprefix(PREFIX)] = tensor
+            head[name] = tensor
+    config = _with_plain_names(config)
     _check_keys(folder, config.get("target_modules"), parts)
     for site, tensors_there in parts.items():
         _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", **tensors_there)
@@ -188,7 +191,7 @@ def load_adapter(
     Raises `UserError` for whatever `read_adapter` refuses, and for an adapter of another base model: other module
     names, other widths, a head of other shapes, or other weights (by fingerprint). The base is untouched then.
     """
-    adapter = read_adapter(folder)
+    adapter, base_model = read_adapter(folder), compile_in_place(base_model)
     trained_on = adapter.config.get("base_model_name_or_path") or "a base model that it does not name"
     problem = _misfit(base_model, adapter)
     if problem:
@@ -207,6 +210,13 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         return load(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: corrupt or truncated, not a safetensors file ({error}); copy it again") from error
+
+
+def _with_plain_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the names that a compiled model had; a fingerprint of such names fits no plain model."""
+    targets = config.get("target_modules")
+    names = [plain_name(str(name)) for name in targets] if isinstance(targets, list) else targets
+    return config if names == targets else {**config, "target_modules": names, "base_fingerprint": None}
 
 
 def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Tensor]]) -> None:

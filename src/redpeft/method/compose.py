@@ -75,7 +75,7 @@ def combine_heads(names: Sequence[str], heads: Sequence[Head], weights: Sequence
     """
     owners = [index for index, head in enumerate(heads) if head]
     brought = [heads[index] for index in owners]
-    if all(_equal(brought[0], head) for head in brought):
+    if all(same_tensors(brought[0], head) for head in brought):
         return brought[0] if brought else {}
     said = f"{' and '.join(dict.fromkeys(names[index] for index in owners))} bring different heads (modules_to_save)"
     choose = "say whose head to keep: --head on the command line, head=... in Python"
@@ -98,5 +98,6 @@ def _shapes(head: Head) -> dict[str, torch.Size]:
     return {key: tensor.shape for key, tensor in head.items()}
 
 
-def _equal(left: Head, right: Head) -> bool:
+def same_tensors(left: Head, right: Head) -> bool:
+    """Whether two heads have the same names, shapes and values."""
     return _shapes(left) == _shapes(right) and all(torch.equal(left[key], right[key]) for key in left)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
 from redpeft.errors import UserError
+from redpeft.method.compiled import plain_name
 from redpeft.method.register import REDPEFT
 from redpeft.method.sites import KINDS, RED_PLUS
 
@@ -77,10 +80,42 @@ class RedConfig(PeftConfig):
             raise UserError("use_scale and use_bias are both False: nothing would be learned; set one of them")
         if self.unit != "auto" and not _is_positive_number(self.unit):
             raise UserError(f"unit must be 'auto' or a positive number, not {self.unit!r}")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
+        if self.target_modules is not None and not isinstance(self.target_modules, str):
+            names = {plain_name(name) for name in self.target_modules}
+            if self.resolved and names != set(self.target_modules):
+                self.base_fingerprint = None  # of the names as they were
+            self.target_modules = names
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
+        self._served: dict[str, PeftConfig] = {}  # the configurations of the model that this one is among
+        self._found: dict[str, tuple[Any, Any]] = {}  # by field: what was asked for, and what that model gave for it
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's. It adds a task's heads to `modules_to_save` each time that it is given the object; here each once."""
+        heads = self.modules_to_save
+        return {**super().to_dict(), "modules_to_save": heads and list(dict.fromkeys(heads))}
+
+    def serve(self, configs: dict[str, PeftConfig], adapter_name: str) -> None:
+        """Become the configuration of an adapter of a model, whose configurations are `configs`.
+
+        PEFT keeps the caller's object, which may be that of another adapter already: that one gets a copy, and what
+        was asked for is looked up anew.
+        """
+        for name, config in self._served.items():
+            if config is self:
+                self._served[name] = copy.copy(self)
+        for name, (asked, found) in self._found.items():
+            if getattr(self, name) == found:
+                setattr(self, name, asked)
+        self._served, self._found = configs, {}
+        configs[adapter_name] = self
+
+    def resolve(self, **found: Any) -> None:
+        """Put in what was found in the model."""
+        for name, value in found.items():
+            asked, _ = self._found.get(name, (getattr(self, name), None))
+            self._found[name] = asked, value
+            setattr(self, name, value)
 
     def _check_where(self) -> None:
         if self.target_modules is not None and not self.target_modules:

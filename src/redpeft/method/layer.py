@@ -62,6 +62,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._mixed: tuple[RowIndex, EditTable] | None = None
+        if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
+            self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: RedConfig) -> None:
@@ -183,9 +185,11 @@ class RedLayer(nn.Module, BaseTunerLayer):
         """Fold the adapters (the active ones by default) into the base layer's weight and bias.
 
         The arithmetic is fp32 (fp64 on an fp64 base) from the original weights, rounded once; a layer without a bias
-        gets one. Raises `UserError` for a layer that cannot be folded, and with `safe_merge` for a result that is not
-        finite in the layer's dtype; nothing is changed then.
+        gets one if the adapters add anything. Raises `UserError` for a layer that cannot be folded, and with
+        `safe_merge` for a result that is not finite in the layer's dtype; nothing is changed then.
         """
+        if adapter_names is not None and not adapter_names:
+            return  # PEFT's check would warn of a merged layer
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.redpeft_edit]
         if not names:
             return
@@ -195,23 +199,28 @@ class RedLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         original = self._unmerged or (base.weight, base.bias)
         weight, bias = self._folded(*original, names=[*self.merged_adapters, *names])
-        if safe_merge and not (weight.isfinite().all() and bias.isfinite().all()):
+        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise UserError(
                 f"merging {', '.join(names)} at {self.site} gives values that are not finite in {weight.dtype}"
             )
         self._unmerged = original
         base.weight = nn.Parameter(weight, requires_grad=original[0].requires_grad)
-        base.bias = nn.Parameter(bias, requires_grad=original[0].requires_grad)
+        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=original[0].requires_grad)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
-    def _folded(self, weight: torch.Tensor, bias: Any, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _folded(
+        self, weight: torch.Tensor, own_bias: torch.Tensor | None, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         transposed = isinstance(self.get_base_layer(), Conv1D)  # (in, out)
-        dtype, rows = weight.dtype, weight.T if transposed else weight
+        rows, bias = weight.T if transposed else weight, own_bias
         for name in names:
             edit: Edit = self.redpeft_edit[name]
             rows, bias = fold_edit(rows, bias, *edit.acting)
-        return (rows.T if transposed else rows).to(dtype).contiguous(), bias.to(dtype)
+        folded = (rows.T if transposed else rows).to(weight.dtype).contiguous()
+        if bias is None or (own_bias is None and not bias.any()):
+            return folded, None  # scales alone: the layer still needs no bias
+        return folded, bias.to(weight.dtype)
 
     def unmerge(self) -> None:
         """Put the original weight and bias back, bit for bit: dividing by a scale near 0 could not."""

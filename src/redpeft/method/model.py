@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from redpeft.errors import UserError, some
-from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads
+from redpeft.method.compiled import compile_in_place, plain_name
+from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.method.config import RedConfig
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
@@ -39,23 +40,24 @@ class RedModel(BaseTuner):
     tuner_layer_cls = RedLayer
     target_module_mapping: ClassVar[dict] = {}  # sites are found by structure
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # PEFT until 0.20: model.forward, past what `model.compile()` has compiled
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # The model gets a configuration of its own: the caller's may serve other models, whose sites differ. They
-        # share one list of heads, since PEFT appends a token classifier's head to the caller's after this.
-        given = self.peft_config[adapter_name]
-        given.modules_to_save = given.modules_to_save or []
-        config = self.peft_config[adapter_name] = copy.copy(given)
+        model = self.model = compile_in_place(model)
+        config = self.peft_config[adapter_name]
+        config.serve(self.peft_config, adapter_name)
         if config.sites is not None and not config.resolved:
             sites = find_sites(model, config.sites, config.layers_to_transform)
-            config.target_modules, config.resolved = {site.name for site in sites}, True
+            config.resolve(target_modules={site.name for site in sites}, resolved=True)
         if config.resolved:
-            config.target_modules = frozenset(config.target_modules)  # PEFT shortens a large set to name endings
+            config.resolve(target_modules=frozenset(config.target_modules))  # PEFT shortens a large set to endings
         if not config.inference_mode:
             leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Full names, also where PEFT was given endings: loading goes by these.
         edited = {name for name, layer in red_layers(model).items() if adapter_name in layer.redpeft_edit}
-        config.target_modules, config.resolved = edited, True
+        config.resolve(target_modules=edited, resolved=True)
         self._check_base(model, config, adapter_name)
 
     def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
@@ -73,7 +75,7 @@ class RedModel(BaseTuner):
                 f"adapter '{adapter_name}' was trained on another base model{named} than this one: {differs}",
                 stacklevel=2,
             )
-        config.base_fingerprint = config.base_fingerprint or found
+        config.resolve(base_fingerprint=config.base_fingerprint or found)
 
     def _prepare_adapter_config(self, peft_config: RedConfig, model_config: dict) -> RedConfig:
         return peft_config
@@ -95,10 +97,16 @@ class RedModel(BaseTuner):
             raise UserError(f"RED cannot be mixed with other methods in one model: delete {', '.join(others)} first")
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Also without the name that a module gets that is compiled after the adapter was added."""
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: RedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """An adapter file with keys missing or left over is an error, where PEFT would warn or say nothing."""
+        state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict().keys()
         edits = {key for key in known if f".redpeft_edit.{adapter_name}." in key}
@@ -198,6 +206,43 @@ class RedModel(BaseTuner):
         if unknown:
             raise UserError(f"unknown adapters: {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's. Raises `UserError` for unknown names and for several heads; nothing is changed then."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        for module, wrapper in _wrappers(self.model).items():
+            owners = [name for name in names if name in wrapper.modules_to_save]
+            if len(owners) > 1:
+                raise UserError(
+                    f"Only one adapter can be set at a time for ModulesToSaveWrapper: {' and '.join(owners)} bring a "
+                    f"{module} each. Make one adapter of them: add_weighted_adapter(names, weights, new_name, "
+                    "'sequence', head=...)"
+                )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it alone was active, the first of the others becomes so, at all sites and with its
+        head, where PEFT chooses one for each site. Raises `UserError` for an unknown and for a merged adapter."""
+        self._check_known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in red_layers(self.model).values()):
+            raise UserError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged: unmerge them first")
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            if not left and (left := sorted(self.peft_config.keys() - {adapter_name})[:1]):
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=2,
+                )
+            if left:
+                self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
+        for wrapper in _wrappers(self.model).values():  # PEFT asks these to take all active adapters, and fails
+            if adapter_name not in wrapper.active_adapters:
+                wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
+        super().delete_adapter(adapter_name)
+
+    # Merging. A merged model has one head: its adapters' own, or the base's if they have none. PEFT keeps the active
+    # adapter's, whatever is merged.
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         reasons = {layer.why_not_mergeable(): name for name, layer in red_layers(self.model).items()}
@@ -209,12 +254,57 @@ class RedModel(BaseTuner):
                 "over each edited output, or merge into the unquantised model"
             )
 
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's, with a word where the merged model cannot simply be saved: a stock Llama, say, has no place for the
-        bias that a layer without one has got."""
+    def _merged_heads(self, adapter_names: list[str] | None, head: str | None) -> dict[str, nn.Module]:
+        """By the names of the modules to save: what the model has there once these adapters are merged too."""
+        names = [name for layer in red_layers(self.model).values() for name in layer.merged_adapters]
+        names += self.active_adapters if adapter_names is None else adapter_names
+        self._check_known([*names, *([head] if head else [])])
+        found = {}
+        for module, wrapper in _wrappers(self.model).items():
+            copies = wrapper.modules_to_save
+            owners = [name for name in dict.fromkeys([head] if head else names) if name in copies]
+            combine_heads(owners, [copies[name].state_dict() for name in owners], None)  # UserError where they differ
+            found[module] = copies[owners[0]] if owners else wrapper.original_module
+        return found
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, head: str | None = None
+    ) -> None:
+        """Merge adapters (the active ones by default) into the base's weights, until `unmerge_adapter`.
+
+        The active head has to be theirs; where they bring different heads, `head` names the adapter whose head it is.
+        Raises `UserError` otherwise, for unknown names, and for what `RedLayer.merge` refuses.
+        """
+        for name, module in self._merged_heads(adapter_names, head).items():
+            wrapper = self.model.get_submodule(name)
+            active = [wrapper.modules_to_save[n] for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+            if not same_tensors(module.state_dict(), next(iter(active), wrapper.original_module).state_dict()):
+                raise UserError(
+                    f"the active {name} (modules_to_save) is not that of the adapters to merge: call set_adapter with "
+                    "the adapter whose head is to act first"
+                )
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        head: str | None = None,
+    ) -> nn.Module:
+        """Merge adapters (the active ones by default) into the base's weights and return the plain model.
+
+        Its head is theirs, or the base's own if they have none; where they bring different heads, `head` names the
+        adapter whose head to keep. Raises `UserError` as `merge_adapter` does; the adapted model still works then.
+        Warns where the merged model cannot simply be saved: a stock Llama, say, has no place for the bias that a layer
+        without one has got.
+        """
+        heads = self._merged_heads(adapter_names, head)
         bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
         without = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
-        model = super().merge_and_unload(*args, **kwargs)
+        super().merge_adapter(adapter_names, safe_merge)
+        self._put_heads(heads)
+        model = super().merge_and_unload(progressbar, adapter_names=[])
         got = sorted(name for name in without if model.get_submodule(name).bias is not None)
         if got:
             warnings.warn(
@@ -224,6 +314,17 @@ class RedModel(BaseTuner):
                 stacklevel=2,
             )
         return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was: unmerged, and with its own head, where PEFT leaves the active adapter's in."""
+        self.unmerge_adapter()
+        self._put_heads({name: wrapper.original_module for name, wrapper in _wrappers(self.model).items()})
+        return super().unload()
+
+    def _put_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        for name, module in heads.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -238,7 +339,7 @@ class RedModel(BaseTuner):
         if any(layer.merged for layer in layers):
             raise UserError("adapter_names has no effect on a merged adapter: call model.unmerge_adapter() first")
         batch = MixedBatch(names, list(self.peft_config))
-        heads = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        heads = list(_wrappers(self.model).values())
         try:
             _mix(layers, batch)
             for head in heads:
@@ -259,12 +360,16 @@ def _mix(layers: Sequence[RedLayer], batch: MixedBatch) -> None:
             layer.mix(batch.index, EditTable.of_adapters(layer.redpeft_edit, batch.adapters))
 
 
+def _wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """The modules to save, with all adapters' copies, by their names in the base model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
 def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
-    """An adapter's copies of the modules to save, by their names in the base model."""
-    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    """An adapter's copies of the modules to save."""
     return {
         name: wrapper.modules_to_save[adapter]
-        for name, wrapper in wrappers.items()
+        for name, wrapper in _wrappers(model).items()
         if adapter in wrapper.modules_to_save
     }
 

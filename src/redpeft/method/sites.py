@@ -42,6 +42,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
+from redpeft.method.compiled import unwrapped
 
 KINDS = ("ffn", "attention", "qkv")
 RED_PLUS = "red+"
@@ -87,8 +88,8 @@ def find_sites(
 ) -> list[Site]:
     """The sites of a model of repeated blocks, in the model's order. Reads no weights: the meta device will do.
 
-    PEFT layers in the model count as the modules that they wrap, under the plain model's names. A module that several
-    blocks share is one site.
+    PEFT layers and what `torch.compile` wraps count as the modules within, under the plain model's names. A module
+    that several blocks share is one site.
 
     Args:
         sites: "ffn", "attention" (the output projection), "qkv" (a fused projection is one site), a list of these, or
@@ -97,7 +98,8 @@ def find_sites(
 
     Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or in doubt.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = unwrapped(model)
+    model = unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
     blocks = _edited_blocks(model)
     modules = dict(_walk("", model))
     found: dict[int, Site] = {}  # by module
@@ -317,6 +319,7 @@ def _doubt(kind: str, blocks: list[_Block], where: str = "") -> str:
 def _children(name: str, module: nn.Module) -> Iterator[Named]:
     """The children under their full names, as in the plain model: without PEFT's layers and its copies of modules."""
     for key, child in module.named_children():
+        child = unwrapped(child)
         if isinstance(child, BaseTunerLayer):
             child = child.get_base_layer()
         if not isinstance(child, ModulesToSaveWrapper):
