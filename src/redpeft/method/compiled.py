@@ -1,7 +1,7 @@
 """Names without what `torch.compile` puts into them.
 
-`torch.compile(module)` wraps the module, and all names in it get `_orig_mod.` in front: an adapter with such names would
-fit compiled models only. `module.compile()` compiles the same module in place and leaves its names alone.
+`torch.compile(module)` wraps the module, and all names in it get `_orig_mod.` in front: an adapter with such names
+would fit compiled models only. `module.compile()` compiles the same module in place and leaves its names alone.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class RedConfig(PeftConfig):
         self._found: dict[str, tuple[Any, Any]] = {}  # by field: what was asked for, and what that model gave for it
 
     def to_dict(self) -> dict[str, Any]:
-        """PEFT's. It adds a task's heads to `modules_to_save` each time that it is given the object; here each once."""
+        """PEFT's, with each head once: PEFT adds those of a task again whenever it is given the object."""
         heads = self.modules_to_save
         return {**super().to_dict(), "modules_to_save": heads and list(dict.fromkeys(heads))}
 

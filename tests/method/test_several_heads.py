@@ -1,4 +1,4 @@
-"""Several adapters with heads (`modules_to_save`): what acts, what is merged and what is left is never another's head."""
+"""Several adapters with heads (`modules_to_save`): none acts, is merged or is left under the head of another."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_different_heads_are_not_merged_unless_one_is_named(model, tiny):
 
 def test_an_adapter_is_not_merged_under_the_head_of_another(model, tiny):
     for name in ("b", "none"):
-        with pytest.raises(UserError, match="the active classifier .* is not that of the adapters to merge: call set_"):
+        with pytest.raises(UserError, match="the active classifier .* is not that of the adapters to merge: call"):
             model.merge_adapter(adapter_names=[name])
     model.set_adapter("b")
     wanted = by_hand(model, tiny, ["b"], "b")
