@@ -254,13 +254,20 @@ def test_encoding_cuts_pairs_and_keeps_only_what_models_take(tiny_tokenizer):
     rows = {"sentence1": ["the film is good"] * 2, "sentence2": ["a very bad shop", "great"], "label": [0, 1]}
     task = task_of(rows)
     encoded = task.encode(make(rows), tiny_tokenizer, 6)
-    assert set(encoded.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert set(encoded.column_names) == {"input_ids", "token_type_ids", "attention_mask", "labels", "__cut__"}
     assert [len(ids) for ids in encoded["input_ids"]] == [6, 6]
+    assert encoded[:]["__cut__"] == [True, True]
     assert encoded[1]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
     long = task_of({"text": ["film " * 500, "good"], "label": [0, 1]})
-    encoded = long.encode(make({"text": ["film " * 500, "good"]}), tiny_tokenizer, 256, with_labels=False)
-    assert len(encoded[0]["input_ids"]) == tiny_tokenizer.model_max_length == 64
+    texts = make({"text": ["film " * 500, "film " * 62]})  # with the two special tokens, the second is just 64 long
+    encoded = long.encode(texts, tiny_tokenizer, 64, with_labels=False)
+    assert [len(ids) for ids in encoded["input_ids"]] == [64, 64]
+    assert encoded[:]["__cut__"] == [True, False]
     assert "labels" not in encoded.column_names
+    assert len(long.encode(texts, tiny_tokenizer, with_labels=False)[0]["input_ids"]) == 502
+    for one, data, length, special in ((long, texts, 2, 2), (task, make(rows), 4, 3)):
+        with pytest.raises(UserError, match=f"max_length {length} leaves no room for a text beside .* {special} spe"):
+            one.encode(data, tiny_tokenizer, length, with_labels=False)
 
 
 def test_a_decoder_without_pad_token_gets_one(tiny_decoder_folder):

@@ -85,7 +85,7 @@ def test_what_is_learned(tokenizer):
         assert row["labels"] == [*[-100] * (len(prompt) + 1), *text, end]
     assert tokenizer.decode(encoded[0]["input_ids"]) == "name[Cotto]<|endoftext|>Cotto is a place.<|endoftext|>"
     asked = task_of(ROWS).encode(make(ROWS).remove_columns("ref"), tokenizer, 256, with_labels=False)
-    assert asked.column_names == ["input_ids"]
+    assert set(asked.column_names) == {"input_ids", "__cut__"}
     assert tokenizer.decode(asked[0]["input_ids"]) == "name[Cotto]<|endoftext|>"
 
 
@@ -109,6 +109,7 @@ def test_a_tokenizer_that_marks_the_end(llama_tokenizer):
 def test_long_rows_are_cut(llama_tokenizer):
     rows = {"mr": ["m" * 300, "m" * (MR_TOKENS - 2)], "ref": ["r" * 300, "r" * (REFERENCE_TOKENS - 1)]}
     cut, whole = task_of(rows).encode(make(rows), llama_tokenizer, 256)
+    assert (cut["__cut__"], whole["__cut__"]) == (True, False)
     end = llama_tokenizer.eos_token_id
     assert cut["input_ids"][MR_TOKENS - 1] == end  # where the text begins is said all the same
     assert cut["labels"][:MR_TOKENS] == [-100] * MR_TOKENS
@@ -118,7 +119,7 @@ def test_long_rows_are_cut(llama_tokenizer):
     assert len(whole["input_ids"]) == MR_TOKENS + REFERENCE_TOKENS
     assert whole["labels"][-1] == end
     [short, _] = task_of(rows).encode(make(rows), llama_tokenizer, 80)
-    assert len(short["input_ids"]) == 80
+    assert (len(short["input_ids"]), short["__cut__"]) == (80, True)
     assert [label for label in short["labels"] if label != -100] == short["input_ids"][MR_TOKENS:]
 
 

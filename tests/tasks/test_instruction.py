@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
 import making
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from conftest import CHAT_TEMPLATE
 from redpeft.errors import UserError
 from redpeft.tasks import DataConfig, InstructionTask, read_splits, task_from_dict
+from redpeft.tasks.base_model import pad_prompts
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -24,6 +27,16 @@ PAIRS = {"prompt": ["Say yes", "Say no"], "response": ["yes", "no"]}
 make = partial(making.make, source="train.jsonl")
 task_of = partial(making.task_of, InstructionTask, source="train.jsonl")
 error_of = partial(making.error_of, InstructionTask, source="train.jsonl")
+
+
+def parts(encoded, tokenizer) -> list[tuple[str, str]]:
+    """What each row holds: the prompt, and what is learned."""
+    rows = []
+    for row in encoded:
+        start = row["completion_mask"].index(1)
+        assert row["completion_mask"] == [0] * start + [1] * (len(row["input_ids"]) - start)
+        rows.append(tuple(tokenizer.decode(ids) for ids in (row["input_ids"][:start], row["input_ids"][start:])))
+    return rows
 
 
 @pytest.fixture
@@ -84,28 +97,24 @@ def test_bad_rows(columns, message):
 
 def test_plain_text_without_a_chat_template(plain_tokenizer):
     rows = {"instruction": ["Add", "Say no"], "input": ["2 and 3", ""], "output": ["5", "no"]}
-    encoded = task_of(rows).encode(make(rows), plain_tokenizer)
-    assert encoded[:] == {
-        "prompt": ["Human: Add\n\n2 and 3\n\nAssistant:", "Human: Say no\n\nAssistant:"],
-        "completion": [" 5", " no"],
-    }
+    assert parts(task_of(rows).encode(make(rows), plain_tokenizer), plain_tokenizer) == [
+        ("<s>Human: Add\n\n2 and 3\n\nAssistant:", " 5</s>"),
+        ("<s>Human: Say no\n\nAssistant:", " no</s>"),
+    ]
 
 
 def test_chats_with_a_chat_template(tiny_chat_tokenizer):
     encoded = task_of(PAIRS).encode(make(PAIRS), tiny_chat_tokenizer)
-    assert encoded[1] == {
-        "prompt": [{"role": "user", "content": "Say no"}],
-        "completion": [{"role": "assistant", "content": "no"}],
-    }
+    assert parts(encoded, tiny_chat_tokenizer)[1] == ("<|user|>\nSay no\n<|assistant|>\n", "no</s>\n")
 
 
 def test_plain_text_whatever_the_tokenizer_has(tiny_chat_tokenizer, plain_tokenizer):
     task = task_of(PAIRS, {"template": "plain"})
-    assert task.encode(make(PAIRS), tiny_chat_tokenizer)[:] == task_of(PAIRS).encode(make(PAIRS), plain_tokenizer)[:]
-    dataset = task.rows_to_dataset(["Say yes"])
-    assert task.format_prompt(dataset[0], tiny_chat_tokenizer) == "Human: Say yes\n\nAssistant:"
-    inputs = task.prompt_inputs(dataset, tiny_chat_tokenizer)
-    assert inputs["input_ids"][0, 0] == tiny_chat_tokenizer.bos_token_id  # which a chat template would have to write
+    encoded = task.encode(make(PAIRS), tiny_chat_tokenizer)
+    assert encoded[:] == task_of(PAIRS).encode(make(PAIRS), plain_tokenizer)[:]
+    assert encoded[0]["input_ids"][0] == tiny_chat_tokenizer.bos_token_id  # which a chat template would have to write
+    asked = task.encode(task.rows_to_dataset(["Say yes"]), tiny_chat_tokenizer, with_labels=False)[:]["input_ids"]
+    assert tiny_chat_tokenizer.batch_decode(asked) == ["<s>Human: Say yes\n\nAssistant:"]
     assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
     assert task_from_dict({"task": "instruction", "columns": {}}).template == "auto"  # of a run from before
 
@@ -113,43 +122,112 @@ def test_plain_text_whatever_the_tokenizer_has(tiny_chat_tokenizer, plain_tokeni
 def test_every_answer_of_a_chat_is_learned(tiny_chat_tokenizer, plain_tokenizer):
     rows = {"messages": [[{"role": "assistant", "content": "Welcome"}, *CHAT]]}
     encoded = task_of(rows).encode(make(rows), tiny_chat_tokenizer)
-    assert encoded["completion"] == [[CHAT[2]], [CHAT[4]]]
-    assert encoded["prompt"] == [rows["messages"][0][:3], rows["messages"][0][:5]]
+    start = "<|assistant|>\nWelcome</s>\n<|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n"
+    assert parts(encoded, tiny_chat_tokenizer) == [
+        (start, "Hello!</s>\n"),
+        (start + "Hello!</s>\n<|user|>\nBye\n<|assistant|>\n", "See you</s>\n"),
+    ]
     rows = {"messages": [CHAT]}
-    assert task_of(rows).encode(make(rows), plain_tokenizer)[1] == {
-        "prompt": "Be brief.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:",
-        "completion": " See you",
-    }
+    assert parts(task_of(rows).encode(make(rows), plain_tokenizer), plain_tokenizer)[1] == (
+        "<s>Be brief.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:",
+        " See you</s>",
+    )
+
+
+def test_rows_are_cut_where_the_model_ends(plain_tokenizer):
+    rows = {"prompt": ["Say yes", "x" * 80], "response": ["yes " * 20, "no"]}
+    encoded = task_of(rows).encode(make(rows), plain_tokenizer, 40)
+    assert encoded[:]["__cut__"] == [True, True]
+    assert [len(ids) for ids in encoded["input_ids"]] == [40, 40]
+    assert [sum(mask) for mask in encoded["completion_mask"]] == [40 - len("sHuman: Say yes\n\nAssistant:"), 0]
+    assert task_of(rows).encode(make(rows), plain_tokenizer, 110)[:]["__cut__"] == [False, False]
+    with pytest.raises(
+        UserError, match="^train.jsonl, row 2: a prompt of 100 tokens leaves no room for an answer in 8"
+    ):
+        task_of(rows).encode(make(rows), plain_tokenizer, 80, with_labels=False)
+
+
+REFUSALS = {
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}x": (
+        "no system role here"
+    ),
+    "{{ city.name }}": "'city' is undefined",
+    "{{ messages[0]['content'] + 1 }}": 'can only concatenate str (not "int") to str',
+    "{% for m in messages %}{{ m.content }}": "Unexpected end of template",
+    "{% if messages[0].role != 'system' %}x{% endif %}": "writes nothing for this chat",
+}
+
+
+@pytest.mark.parametrize("template", REFUSALS)
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_a_chat_template_that_refuses_a_chat(tiny_chat_tokenizer, template, with_labels):
+    tokenizer = copy.deepcopy(tiny_chat_tokenizer)
+    tokenizer.chat_template = template
+    rows = {"messages": [CHAT[1:], CHAT]}
+    with pytest.raises(UserError) as caught:
+        task_of(rows).encode(make(rows), tokenizer, with_labels=with_labels)
+    place = "row 2" if "role" in template else "row 1"  # of these two templates, each refuses chats with a system
+    assert str(caught.value).startswith(f"train.jsonl, {place}: the tokenizer's chat template ")
+    assert REFUSALS[template] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    plain = task_of(rows, {"template": "plain"})
+    assert len(plain.encode(make(rows), tokenizer, with_labels=with_labels)) == (4 if with_labels else 2)
+
+
+def test_prompts_that_end_otherwise_where_an_answer_follows(tiny_chat_tokenizer, caplog):
+    tokenizer = copy.deepcopy(tiny_chat_tokenizer)
+    tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}thinking{% endif %}"
+    encoded = task_of(PAIRS).encode(make(PAIRS), tokenizer)
+    assert parts(encoded, tokenizer)[0] == ("<|user|>\nSay yes\n<|assistant|>\n", "yes</s>\n")
+    assert "train.jsonl: 2 of 2 prompts end in other tokens where a response follows" in caplog.text
+
+
+def test_a_tokenizer_that_raises_on_a_text(plain_tokenizer):
+    class Picky:
+        def __call__(self, texts, **options):
+            if any("no" in text for text in texts):
+                raise RuntimeError("unknown\nbyte")
+            return plain_tokenizer(texts, **options)
+
+        def __getattr__(self, name):
+            return getattr(plain_tokenizer, name)
+
+    with pytest.raises(UserError, match="^train.jsonl, row 2: the tokenizer fails: RuntimeError: unknown$"):
+        task_of(PAIRS).encode(make(PAIRS), Picky())
+
+
+def test_tokenizers_that_put_an_end_behind_every_text(plain_tokenizer):
+    plain_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    asked = task_of(PAIRS).encode(make(PAIRS), plain_tokenizer, with_labels=False)[:]["input_ids"]
+    assert plain_tokenizer.decode(asked[0]) == "<s>Human: Say yes\n\nAssistant:"
 
 
 def test_prompts_to_answer(plain_tokenizer, tiny_chat_tokenizer):
     task = task_of(PAIRS)
     dataset = task.rows_to_dataset(["Say yes", {"prompt": "Say no or maybe", "response": "left out"}])
     assert "response" not in dataset.column_names
-    assert task.format_prompt(dataset[0], plain_tokenizer) == "Human: Say yes\n\nAssistant:"
-    assert task.format_prompt(dataset[0], tiny_chat_tokenizer) == "<|user|>\nSay yes\n<|assistant|>\n"
-    plain = task.prompt_inputs(dataset, plain_tokenizer)
-    assert plain_tokenizer.batch_decode(plain["input_ids"], skip_special_tokens=True) == [
-        "Human: Say yes\n\nAssistant:",
-        "Human: Say no or maybe\n\nAssistant:",
-    ]
-    assert plain["attention_mask"][0].tolist() == [0] * 8 + [1] * (plain["input_ids"].shape[1] - 8)  # on the left
-    assert (plain["input_ids"][:, -1] == plain["input_ids"][0, -1]).all()
-    begin = plain_tokenizer.bos_token_id
-    assert (plain["input_ids"] == begin).sum(1).tolist() == [1, 1]
-    assert (task.prompt_inputs(dataset, tiny_chat_tokenizer)["input_ids"] == begin).sum() == 0  # the template has none
-    assert task.encode(dataset, plain_tokenizer, with_labels=False).column_names == ["prompt"]
+    plain = task.encode(dataset, plain_tokenizer, with_labels=False)[:]["input_ids"]
+    texts = ["Human: Say yes\n\nAssistant:", "Human: Say no or maybe\n\nAssistant:"]
+    assert plain_tokenizer.batch_decode(plain) == [f"<s>{text}" for text in texts]
+    chats = task.encode(dataset, tiny_chat_tokenizer, with_labels=False)[:]["input_ids"]  # the template has no <s>
+    assert tiny_chat_tokenizer.decode(chats[0]) == "<|user|>\nSay yes\n<|assistant|>\n"
+    batch = pad_prompts(plain_tokenizer, plain, "left")
+    assert batch["attention_mask"][0].tolist() == [0] * 8 + [1] * len(plain[0])
+    assert batch["input_ids"][0, 8:].tolist() == plain[0]
 
 
 def test_chats_to_answer(tiny_chat_tokenizer):
     task = task_of({"messages": [CHAT]})
     dataset = task.rows_to_dataset(["Hi", {"messages": CHAT[:4]}, {"messages": CHAT}])
-    prompts = [task.format_prompt(row, tiny_chat_tokenizer) for row in dataset]
+    asked = task.encode(dataset, tiny_chat_tokenizer, with_labels=False)[:]["input_ids"]
+    prompts = tiny_chat_tokenizer.batch_decode(asked)
     assert prompts[0] == "<|user|>\nHi\n<|assistant|>\n"
     assert prompts[1] == prompts[2]  # the last answer of a chat is what is asked for
     assert prompts[1].endswith("<|user|>\nBye\n<|assistant|>\n")
     with pytest.raises(UserError, match="row 1: the chat has no message of the user"):
-        task.prompt_inputs(task.rows_to_dataset([{"messages": CHAT[:1]}]), tiny_chat_tokenizer)
+        task.encode(task.rows_to_dataset([{"messages": CHAT[:1]}]), tiny_chat_tokenizer, with_labels=False)
 
 
 def test_generation_does_not_depend_on_the_batch(tiny_decoder_folder, plain_tokenizer):
@@ -158,7 +236,8 @@ def test_generation_does_not_depend_on_the_batch(tiny_decoder_folder, plain_toke
     assert model.config.pad_token_id == plain_tokenizer.pad_token_id == plain_tokenizer.eos_token_id
     texts = []
     for prompts in (["Say yes", "Say something long"], ["Say yes"]):
-        inputs = task.prompt_inputs(task.rows_to_dataset(prompts), plain_tokenizer)
+        asked = task.encode(task.rows_to_dataset(prompts), plain_tokenizer, with_labels=False)[:]["input_ids"]
+        inputs = pad_prompts(plain_tokenizer, asked, "left")
         tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
         texts.append(tokens[0].tolist())
     assert texts[0] == texts[1]
@@ -171,7 +250,8 @@ def test_trl_learns_the_response_alone(tiny_decoder_folder, plain_tokenizer, tin
     tokenizer = tiny_chat_tokenizer if template else plain_tokenizer
     task = task_of(PAIRS)
     model = task.load_model(tiny_decoder_folder, tokenizer)
-    arguments = trl.SFTConfig(tmp_path, max_length=64, max_steps=1, report_to=[], use_cpu=True, bf16=False)
+    options = {"max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "completion_only_loss": True}
+    arguments = trl.SFTConfig(tmp_path, max_length=64, **options)
     trainer = trl.SFTTrainer(
         model, arguments, train_dataset=task.encode(make(PAIRS), tokenizer, 64), processing_class=tokenizer
     )
@@ -181,12 +261,10 @@ def test_trl_learns_the_response_alone(tiny_decoder_folder, plain_tokenizer, tin
         assert sorted(learned) == ["no</s>\n", "yes</s>\n"]
     else:
         assert sorted(learned) == [" no</s>", " yes</s>"]
-        prompts = task.prompt_inputs(task.rows_to_dataset(PAIRS["prompt"]), tokenizer)["input_ids"]
+        prompts = task.encode(task.rows_to_dataset(PAIRS["prompt"]), tokenizer, with_labels=False)[:]["input_ids"]
         shown = [row[labels == -100] for row, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
-        strip = {tokenizer.pad_token_id}
-        assert sorted([t for t in row.tolist() if t not in strip] for row in shown) == sorted(
-            [t for t in row.tolist() if t not in strip] for row in prompts
-        )  # training and generation see the same tokens
+        # training and generation see the same tokens
+        assert sorted([t for t in row.tolist() if t != tokenizer.pad_token_id] for row in shown) == sorted(prompts)
     assert torch.isfinite(trainer.model(**batch).loss)
 
 
@@ -198,10 +276,10 @@ def test_the_prompt_ends_on_a_token_boundary(plain_tokenizer):
         vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(["Human: Say yes\n\nAssistant: yes"] * 3, trainer)
-    row = task_of(PAIRS).encode(make(PAIRS), plain_tokenizer)[0]
-    prompt, whole = (backend.encode(text).ids for text in (row["prompt"], row["prompt"] + row["completion"]))
+    [(first, rest), _] = parts(task_of(PAIRS).encode(make(PAIRS), plain_tokenizer), plain_tokenizer)
+    prompt, whole = (backend.encode(text).ids for text in (first, first + rest))
     assert whole[: len(prompt)] == prompt
-    with_space = backend.encode(row["prompt"] + " ").ids
+    with_space = backend.encode(first + " ").ids
     assert whole[: len(with_space)] != with_space
 
 

@@ -49,7 +49,7 @@ def trainer(tiny_decoder_folder, tiny_chat_tokenizer, tmp_path):
         task = TASKS["instruction"].from_splits(splits, recipe.data)
         base, _ = load_base(recipe, task)
         model = apply_method(base, recipe)
-        encoded = {name: task.encode(split, tiny_chat_tokenizer) for name, split in splits.items()}
+        encoded = {name: task.encode(split, tiny_chat_tokenizer, recipe.max_length) for name, split in splits.items()}
         return make_trainer(recipe, tmp_path / "run", task, model, tiny_chat_tokenizer, encoded, [])
 
     return make

@@ -116,16 +116,6 @@ def test_padding_does_not_change_what_is_generated(build, method):
         assert both[: len(alone)].tolist() == alone.tolist()
 
 
-def test_rows_must_leave_room_for_the_virtual_tokens():
-    for build in (bert, roberta):
-        assert apply_method(build(), recipe("prompt", max_length=60))
-        with pytest.raises(UserError, match="4 virtual tokens and rows of 61 do not fit into the 64 positions of"):
-            apply_method(build(), recipe("prompt", max_length=61))
-    with pytest.raises(UserError, match="100 virtual tokens and rows of 48 .* lower max_length or method_options.num"):
-        apply_method(gpt2(), recipe("prefix", "instruction", num_virtual_tokens=100))
-    assert apply_method(t5(), recipe("prompt", "text-to-text", max_length=4000))  # relative positions
-
-
 @pytest.mark.parametrize("tokens", [0, -1, "many"])
 def test_wrong_numbers_of_tokens(tokens):
     with pytest.raises(UserError, match="method_options: num_virtual_tokens is a whole number from 1, not"):

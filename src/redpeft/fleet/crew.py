@@ -119,7 +119,7 @@ class Crew:
                 lock.close()
                 raise
             self.aboard[slot] = Aboard(assignment, member, lock)
-            self.jobs.report({"event": "started", "folder": str(assignment.folder)})
+            self.jobs.report({"event": "started", "folder": str(assignment.folder), "notes": run.notes})
             self._send(slot, None)
 
     def _pass(self) -> None:

@@ -10,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from redpeft.reproduce.language_model import attach, detach, load_language_model
+from redpeft.tasks.base_model import positions
 
 
 @register_model("redpeft")
@@ -32,6 +33,7 @@ class AdaptersLM(HFLM):
     ) -> None:
         base, tokenizer = load_language_model(pretrained)
         super().__init__(base, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
+        self._asked_length = self._max_length
         self.pretrained = pretrained  # its name, by which lm-eval looks up the revision
         self.use(adapter)
 
@@ -41,3 +43,5 @@ class AdaptersLM(HFLM):
             self._model = detach(self._model)
         if adapter is not None:
             self._model = attach(self._model, adapter)
+        own = positions(self._model)  # fewer where the adapter has virtual tokens
+        self._max_length = min((length for length in (self._asked_length, own and own.tokens) if length), default=None)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from redpeft.adapters.files import find_run, write_atomically
+from redpeft.errors import UserError
 from redpeft.reproduce import alpaca_eval, mt_bench
 from redpeft.reproduce.journal import journal_of
 from redpeft.reproduce.language_model import Decoding, LanguageModel, open_language_model, weights_digest
@@ -60,10 +63,15 @@ def generate(
         todo = [index for index in range(len(rows)) if index not in done]
         if todo:
             speaker = open_language_model(model, adapter)
+            places = {index: f"{questions}, question {index + 1}" for index in todo}
+            for index in todo:  # the first turns are checked before any is answered
+                with _at(places[index]):
+                    speaker.prompt([{"role": "user", "content": kind.turns(rows[index])[0]}], decoding)
             with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as progress:
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
-                    answers = converse(speaker, [kind.turns(rows[index]) for index in batch], decoding)
+                    turns = {places[index]: kind.turns(rows[index]) for index in batch}
+                    answers = converse(speaker, turns, decoding)
                     journal.append(_entries(batch, answers))
                     progress.update(len(batch))
         entries = sorted(journal.entries, key=lambda entry: entry["question"])
@@ -77,14 +85,25 @@ def _entries(questions: list[int], answers: list[list[str]]) -> list[dict[str, A
     return [{"question": index, "answers": said, "time": now} for index, said in zip(questions, answers, strict=True)]
 
 
-def converse(speaker: LanguageModel, questions: list[list[str]], decoding: Decoding) -> list[list[str]]:
-    """The answers to each question's turns; a later turn sees what was asked and answered before it."""
-    chats: list[Chat] = [[] for _ in questions]
-    for turn in range(max(map(len, questions))):
-        asked = [index for index, turns in enumerate(questions) if turn < len(turns)]
-        for index in asked:
-            chats[index].append({"role": "user", "content": questions[index][turn]})
-        answers = speaker.answer([chats[index] for index in asked], decoding)
-        for index, answer in zip(asked, answers, strict=True):
-            chats[index].append({"role": "assistant", "content": answer})
-    return [[turn["content"] for turn in chat if turn["role"] == "assistant"] for chat in chats]
+def converse(speaker: LanguageModel, questions: dict[str, list[str]], decoding: Decoding) -> list[list[str]]:
+    """The answers to each question's turns, by what errors are to call it; a later turn sees what was asked and
+    answered before it."""
+    chats: dict[str, Chat] = {place: [] for place in questions}
+    for turn in range(max(map(len, questions.values()))):
+        asked = [place for place, turns in questions.items() if turn < len(turns)]
+        for place in asked:
+            chats[place].append({"role": "user", "content": questions[place][turn]})
+            with _at(place):
+                speaker.prompt(chats[place], decoding)
+        for place, answer in zip(asked, speaker.answer([chats[place] for place in asked], decoding), strict=True):
+            chats[place].append({"role": "assistant", "content": answer})
+    return [[turn["content"] for turn in chat if turn["role"] == "assistant"] for chat in chats.values()]
+
+
+@contextmanager
+def _at(place: str) -> Iterator[None]:
+    """Errors of the question at `place` name it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error

@@ -18,8 +18,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -32,7 +30,7 @@ from redpeft.adapters.files import RECIPE, WEIGHTS_NAME, find_adapter, find_run,
 from redpeft.adapters.loading import DTYPE_ARGUMENT, quiet
 from redpeft.errors import UserError, first_line
 from redpeft.tasks import InstructionTask
-from redpeft.tasks.base_model import load_base, require_folder, set_pad_token
+from redpeft.tasks.base_model import input_limit, load_decoder, load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.instruction import Chat
 from redpeft.training.base import autocast
 from redpeft.training.loop import bars_on_terminals_only
@@ -66,16 +64,24 @@ class LanguageModel:
     task: InstructionTask
     context: Callable[[], AbstractContextManager] = nullcontext
 
-    def answer(self, chats: list[Chat], decoding: Decoding) -> list[str]:
-        """The next answer of each chat, made together as one batch, without spaces around it.
+    def prompt(self, chat: Chat, decoding: Decoding) -> list[int]:
+        """The tokens that the next answer of a chat goes on from.
 
-        Raises `UserError` where a prompt and its answer could be longer than the model reads.
+        Raises `UserError` where the chat template refuses the chat, or there is no room for the answer.
         """
-        prompts = [self.task.format_prompt({"messages": chat}, self.tokenizer) for chat in chats]
-        inputs = self.task.pad_prompts(prompts, self.tokenizer).to(self.model.device)
-        inputs.pop("token_type_ids", None)
-        length = inputs["input_ids"].shape[1]
-        self._check_length(length + decoding.max_new_tokens, decoding)
+        [prompt] = self.task.prompt_tokens([chat], self.tokenizer)
+        limit = input_limit(self.model, self.tokenizer)
+        if len(prompt) + decoding.max_new_tokens > limit.tokens:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {decoding.max_new_tokens} new ones are more than "
+                f"{limit.source}: {'lower --max-new-tokens' if len(prompt) < limit.tokens else 'shorten it'}"
+            )
+        return prompt
+
+    def answer(self, chats: list[Chat], decoding: Decoding) -> list[str]:
+        """The next answer of each chat, made together as one batch, without spaces around it. Raises as `prompt`."""
+        prompts = [self.prompt(chat, decoding) for chat in chats]
+        inputs = pad_prompts(self.tokenizer, prompts, "left").to(self.model.device)
         padding = (inputs["attention_mask"] == 0).sum(1).tolist()
         with torch.inference_mode(), self.context(), quiet():
             tokens = self.model.generate(
@@ -88,16 +94,8 @@ class LanguageModel:
                 eos_token_id=_ends(self.model, self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
             )
-        texts = self.tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-    def _check_length(self, length: int, decoding: Decoding) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise UserError(
-                f"a prompt of {length - decoding.max_new_tokens} tokens and {decoding.max_new_tokens} new ones are "
-                f"more than the {limit} that this model reads: lower --max-new-tokens"
-            )
 
 
 class WithoutPadding(LogitsProcessor):
@@ -153,9 +151,8 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     require_folder(name)
     cuda = torch.cuda.is_available()
     with quiet():
-        tokenizer = load_base(AutoTokenizer, name)
-        model = load_base(AutoModelForCausalLM, name, **{DTYPE_ARGUMENT: "auto" if cuda else torch.float32})
-    set_pad_token(model, tokenizer)
+        tokenizer = load_tokenizer(name)
+        model = load_decoder(name, tokenizer, **{DTYPE_ARGUMENT: "auto" if cuda else torch.float32})
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 

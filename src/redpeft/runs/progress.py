@@ -26,8 +26,13 @@ REFRESH = 2  # times a second
 def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[Report]:
     """Gives a function to call with each event, after the tally. `live` asks for the table, where standard error is a
     terminal; jobs that were done `before` get no line."""
+    said: set[str] = set()  # of the rows of each job, which many may share
 
     def line(event: Mapping[str, Any]) -> None:
+        for note in event.get("notes", ()):
+            if note not in said:
+                say(note)
+                said.add(note)
         if text := event_line(tally, event, before):
             say(text)
 
@@ -36,7 +41,7 @@ def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[
         return
     console = Console(stderr=True)
     with no_bars(), Live(get_renderable=lambda: progress_table(tally), console=console, refresh_per_second=REFRESH):
-        yield lambda event: line(event) if event["event"] in ("fleet", "failed") else None
+        yield lambda event: line(event) if event["event"] in ("fleet", "started", "failed") else None
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 task = TASKS["classification"].from_splits(splits, data_config, **options)   # guesses columns, validates every row
 task.columns, task.metric, task.greater_is_better
 model = task.load_model(base, tokenizer, **from_pretrained_kwargs)
-encoded = task.encode(dataset, tokenizer, max_length)                        # with_labels=False: rows to predict
+encoded = task.encode(dataset, tokenizer, max_length)                        # with_labels=False: rows to predict;
+                                                                             # the column CUT says which were too long
 task.collator(tokenizer)                                                     # None where TRL brings its own
 task.compute_metrics(prediction)                                             # None: the loss alone
 task.decode(predictions, dataset, encoded)                                   # one JSON-able dict a row
@@ -14,6 +15,7 @@ What differs where a model answers with texts (None, or absent where that is Non
 task.generation                     # None: answers are logits. Otherwise the arguments of `generate` that give a text;
                                     # `compute_metrics` then gets texts, expected and generated, and `decode` texts
 task.unanswered(dataset, answered)  # rows to answer, where rows with equal prompts get one answer
+task.own_limits                     # text: at which lengths the task cuts rows whatever the model reads
 task.score_answers(texts, dataset)  # scores beside the loss of the answers to `task.questions(dataset)`: at the end of
                                     # training on the test split, and in `redpeft evaluate`
 """

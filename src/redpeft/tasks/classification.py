@@ -20,7 +20,7 @@ from transformers import (
 from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
+from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
 from redpeft.tasks.data import DataConfig
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -60,6 +60,7 @@ class ClassificationTask:
     generation: ClassVar[dict[str, Any] | None] = None
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
+    own_limits: ClassVar[str] = ""
     name: ClassVar[str] = "classification"
     task_type: ClassVar[str] = "SEQ_CLS"
 
@@ -132,15 +133,15 @@ class ClassificationTask:
         return cols.rows_to_dataset(rows, self._text_columns, plain, first)
 
     def encode(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, with_labels: bool = True
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
     ) -> Dataset:
         """Token ids, cut at `max_length`, and "labels". Checks the rows first."""
         self.check(dataset, with_labels=False)
-        limit = token_limit(tokenizer, max_length)
-        encoded = cols.tokenise(
-            dataset,
-            lambda rows: tokenizer(*self._texts(rows), truncation=True, max_length=limit),
-        )
+        encoded = cols.tokenise(dataset, lambda rows: tokens_of(tokenizer, *self._texts(rows), limit=max_length))
         return encoded.add_column("labels", self._targets(dataset, tokenizer)) if with_labels else encoded
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:

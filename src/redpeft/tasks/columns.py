@@ -14,6 +14,9 @@ from redpeft.errors import UserError, first_line
 ROW = "__row__"
 """A column that `redpeft.tasks.data` adds: the row's number in its source, which errors name even after a shuffle."""
 
+CUT = "__cut__"
+"""A column of encoded rows: whether the row was longer than it may be."""
+
 LABEL_COLUMNS = ["label", "labels", "class", "category", "intent", "target", "sentiment", "topic"]
 LABEL_COLUMNS += ["score", "rating", "stars"]
 
@@ -144,10 +147,27 @@ def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, l
     """`function` applied to batches of rows; its columns replace all others.
 
     In memory and under a random fingerprint: to hash a tokenizer for the cache takes longer than to predict a batch.
+
+    Raises:
+        UserError: `function` fails; the message names the first row on which it does.
     """
+
+    def explained(rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+        try:
+            return function(rows)
+        except Exception as error:  # tokenizers and chat templates raise many kinds
+            for place, index in enumerate(indices):
+                try:
+                    function({name: column[place : place + 1] for name, column in rows.items()})
+                except Exception as reason:
+                    says = "" if isinstance(reason, UserError) else f"the tokenizer fails: {type(reason).__name__}: "
+                    raise UserError(f"{where(dataset, index)}: {says}{first_line(reason)}") from error
+            raise  # on no row alone
+
     return dataset.map(
-        function,
+        explained,
         batched=True,
+        with_indices=True,
         remove_columns=dataset.column_names,
         keep_in_memory=True,
         new_fingerprint=secrets.token_hex(8),

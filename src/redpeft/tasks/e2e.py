@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
+from redpeft.tasks.base_model import ensure_pad_token, load_decoder, pad_prompts, tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.e2e_metrics import require_scorers, score
 from redpeft.tasks.metrics import IGNORED, choose_metric
@@ -46,6 +46,7 @@ class E2ETask:
         "do_sample": False,
         "max_new_tokens": REFERENCE_TOKENS,  # no longer one was learned
     }
+    own_limits: ClassVar[str] = f", an MR of {MR_TOKENS} or a text of {REFERENCE_TOKENS} tokens"
     name: ClassVar[str] = "e2e"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -97,42 +98,44 @@ class E2ETask:
         Without labels "input_ids" alone, `MR <eos>`.
 
         The MR is cut so that with its end it has at most 64 tokens. (The authors' script cuts off the end itself, and
-        then nothing says where the text begins.) The text is cut at 100 tokens, and has no end then.
+        then nothing says where the text begins.) The text is cut at 100 tokens, and has no end then. Both together are
+        cut at `max_length`, and `CUT` says where any of this happened.
 
         Raises:
             UserError: a tokenizer without end token, or a `max_length` that leaves no room for a text.
         """
         self.check(dataset, with_labels)
-        limit = token_limit(tokenizer, max_length)
-        if limit <= MR_TOKENS:
-            raise UserError(f"max_length {limit} leaves no room for a text behind an MR of up to {MR_TOKENS} tokens")
+        if max_length is not None and max_length <= MR_TOKENS:
+            raise UserError(
+                f"max_length {max_length} leaves no room for a text behind an MR of up to {MR_TOKENS} tokens"
+            )
         if tokenizer.eos_token_id is None:
             raise UserError("the task e2e needs a tokenizer with an end token (eos_token)")
         end = [tokenizer.eos_token_id]
 
         def tokenise(rows: dict[str, list]) -> dict[str, list]:
-            prompts = [
-                (ids[:-1] if ids[-1:] == end else ids)[: MR_TOKENS - 1] + end
-                for ids in tokenizer(rows[self.columns["prompt"]])["input_ids"]
-            ]
+            found = tokens_of(tokenizer, rows[self.columns["prompt"]], limit=None)["input_ids"]
+            mrs = [ids[:-1] if ids[-1:] == end else ids for ids in found]
+            prompts = [ids[: MR_TOKENS - 1] + end for ids in mrs]
             if not with_labels:
-                return {"input_ids": prompts}
-            tokens = tokenizer(rows[self.columns["response"]], add_special_tokens=False)["input_ids"]
-            pairs = [
-                (prompt, (ids + end)[: min(REFERENCE_TOKENS, limit - len(prompt))])
-                for prompt, ids in zip(prompts, tokens, strict=True)
-            ]
+                return {"input_ids": prompts, cols.CUT: [len(ids) >= MR_TOKENS for ids in mrs]}
+            texts = tokens_of(tokenizer, rows[self.columns["response"]], limit=None, add_special_tokens=False)
+            learned, cut = [], []
+            for mr, prompt, ids in zip(mrs, prompts, texts["input_ids"], strict=True):
+                room = REFERENCE_TOKENS if max_length is None else min(REFERENCE_TOKENS, max_length - len(prompt))
+                learned.append((ids + end)[:room])
+                cut.append(len(mr) >= MR_TOKENS or len(ids) >= room)
             return {
-                "input_ids": [prompt + text for prompt, text in pairs],
-                "labels": [[IGNORED] * len(prompt) + text for prompt, text in pairs],
+                "input_ids": [prompt + text for prompt, text in zip(prompts, learned, strict=True)],
+                "labels": [[IGNORED] * len(prompt) + text for prompt, text in zip(prompts, learned, strict=True)],
+                cols.CUT: cut,
             }
 
         return cols.tokenise(dataset, tokenise)
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as a language model that stops at the tokenizer's end token, which is what it learns."""
-        model = load_base(AutoModelForCausalLM, base, **kwargs)
-        set_pad_token(model, tokenizer)
+        model = load_decoder(base, tokenizer, **kwargs)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         return model
@@ -184,14 +187,11 @@ class E2ETask:
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -> BatchEncoding:
-    learned = "labels" in rows[0]
+    if "labels" not in rows[0]:
+        return pad_prompts(tokenizer, [row["input_ids"] for row in rows], "left")
     batch = pad_without_fast_tokenizer_warning(
-        tokenizer,
-        [{"input_ids": row["input_ids"]} for row in rows],
-        padding_side="right" if learned else "left",
-        return_tensors="pt",
+        tokenizer, [{"input_ids": row["input_ids"]} for row in rows], padding_side="right", return_tensors="pt"
     )
-    if learned:
-        width = batch["input_ids"].shape[1]
-        batch["labels"] = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
+    width = batch["input_ids"].shape[1]
+    batch["labels"] = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
     return batch

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, first_line
 from redpeft.tasks import columns as cols
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token
+from redpeft.tasks.base_model import ensure_pad_token, load_decoder, tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.metrics import choose_metric
+
+logger = logging.getLogger(__name__)
 
 PLAIN_TURNS = {"system": "{}\n\n", "user": "Human: {}\n\n", "assistant": "Assistant: {}\n\n"}
 """The plain template, which is the paper's of its instruction tuning: `Human: {prompt}`, an empty line,
@@ -53,6 +56,7 @@ class InstructionTask:
     generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
+    own_limits: ClassVar[str] = ""
     name: ClassVar[str] = "instruction"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -97,50 +101,71 @@ class InstructionTask:
         max_length: int | None = None,
         with_labels: bool = True,
     ) -> Dataset:
-        """TRL's prompt-completion format, which it tokenises, cuts at its own `max_length` and masks itself.
+        """Tokens as TRL's trainer takes them: "input_ids", a prompt with its response, cut at `max_length`, and
+        "completion_mask", 1 on the response. Without labels "input_ids" alone, the prompts.
 
-        Chats if the tokenizer's chat template is used, else plain text (`PLAIN_TURNS`). A chat with several answers
-        becomes one row an answer, so that the loss on the responses needs no markers in the chat template.
+        Chats are written by the tokenizer's chat template if that is used, else by `PLAIN_TURNS`, with the tokenizer's
+        end token behind the response. A chat with several answers becomes one row an answer, so that the loss on the
+        responses needs no markers in the chat template.
 
-        Returns:
-            Columns "prompt" and, with labels, "completion".
+        Raises:
+            UserError: a wrong row, one that the chat template or the tokenizer refuses, or a prompt to answer that
+                leaves no room for an answer.
         """
         self.check(dataset, with_labels)
-        pairs = [pair for row in dataset for pair in self._pairs(row, with_labels)]
-        plain = self._is_plain(tokenizer)
-        encoded: dict[str, list] = {"prompt": [_plain_prompt(chat) if plain else chat for chat, _ in pairs]}
-        if with_labels:
-            encoded["completion"] = [f" {answer[0]['content']}" if plain else answer for _, answer in pairs]
-        return Dataset.from_dict(encoded)
+        changed = 0
 
-    def format_prompt(self, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-        """A row's prompt as the text to continue; see `prompt_inputs` for its tokens."""
-        [(prompt, _)] = self._pairs(row, with_labels=False)
-        if self._is_plain(tokenizer):
-            return _plain_prompt(prompt)
-        return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        def tokenise(columns: dict[str, list]) -> dict[str, list]:
+            nonlocal changed
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            pairs = [pair for row in rows for pair in self._pairs(row, with_labels)]
+            prompts = self.prompt_tokens([prompt for prompt, _ in pairs], tokenizer)
+            if not with_labels:
+                for prompt in prompts:
+                    if max_length is not None and len(prompt) >= max_length:
+                        raise UserError(
+                            f"a prompt of {len(prompt)} tokens leaves no room for an answer in {max_length}"
+                        )
+                return {"input_ids": prompts, cols.CUT: [False] * len(prompts)}
+            texts = [self._text(prompt, answer, tokenizer) for prompt, answer in pairs]
+            whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]
+            starts = [_common(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
+            changed += sum(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
+            return {
+                "input_ids": [ids[:max_length] for ids in whole],
+                "completion_mask": [
+                    ([0] * start + [1] * (len(ids) - start))[:max_length]
+                    for start, ids in zip(starts, whole, strict=True)
+                ],
+                cols.CUT: [max_length is not None and len(ids) > max_length for ids in whole],
+            }
 
-    def prompt_inputs(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
-        """The prompts as tensors for `generate`, padded on the left."""
-        self.check(dataset, with_labels=False)
-        return self.pad_prompts([self.format_prompt(row, tokenizer) for row in dataset], tokenizer)
+        encoded = cols.tokenise(dataset, tokenise)
+        if changed:
+            logger.warning(
+                "%s: %d of %d prompts end in other tokens where a response follows, so that the model will answer "
+                "behind a text that it has not seen in training",
+                cols.source(dataset),
+                changed,
+                len(encoded),
+            )
+        return encoded
 
-    def pad_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> BatchEncoding:
-        """What `format_prompt` made as tensors for `generate`, padded on the left."""
-        ensure_pad_token(tokenizer)
-        return tokenizer(
-            prompts,
-            add_special_tokens=self._is_plain(tokenizer),  # a chat template writes its own
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+    def prompt_tokens(self, prompts: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The tokens to continue. UserError, which names no row, where the chat template refuses a chat."""
+        plain, end = self._is_plain(tokenizer), [tokenizer.eos_token_id]
+        texts = [self.format_prompt(prompt, tokenizer) for prompt in prompts]
+        found = tokens_of(tokenizer, texts, limit=None, add_special_tokens=plain)["input_ids"]
+        # a template writes what it wants to; a tokenizer that puts an end behind every text would end the prompt
+        return [ids[:-1] if plain and ids[-1:] == end else ids for ids in found]
+
+    def format_prompt(self, prompt: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A chat as the text to continue. UserError, which names no row, where the chat template refuses it."""
+        return _plain_prompt(prompt) if self._is_plain(tokenizer) else _render(prompt, tokenizer, True)
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as a language model; without a pad token it gets the tokenizer's."""
-        model = load_base(AutoModelForCausalLM, base, **kwargs)
-        set_pad_token(model, tokenizer)
-        return model
+        return load_decoder(base, tokenizer, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """None: TRL brings its own."""
@@ -163,6 +188,13 @@ class InstructionTask:
 
     def _is_plain(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         return self.template == "plain" or not tokenizer.chat_template
+
+    def _text(self, prompt: Chat, answer: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+        """A prompt with its answer."""
+        if not self._is_plain(tokenizer):
+            return _render(prompt + answer, tokenizer, False)
+        text, end = f"{_plain_prompt(prompt)} {answer[0]['content']}", tokenizer.eos_token or ""
+        return text if text.endswith(end) else text + end
 
     def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[tuple[Chat, Chat]]:
         """What comes before an answer, and the answer; without labels the last question alone, and nothing."""
@@ -202,6 +234,26 @@ def _answers(chat: Chat) -> list[int]:
 
 def _plain_prompt(chat: Chat) -> str:
     return "".join(PLAIN_TURNS[turn["role"]].format(turn["content"]) for turn in chat) + "Assistant:"
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> str:
+    """A chat by the tokenizer's chat template, with what begins an answer where there is one to come."""
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=to_answer)
+    except Exception as error:  # Jinja's, and whatever a template's own code raises
+        raise UserError(
+            f"the tokenizer's chat template refuses this chat ({first_line(error)}); change the chat or the template, "
+            "or set data.template to plain"
+        ) from error
+    if not text:
+        raise UserError("the tokenizer's chat template writes nothing for this chat; data.template: plain needs none")
+    return str(text)
+
+
+def _common(prompt: list[int], whole: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(prompt, whole, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
 
 
 def _problem(messages: Any, with_answer: bool) -> str | None:

@@ -19,7 +19,7 @@ from transformers import (
 from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, token_limit
+from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.metrics import IGNORED
 
@@ -43,6 +43,7 @@ class TokenClassificationTask:
     generation: ClassVar[dict[str, Any] | None] = None
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
+    own_limits: ClassVar[str] = ""
     name: ClassVar[str] = "token-classification"
     task_type: ClassVar[str] = "TOKEN_CLS"
 
@@ -95,7 +96,11 @@ class TokenClassificationTask:
         return cols.rows_to_dataset(split, [tokens], None, first)
 
     def encode(
-        self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None, with_labels: bool = True
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
     ) -> Dataset:
         """Token ids, cut at `max_length`, and "labels": the tag's id on the first token of each word, -100 elsewhere.
 
@@ -107,10 +112,9 @@ class TokenClassificationTask:
         _mark_word_starts(tokenizer)
         words = self.columns["tokens"]
         tags = self._tag_ids(dataset) if with_labels else [[0] * len(row) for row in cols.values(dataset, words)]
-        limit = token_limit(tokenizer, max_length)
 
         def tokenise(rows: dict[str, list]) -> dict[str, list]:
-            encoded = tokenizer(rows[words], is_split_into_words=True, truncation=True, max_length=limit)
+            encoded = tokens_of(tokenizer, rows[words], limit=max_length, is_split_into_words=True)
             return {**encoded, "labels": [_align(encoded.word_ids(row), ids) for row, ids in enumerate(rows[TAG_IDS])]}
 
         return cols.tokenise(dataset.select_columns(words).add_column(TAG_IDS, tags), tokenise)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,7 +21,7 @@ from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, qui
 from redpeft.errors import UserError
 from redpeft.method.quantised import leave_unpacked
 from redpeft.tasks import Task
-from redpeft.tasks.base_model import load_base as load_or_explain
+from redpeft.tasks.base_model import load_tokenizer
 from redpeft.training.methods import METHODS, head_modules
 from redpeft.training.recipe import Recipe
 
@@ -71,7 +70,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
     """
     name, revision = recipe.base.model, recipe.base.revision
     with quiet():  # transformers' report of a head that is new is no news here
-        tokenizer = load_or_explain(AutoTokenizer, name, revision=revision)
+        tokenizer = load_tokenizer(name, revision=revision)
         options: dict[str, Any] = {DTYPE_ARGUMENT: _dtype(recipe)}
         if recipe.base.load_in is not None:
             outline = task.load_model(name, tokenizer, revision=revision, device_map="meta")

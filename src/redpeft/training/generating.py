@@ -10,7 +10,11 @@ from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
 
 from redpeft.tasks import Task
+from redpeft.tasks.base_model import input_limit, positions
+from redpeft.tasks.columns import values
 from redpeft.tasks.metrics import IGNORED
+from redpeft.training.encoding import encode_questions
+from redpeft.training.recipe import Recipe
 
 
 class GeneratingTrainer(Seq2SeqTrainer):
@@ -23,10 +27,15 @@ class GeneratingTrainer(Seq2SeqTrainer):
     generation: dict[str, Any]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        return super().evaluate(*args, **{**self.generation, **kwargs})
+        return super().evaluate(*args, **{**self._fitting(0), **kwargs})
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        return super().predict(*args, **{**self.generation, **kwargs})
+    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
+        longest = max(len(ids) for ids in values(test_dataset, "input_ids"))
+        return super().predict(test_dataset, *args, **{**self._fitting(longest), **kwargs})
+
+    def _fitting(self, prompt: int) -> dict[str, Any]:
+        asked = self.generation["max_new_tokens"]
+        return {**self.generation, "max_new_tokens": new_tokens(self.model, self.processing_class, asked, prompt)}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         # Seq2SeqTrainer's own would count the rows again that fill up the last batch of several processes.
@@ -42,6 +51,14 @@ class GeneratingTrainer(Seq2SeqTrainer):
         if tokens is not None and not self.model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :].contiguous()
         return loss, tokens, labels
+
+
+def new_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int, prompt: int) -> int:
+    """How many tokens to generate: those `asked` for, or what has a position behind a prompt of so many tokens."""
+    if model.config.is_encoder_decoder:
+        limit = positions(model, decoder=True)
+        return asked if limit is None else min(asked, limit.tokens)
+    return min(asked, input_limit(model, tokenizer).tokens - prompt)
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
@@ -60,7 +77,7 @@ def metrics_function(
     return lambda prediction: compute(EvalPrediction(*(decode_tokens(tokenizer, tokens) for tokens in prediction)))
 
 
-def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -> dict[str, float | None]:
+def answer_scores(trainer: Any, recipe: Recipe, task: Task, dataset: Dataset) -> dict[str, float | None]:
     """The scores of the answers to a dataset's questions, for tasks that are not scored row by row; {} for others.
 
     All processes generate, and the first one scores.
@@ -68,6 +85,6 @@ def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -
     if task.score_answers is None:
         return {}
     tokenizer = trainer.processing_class
-    questions = task.encode(task.questions(dataset), tokenizer, max_length, with_labels=False)
-    texts = decode_tokens(tokenizer, trainer.predict(questions).predictions)
+    questions = encode_questions(recipe, task, task.questions(dataset), trainer.model, tokenizer)
+    texts = decode_tokens(tokenizer, trainer.predict(questions.rows).predictions)
     return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}

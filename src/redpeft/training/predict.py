@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from redpeft.adapters.files import ADAPTER, RECIPE, TASK, load_adapter
 from redpeft.errors import UserError
 from redpeft.tasks import Task, read_evaluation, task_from_dict
-from redpeft.tasks.columns import ROW
+from redpeft.tasks.base_model import load_tokenizer, pad_prompts
+from redpeft.tasks.columns import ROW, values, where
 from redpeft.training.base import autocast, load_base
-from redpeft.training.generating import answer_scores, metrics_function
-from redpeft.training.loop import bars_on_terminals_only, no_bars, show_progress
+from redpeft.training.encoding import encode, encode_questions
+from redpeft.training.generating import answer_scores, metrics_function, new_tokens
+from redpeft.training.loop import bars_on_terminals_only, no_bars, say, show_progress
 from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run import plain_scores
@@ -93,7 +96,7 @@ def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrain
         return load_base(recipe.model_copy(update={"base": trained}), task)
     base, _ = load_base(recipe, task)
     saved = folder / (ADAPTER if METHODS[recipe.method].is_peft else MODEL)
-    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tokenizer = load_tokenizer(saved)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
     if METHODS[recipe.method].is_peft:
@@ -122,7 +125,9 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
     run.task.check(dataset)
     if run.task.score_answers is not None:
         run.task.questions(dataset)  # what they cannot be scored without is missed now
-    encoded = run.task.encode(dataset, run.tokenizer, run.recipe.max_length)
+    encoded = encode(run.recipe, run.task, dataset, run.model, run.tokenizer)
+    if encoded.note:
+        say(encoded.note)
     recipe = run.recipe.model_copy(update={"report_to": []})
     trainer_class, arguments_class, extra = trainer_classes(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -130,13 +135,13 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
             model=run.model,
             args=arguments(recipe, Path(folder), run.task, arguments_class, extra),
             data_collator=run.task.collator(run.tokenizer),
-            train_dataset=encoded,  # TRL wants one
-            eval_dataset=encoded,
+            train_dataset=encoded.rows,  # TRL wants one
+            eval_dataset=encoded.rows,
             processing_class=run.tokenizer,
             compute_metrics=metrics_function(run.task, run.tokenizer),
         )
         show_progress(trainer)
-        scores = answer_scores(trainer, run.task, dataset, recipe.max_length)
+        scores = answer_scores(trainer, recipe, run.task, dataset)
         return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
 
 
@@ -158,6 +163,13 @@ def predict_batches(
 ) -> Iterator[dict[str, Any]]:
     """`predict` for rows that come in lists, each of which goes through the model at once."""
     first, answered = 1, set[str]()
+    notes: dict[str, int] = {}  # what happened to rows, and to how many
+
+    def note(what: str, dataset: Dataset, rows: Sequence[int]) -> None:
+        if len(rows) and what not in notes:
+            say(f"{where(dataset, rows[0])}: {what}")
+        notes[what] = notes.get(what, 0) + len(rows)
+
     for batch in batches:
         dataset = run.task.rows_to_dataset(batch, first)
         run.task.check(dataset, with_labels=False)
@@ -168,12 +180,23 @@ def predict_batches(
                 continue
             batch, dataset = [batch[index] for index in new], dataset.select(new)
         with torch.inference_mode(), autocast(run.recipe, run.model.device), no_bars():
+            encoded = encode_questions(run.recipe, run.task, dataset, run.model, run.tokenizer)
+            note(f"longer than {encoded.limit.source}{run.task.own_limits}, cut", dataset, np.flatnonzero(encoded.cut))
             if run.task.generation is None:
-                answers = _label(run, dataset)
+                answers = _label(run, dataset, encoded.rows)
             else:
-                answers = run.task.decode(_generate(run, dataset, max_new_tokens))
+                prompts, asked = (
+                    values(encoded.rows, "input_ids"),
+                    max_new_tokens or run.task.generation["max_new_tokens"],
+                )
+                room = [new_tokens(run.model, run.tokenizer, asked, len(prompt)) for prompt in prompts]
+                note(f"room for fewer than {asked} new tokens", dataset, np.flatnonzero(np.array(room) < asked))
+                answers = run.task.decode(_generate(run, prompts, room))
         for row, read, answer in zip(batch, dataset, answers, strict=True):
             yield {**_identity(row, read), **answer}
+    for what, rows in notes.items():
+        if rows > 1:
+            say(f"{rows:,} of {first - 1:,} rows: {what}")
 
 
 def _identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
@@ -183,24 +206,24 @@ def _identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in read.items() if name != ROW and value is not None}
 
 
-def _label(run: Run, dataset: Dataset) -> list[dict[str, Any]]:
-    encoded = run.task.encode(dataset, run.tokenizer, run.recipe.max_length, with_labels=False)
+def _label(run: Run, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
     inputs = run.task.collator(run.tokenizer)(list(encoded)).to(run.model.device)
     inputs.pop("labels", None)
     return run.task.decode(run.model(**inputs).logits.float().cpu().numpy(), dataset, encoded)
 
 
-def _generate(run: Run, dataset: Dataset, max_new_tokens: int | None) -> list[str]:
-    task, tokenizer, model = run.task, run.tokenizer, run.model
-    collator = task.collator(tokenizer)
-    if collator is None:
-        inputs = task.prompt_inputs(dataset, tokenizer)
-    else:
-        inputs = collator(list(task.encode(dataset, tokenizer, run.recipe.max_length, with_labels=False)))
-    inputs = inputs.to(model.device)
-    inputs.pop("token_type_ids", None)
-    options = task.generation | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
-    tokens = model.generate(**inputs, **options)
-    if not model.config.is_encoder_decoder:
-        tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(tokens, skip_special_tokens=True)
+def _generate(run: Run, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
+    """The answers to prompts in tokens, each of so many new tokens at most. Prompts go through the model together
+    where they have the same room, for the room of another row would change their answers."""
+    tokenizer, model = run.tokenizer, run.model
+    decodes = not model.config.is_encoder_decoder
+    texts = [""] * len(prompts)
+    for room in set(new_tokens):
+        rows = [row for row, new in enumerate(new_tokens) if new == room]
+        inputs = pad_prompts(tokenizer, [prompts[row] for row in rows], "left" if decodes else "right")
+        tokens = model.generate(**inputs.to(model.device), **run.task.generation | {"max_new_tokens": room})
+        if decodes:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        for row, text in zip(rows, tokenizer.batch_decode(tokens, skip_special_tokens=True), strict=True):
+            texts[row] = text
+    return texts

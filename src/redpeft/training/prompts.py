@@ -24,12 +24,12 @@ PEFT_KNOWS_NEW = Version(peft.__version__) >= Version("0.22")
 
 
 def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
-    """`options`, where rows of `max_length` leave room for the virtual tokens. Raises `UserError` where not.
+    """`options`, where the number of virtual tokens is one. Raises `UserError` where not.
 
     A decoder gets a hook: PEFT drops `position_ids` behind a prompt, so that rows that are padded on the left to
     generate from would be read at other positions than in training.
     """
-    options = _fit_length(model, recipe, options)
+    options = _check_number(options)
     decodes = TASKS[recipe.task].task_type == "CAUSAL_LM"
     if decodes and "position_ids" in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_number_positions, with_kwargs=True)
@@ -37,16 +37,10 @@ def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
     return options
 
 
-def _fit_length(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
-    """Virtual tokens and a prefix's keys take positions of the row, and learned positions come to an end."""
-    tokens, positions = options["num_virtual_tokens"], _positions(model)
+def _check_number(options: dict[str, Any]) -> dict[str, Any]:
+    tokens = options["num_virtual_tokens"]
     if not isinstance(tokens, int) or tokens < 1:
         raise UserError(f"method_options: num_virtual_tokens is a whole number from 1, not {tokens!r}")
-    if positions is not None and tokens + recipe.max_length > positions:
-        raise UserError(
-            f"{tokens} virtual tokens and rows of {recipe.max_length} do not fit into the {positions} positions of "
-            f"{type(model).__name__}: lower max_length or method_options.num_virtual_tokens"
-        )
     return options
 
 
@@ -64,7 +58,7 @@ def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
             "another method, such as prompt"
         )
     _use_old_name(model)
-    return _fit_length(model, recipe, options)
+    return _check_number(options)
 
 
 def _use_old_name(model: PreTrainedModel) -> None:
@@ -111,15 +105,3 @@ def _number_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         kwargs["position_ids"] = positions[:, -given.shape[1] :]
     return args, kwargs
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many learned positions a row may have; None where positions are computed, or relative."""
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and any(part in name.rpartition(".")[2] for part in ("position", "wpe"))
-    ]
-    # RoBERTa's first position is the one behind its padding index
-    first = [0 if table.padding_idx is None else table.padding_idx + 1 for table in tables]
-    return min((len(table.weight) - start for table, start in zip(tables, first, strict=True)), default=None)

@@ -25,6 +25,7 @@ from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task, read_splits
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
+from redpeft.training.encoding import encode
 from redpeft.training.loop import TIMES, say, to_json
 from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
 from redpeft.training.plots import plot_run
@@ -46,13 +47,17 @@ class Learner:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is ready to train. `encoded` holds the splits as its Trainer takes them."""
+    """A run that is ready to train. `encoded` holds the splits as its Trainer takes them; `rows_cut` and
+    `rows_left_out` count what that took away of each, and `notes` say it."""
 
     recipe: Recipe
     folder: Path
     task: Task
     splits: dict[str, Dataset]
     encoded: dict[str, Dataset]
+    rows_cut: dict[str, int]
+    rows_left_out: dict[str, int]
+    notes: list[str]
     learner: Learner
     trainer: Any
 
@@ -66,6 +71,7 @@ class Run:
         """Write the adapter's card and the pictures, and last the result: its presence says that the run is done."""
         result = _describe(self) | scores | times
         result["rows"] = {name: len(split) for name, split in self.splits.items()}
+        result |= {"rows_cut": self.rows_cut, "rows_left_out": self.rows_left_out}
         if plots:
             plot_run(self.trainer.state.log_history, self.task.metric, self.folder / "plots")
         _write_card(self, result)
@@ -119,12 +125,15 @@ def _inside(modules: list[str]) -> tuple[str, ...]:
 def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> Run:
     """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
     tokenizer = learner.tokenizer
-    encoded = {name: task.encode(split, tokenizer, recipe.max_length) for name, split in splits.items()}
-    encoded |= {name: _by_length(encoded[name]) for name in encoded if name != "train"}
+    found = {name: encode(recipe, task, split, learner.model, tokenizer) for name, split in splits.items()}
+    encoded = {name: each.rows if name == "train" else _by_length(each.rows) for name, each in found.items()}
+    rows_cut = {name: sum(each.cut) for name, each in found.items()}
+    rows_left_out = {name: each.left_out for name, each in found.items()}
+    notes = [each.note for each in found.values() if each.note]
     trainer = make_trainer(recipe, folder, task, learner.model, tokenizer, encoded, learner.head)
     if "test" in encoded:
         encoded["test"] = as_evaluated(trainer, encoded["test"])
-    return Run(recipe, folder, task, splits, encoded, learner, trainer)
+    return Run(recipe, folder, task, splits, encoded, rows_cut, rows_left_out, notes, learner, trainer)
 
 
 def _check_labels(task: Task, init_from: str) -> None:
@@ -146,7 +155,7 @@ def _check_labels(task: Task, init_from: str) -> None:
 
 def _by_length(dataset: Dataset) -> Dataset:
     """The longest rows first: scored in batches of like length, with less padding. Their order changes no score."""
-    if "input_ids" not in dataset.column_names:  # TRL tokenises itself
+    if "completion_mask" in dataset.column_names:  # but the loss of TRL's trainer, a mean over batches
         return dataset
     lengths = [len(ids) for ids in dataset["input_ids"]]
     return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))

@@ -29,7 +29,8 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
     That is: scores by split (`validation` at the best epoch, `test` or None), `metric`, `best_epoch`, `steps`,
     `epochs`, `seconds` and the median `seconds_per_step` (of the process that came to the end), parameter counts,
-    `rows` by split, `adapter_bytes`, `versions`, and what the recipe says of task, base, method, seed and rate.
+    `rows`, `rows_cut` (too long) and `rows_left_out` (nothing to learn) by split, `adapter_bytes`, `versions`, and
+    what the recipe says of task, base, method, seed and rate.
 
     A finished run is not repeated, an unfinished one goes on from its last checkpoint. Raises `UserError`, with
     nothing written, for wrong input or a folder of another recipe, and `RunError`, with the last checkpoint kept, for
@@ -51,6 +52,8 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     say(f"columns: {', '.join(f'{key} = {value}' for key, value in task.columns.items())}")
     set_seed(recipe.seed)
     run = prepare(recipe, folder, task, splits, build_learner(recipe, task))
+    for note in run.notes:
+        say(note)
     trainer = run.trainer
     callback = attach(trainer, folder, recipe.save_steps)
     with naming_a_full_disk(folder):
@@ -87,7 +90,7 @@ def _scores(run: Run) -> dict[str, Any]:
     scores = {**best_evaluation(run.trainer.state), "test": None}
     if "test" in run.encoded:
         metrics = run.trainer.evaluate(run.encoded["test"], metric_key_prefix="test")
-        answers = answer_scores(run.trainer, run.task, run.splits["test"], run.recipe.max_length)
+        answers = answer_scores(run.trainer, run.recipe, run.task, run.splits["test"])
         scores["test"] = plain_scores(metrics, "test_") | answers
     return scores
 

@@ -1,0 +1,109 @@
+"""The rows of a data set as a model reads them: cut to what it takes, without those that teach nothing, counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from redpeft.errors import UserError
+from redpeft.tasks import Task
+from redpeft.tasks import columns as cols
+from redpeft.tasks.base_model import Limit, input_limit, positions
+from redpeft.tasks.metrics import IGNORED
+from redpeft.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Rows as the task's collator takes them; which of all rows were cut, and by which limit; how many were left out;
+    and a line for people where any was."""
+
+    rows: Dataset
+    cut: list[bool]
+    limit: Limit
+    left_out: int = 0
+    note: str | None = None
+
+
+def encode(recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """What a task makes of rows with labels, cut at `max_length` or where the model or its tokenizer ends before.
+
+    Rows that have nothing to learn then, such as a response or a tag, are left out.
+
+    Raises:
+        UserError: as `task.encode`; no row is left; a token or a label for which the model has no place.
+    """
+    whole = _encode(recipe, task, dataset, model, tokenizer, with_labels=True)
+    _check_labels(whole.rows, dataset, model, task)
+    kept = np.flatnonzero(_teaches(whole.rows, recipe.learn_prompt))
+    source, total, cut, left_out = cols.source(dataset), len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
+    if not len(kept):
+        raise UserError(
+            f"{source}: cut at {whole.limit.source}, none of its {total:,} rows has anything left to learn: raise "
+            "max_length or shorten the rows"
+        )
+    notes = []
+    if cut:
+        notes.append(f"{cut:,} of {total:,} rows are longer than {whole.limit.source}{task.own_limits} and are cut")
+    if left_out:
+        notes.append(f"{left_out:,} have nothing left to learn and are left out")
+    note = f"{source}: {'; '.join(notes)}" if notes else None
+    return Encoded(whole.rows.select(kept), whole.cut, whole.limit, left_out, note)
+
+
+def encode_questions(
+    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> Encoded:
+    """The same for rows to answer, without labels: none is left out, and prompts are not cut.
+
+    Raises:
+        UserError: as `task.encode`; a row without tokens, a prompt that leaves no room for an answer, or a token for
+            which the model has no place.
+    """
+    encoded = _encode(recipe, task, dataset, model, tokenizer, with_labels=False)
+    for index, ids in enumerate(cols.values(encoded.rows, "input_ids")):
+        if not ids:
+            raise UserError(f"{cols.where(dataset, index)}: the tokenizer makes no token of this text")
+    return encoded
+
+
+def _encode(
+    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, with_labels: bool
+) -> Encoded:
+    continues = task.task_type == "CAUSAL_LM" and not with_labels  # a prompt is not cut: its answer stands behind it
+    limit = input_limit(model, tokenizer, None if continues else recipe.max_length)
+    rows = task.encode(dataset, tokenizer, limit.tokens, with_labels)
+    known = model.get_input_embeddings().weight.shape[0]
+    if (
+        len(tokenizer) > known
+        and (most := max(max(ids, default=0) for ids in cols.values(rows, "input_ids"))) >= known
+    ):
+        raise UserError(
+            f"{cols.source(dataset)} has the token {tokenizer.convert_ids_to_tokens(most)!r}, number {most}, and the "
+            f"base model has {known}: its tokenizer is another model's"
+        )
+    return Encoded(rows.remove_columns(cols.CUT), cols.values(rows, cols.CUT), limit)
+
+
+def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> None:
+    """Raises UserError where a label is a text that is longer than the model's decoder."""
+    limit = positions(model, decoder=True) if task.task_type == "SEQ_2_SEQ_LM" else None
+    lengths = [len(label) for label in cols.values(rows, "labels")] if limit else []
+    if limit and max(lengths) > limit.tokens:
+        longest = lengths.index(max(lengths))
+        raise UserError(
+            f"{cols.where(dataset, longest)}: its label has {max(lengths)} tokens, more than {limit.source} in the "
+            "decoder: give it a shorter name"
+        )
+
+
+def _teaches(rows: Dataset, learn_prompt: bool) -> list[bool]:
+    """Which rows have tokens, and where tokens have labels, one that counts."""
+    marks, ignored = ("completion_mask", 0) if "completion_mask" in rows.column_names else ("labels", IGNORED)
+    each = zip(cols.values(rows, "input_ids"), cols.values(rows, marks), strict=True)
+    per_token = isinstance(rows[0][marks], list) and not learn_prompt
+    return [bool(ids) and (not per_token or any(mark != ignored for mark in found)) for ids, found in each]
