@@ -23,7 +23,7 @@ from redpeft.tasks import Task, read_evaluation, task_from_dict
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts
 from redpeft.tasks.columns import ROW, values, where
 from redpeft.training.base import autocast, load_base
-from redpeft.training.encoding import encode, encode_questions
+from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.generating import answer_scores, metrics_function, new_tokens
 from redpeft.training.loop import bars_on_terminals_only, no_bars, say, show_progress
 from redpeft.training.methods import METHODS, all_options, apply_method
@@ -136,7 +136,7 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
             args=arguments(recipe, Path(folder), run.task, arguments_class, extra),
             data_collator=run.task.collator(run.tokenizer),
             train_dataset=encoded.rows,  # TRL wants one
-            eval_dataset=encoded.rows,
+            eval_dataset=by_length(encoded.rows),  # as in training, batch for batch
             processing_class=run.tokenizer,
             compute_metrics=metrics_function(run.task, run.tokenizer),
         )
@@ -166,9 +166,10 @@ def predict_batches(
     notes: dict[str, int] = {}  # what happened to rows, and to how many
 
     def note(what: str, dataset: Dataset, rows: Sequence[int]) -> None:
-        if len(rows) and what not in notes:
-            say(f"{where(dataset, rows[0])}: {what}")
-        notes[what] = notes.get(what, 0) + len(rows)
+        if len(rows):
+            if what not in notes:
+                say(f"{where(dataset, rows[0])}: {what}")
+            notes[what] = notes.get(what, 0) + len(rows)
 
     for batch in batches:
         dataset = run.task.rows_to_dataset(batch, first)

@@ -25,7 +25,7 @@ from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task, read_splits
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
-from redpeft.training.encoding import encode
+from redpeft.training.encoding import by_length, encode
 from redpeft.training.loop import TIMES, say, to_json
 from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
 from redpeft.training.plots import plot_run
@@ -126,7 +126,7 @@ def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]
     """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
     tokenizer = learner.tokenizer
     found = {name: encode(recipe, task, split, learner.model, tokenizer) for name, split in splits.items()}
-    encoded = {name: each.rows if name == "train" else _by_length(each.rows) for name, each in found.items()}
+    encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
     rows_cut = {name: sum(each.cut) for name, each in found.items()}
     rows_left_out = {name: each.left_out for name, each in found.items()}
     notes = [each.note for each in found.values() if each.note]
@@ -151,14 +151,6 @@ def _check_labels(task: Task, init_from: str) -> None:
         if before.get(key) != now.get(key):
             there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
             raise UserError(f"init_from: {key} is {there} in {init_from} and {here} here, so its head does not fit")
-
-
-def _by_length(dataset: Dataset) -> Dataset:
-    """The longest rows first: scored in batches of like length, with less padding. Their order changes no score."""
-    if "completion_mask" in dataset.column_names:  # but the loss of TRL's trainer, a mean over batches
-        return dataset
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    return dataset.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
 
 
 def best_evaluation(state: Any) -> dict[str, Any]:
