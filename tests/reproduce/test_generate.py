@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from talkers import write_lines, write_red, write_talker
@@ -103,6 +104,23 @@ def test_an_empty_first_answer_is_no_obstacle(talker, mt, tmp_path):
     model = open_language_model(str(talker))
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
     assert len(model.answer([chat], SHORT)) == 1
+
+
+def test_every_question_is_checked_before_the_first_is_answered(talker, alpaca, mt, tmp_path, monkeypatch):
+    shutil.copytree(talker, tmp_path / "base")
+    template = (
+        "{% for m in messages %}{% if 'times' in m['content'] %}{{ raise_exception('no sums') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    (tmp_path / "base" / "chat_template.jinja").write_text(template)
+    out = tmp_path / "out.json"
+    long = [*ALPACA, {"instruction": "x" * 600, "dataset": "x"}]
+    alpaca.write_text(json.dumps(long), encoding="utf-8")
+    with pytest.raises(UserError, match=r"question 6: a prompt of 600 tokens .*: shorten it$"):
+        generate("alpaca-eval", str(tmp_path / "base"), alpaca, out, decoding=SHORT)
+    monkeypatch.setattr(LanguageModel, "answer", lambda _, chats, __: [""] * len(chats))
+    with pytest.raises(UserError, match=r"question.jsonl, question 2: the tokenizer's chat template .*\(no sums\)"):
+        generate("mt-bench", str(tmp_path / "base"), mt, out, decoding=SHORT)  # in its second turn
 
 
 class Killed(BaseException):

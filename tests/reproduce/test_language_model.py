@@ -151,9 +151,17 @@ def test_what_is_no_model(talker, tmp_path):
         open_language_model(str(talker), tmp_path / "nowhere")
 
 
-def test_a_prompt_that_is_too_long(opened):
-    with pytest.raises(UserError, match=r"a prompt of \d+ tokens and 500 new ones are more than the 512 that this"):
-        opened.answer(CHATS, Decoding(max_new_tokens=500))
+def test_a_prompt_that_is_too_long(opened, monkeypatch):
+    short, long = ([{"role": "user", "content": "a" * length}] for length in (20, 600))
+    with pytest.raises(
+        UserError, match=r"^a prompt of \d+ tokens and 240 new ones are more than the tok.* 256: lower"
+    ):
+        opened.answer([short], Decoding(max_new_tokens=240))
+    monkeypatch.setattr(opened.tokenizer, "model_max_length", 10**30)
+    with pytest.raises(UserError, match="and 500 new ones are more than the 512 positions of LlamaFor.*: lower --max"):
+        opened.answer([short], Decoding(max_new_tokens=500))
+    with pytest.raises(UserError, match=r"^a prompt of \d+ tokens and .* LlamaForCausalLM: shorten it"):
+        opened.answer([long], SHORT)
 
 
 def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
@@ -177,7 +185,7 @@ def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     }
     train(load_recipe(None, values), tmp_path / "run")
     run = open_language_model(str(tmp_path / "run"))
-    assert run.task.format_prompt({"messages": CHATS[0]}, run.tokenizer) == "Human: Hi\n\nAssistant:"
+    assert run.task.format_prompt(CHATS[0], run.tokenizer) == "Human: Hi\n\nAssistant:"
     answers = run.answer(CHATS, SHORT)
     assert answers != open_language_model(str(talker)).answer(CHATS, SHORT)
     moved = tmp_path / "base-moved"

@@ -306,6 +306,25 @@ def test_it_is_registered(folder):
     assert 0 <= found["results"]["tiny_small"]["acc,none"] <= 1
 
 
+def test_virtual_tokens_leave_less_to_a_prompt(tiny_gpt2_folder, tmp_path):
+    """lm-eval cuts prompts that are too long, and a learned position beyond the last is an IndexError."""
+    from lm_eval.api.instance import Instance
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import GPT2LMHeadModel
+
+    from redpeft.reproduce.adapters_lm import AdaptersLM
+
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    get_peft_model(GPT2LMHeadModel.from_pretrained(tiny_gpt2_folder), config).save_pretrained(tmp_path / "prompt")
+    lm = AdaptersLM(str(tiny_gpt2_folder), tmp_path / "prompt", batch_size=1)
+    assert lm.max_length == 256 - 6
+    [(score, _)] = lm.loglikelihood([Instance("loglikelihood", {}, ("word " * 400, "end"), 0)])
+    assert score < 0
+    lm.use(None)
+    assert lm.max_length == 256
+    assert AdaptersLM(str(tiny_gpt2_folder), max_length=100).max_length == 100
+
+
 def test_the_papers_tasks():
     shots = {task.name: task.shots for task in parse_tasks("open-llm-leaderboard", num_fewshot=3)}
     assert shots == {"ai2_arc": 25, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 10}

@@ -117,7 +117,12 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
-    max_length: int = Field(256, ge=1, description="Longest row in tokens; longer ones are cut.")
+    max_length: int = Field(
+        256,
+        ge=1,
+        description="Longest row in tokens; longer ones are cut, and so are those that are longer than the model or "
+        "its tokenizer takes. Rows that have nothing left to learn are left out. Both are counted.",
+    )
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
     learn_prompt: bool = Field(
         False,
