@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from conftest import CHAT_TEMPLATE
 from redpeft.errors import UserError
 from redpeft.tasks import DataConfig, InstructionTask, read_splits, task_from_dict
 from redpeft.tasks.base_model import pad_prompts
@@ -176,7 +175,7 @@ def test_a_chat_template_that_refuses_a_chat(tiny_chat_tokenizer, template, with
 
 def test_prompts_that_end_otherwise_where_an_answer_follows(tiny_chat_tokenizer, caplog):
     tokenizer = copy.deepcopy(tiny_chat_tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATE + "{% if add_generation_prompt %}thinking{% endif %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}thinking{% endif %}"
     encoded = task_of(PAIRS).encode(make(PAIRS), tokenizer)
     assert parts(encoded, tokenizer)[0] == ("<|user|>\nSay yes\n<|assistant|>\n", "yes</s>\n")
     assert "train.jsonl: 2 of 2 prompts end in other tokens where a response follows" in caplog.text

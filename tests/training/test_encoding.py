@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import transformers
 from transformers import AutoTokenizer
 
-from conftest import write_rows
 from redpeft.errors import UserError
 from redpeft.training.predict import evaluate, open_run, predict
 from redpeft.training.recipe import load_recipe
@@ -48,7 +48,8 @@ def run(tmp_path):
 
     def make(base, task, rows, folder="run", **changes):
         for split in ("train", "validation"):
-            write_rows(tmp_path / f"{split}.jsonl", rows)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
         values = {"base": base, "data": str(tmp_path), "task": task, "batch_size": 4, "max_steps": 2, **changes}
         result = train(load_recipe(None, values), tmp_path / folder)
         return result, open_run(tmp_path / folder)
