@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
 from redpeft.method.compose import Combination
 from redpeft.method.config import RedConfig
-from redpeft.method.edit import Edit, fold_edit
+from redpeft.method.edit import Edit, apply_edit, fold_edit
 from redpeft.method.fingerprint import FLOATS
 from redpeft.method.mixed import EditTable, RowIndex
 from redpeft.method.units import typical_size
@@ -62,6 +63,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self._mixed: tuple[RowIndex, EditTable] | None = None
+        self._added: RemovableHandle | None = None  # the hook on a module whose output is edited too
+        self._first_part: torch.Tensor | None = None  # while the unit of a sum of two outputs is measured
         if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
             self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
         self.update_layer(adapter_name, config)
@@ -146,15 +149,48 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if self._mixed is not None:
             return self._edit_mixed(hidden, *self._mixed)
         active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
-        if any(not edit.unit_known and (self.measuring or (edit.training and edit.trainable)) for edit in active):
+        if self._to_measure(active):
             self._measure(hidden)
         for edit in active:
             hidden = edit(hidden)
         return hidden
 
+    def _to_measure(self, active: Sequence[Edit]) -> bool:
+        return any(not edit.unit_known and (self.measuring or (edit.training and edit.trainable)) for edit in active)
+
+    def edit_too(self, module: nn.Module) -> None:
+        """Let the edit act on the sum of this layer's output and `module`'s, which the model adds elsewhere:
+        `scale * (h + g) + bias = (scale * h + bias) + scale * g`."""
+        self._added = module.register_forward_hook(self._edit_added)
+
+    def release(self) -> None:
+        """Leave the module of `edit_too` as it was."""
+        if self._added is not None:
+            self._added.remove()
+            self._added = None
+
+    def _edit_added(self, module: nn.Module, args: Any, added: torch.Tensor) -> torch.Tensor:
+        if self.disable_adapters:
+            return added
+        if self._mixed is not None:
+            index, table = self._mixed
+            return self._edit_mixed(added, index, table.without_bias())
+        active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
+        if self._to_measure(active):
+            self._measure(added)
+        for edit in active:
+            scale, bias = edit.acting
+            added = apply_edit(added, scale, torch.zeros_like(bias))
+        return added
+
     @torch.compiler.disable
     def _measure(self, hidden: torch.Tensor) -> None:
         """Take the unit from the base layer's output; it holds for every adapter here that has none yet."""
+        if self._added is not None and self._first_part is None:
+            self._first_part = hidden  # the other one is to come
+            return
+        if self._first_part is not None:
+            hidden, self._first_part = hidden + self._first_part.view_as(hidden), None
         pending = [edit for edit in self._edits() if edit.unit_pending]
         if hidden.is_meta or not pending:
             return

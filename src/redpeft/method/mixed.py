@@ -90,6 +90,9 @@ class EditTable:
                 rows[slot] = torch.stack(edit.acting)
         return cls(rows)
 
+    def without_bias(self) -> EditTable:
+        return EditTable(torch.stack((self.rows[:, 0], torch.zeros_like(self.rows[:, 1])), dim=1))
+
     def apply(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
         edits = self.rows.index_select(0, rows).view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)

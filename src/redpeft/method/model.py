@@ -26,7 +26,7 @@ from redpeft.method.layer import RedLayer, output_width
 from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.method.quantised import leave_unpacked
 from redpeft.method.register import PREFIX, REDPEFT
-from redpeft.method.sites import find_sites
+from redpeft.method.sites import find_sites, shared_expert
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class RedModel(BaseTuner):
         # Full names, also where PEFT was given endings: loading goes by these.
         edited = {name for name, layer in red_layers(model).items() if adapter_name in layer.redpeft_edit}
         config.resolve(target_modules=edited, resolved=True)
+        _let_skip_calls(model, False)
         self._check_base(model, config, adapter_name)
 
     def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
@@ -109,7 +110,12 @@ class RedModel(BaseTuner):
         state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         known = model.state_dict().keys()
-        edits = {key for key in known if f".redpeft_edit.{adapter_name}." in key}
+        edits = {  # of a layer that stands in several places, its edit in the first one: so it is saved
+            f"{name}.redpeft_edit.{adapter_name}.{key}"
+            for name, layer in red_layers(model).items()
+            if adapter_name in layer.redpeft_edit
+            for key in layer.redpeft_edit[adapter_name].state_dict()
+        }
         missing = sorted(edits - remapped.keys())
         left_over = sorted(key for key in remapped if key not in known and key.removeprefix(_PEFT_PREFIX) not in known)
         if missing or left_over:
@@ -138,9 +144,18 @@ class RedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is set
         self._replace_module(parent, target_name, layer, target)
+        if added := shared_expert(target, parent.named_children()):
+            layer.edit_too(parent.get_submodule(added))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # the layer has put its edit on the right device already
+        # Wherever it stands: several blocks may share a linear. PEFT's own would move the layer to another device too.
+        for owner in list(self.model.modules()):
+            for name, module in list(owner._modules.items()):
+                if module is child:
+                    setattr(owner, name, new_module)
+        if isinstance(child, RedLayer):  # this is unloading
+            child.release()
+            _let_skip_calls(self.model, True)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
@@ -381,3 +396,19 @@ def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 
 def red_layers(model: nn.Module) -> dict[str, RedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}
+
+
+_SKIPS = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def _let_skip_calls(model: nn.Module, may: bool) -> None:
+    """Whether torch's own encoder may run its fused kernel in evaluation, as it does by itself. The kernel reads the
+    weights of the linears and never calls them, so that no edit of their outputs would act."""
+    for module in model.modules():
+        for kind, (name, off) in _SKIPS.items():
+            if isinstance(module, kind):
+                kept = vars(module).setdefault(f"_redpeft_{name}", getattr(module, name, off))
+                setattr(module, name, kept if may else off)
