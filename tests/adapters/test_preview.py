@@ -4,7 +4,7 @@ import io
 
 import pytest
 from rich.console import Console
-from transformers import BertConfig, CLIPConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, CLIPConfig, GPT2Config, GraniteMoeSharedConfig, LlamaConfig
 
 from redpeft.adapters.preview import preview, preview_table
 from redpeft.errors import UserError
@@ -59,3 +59,14 @@ def test_no_such_model(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: no config\.json in such a folder") as error:
         preview(str(tmp_path / "nowhere"))
     assert "\n" not in str(error.value)
+
+
+def test_a_shared_expert_is_named_beside_the_experts_that_it_is_edited_with(tmp_path):
+    GraniteMoeSharedConfig(
+        architectures=["GraniteMoeSharedForCausalLM"], num_hidden_layers=2, shared_intermediate_size=64
+    ).save_pretrained(tmp_path)
+    found = preview(str(tmp_path))
+    console = Console(file=io.StringIO(), width=120)
+    console.print(preview_table(found))
+    assert "model.layers.*.block_sparse_moe + shared_mlp" in console.file.getvalue()
+    assert found.parameters == 2 * 2 * 4096

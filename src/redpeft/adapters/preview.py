@@ -81,7 +81,8 @@ def preview_table(preview: Preview) -> Table:
     table = Table(show_footer=True)
     places: dict[str, list[Site]] = {}
     for site in preview.sites:
-        places.setdefault(place(site.name), []).append(site)
+        added = site.added and f" + {site.added.rpartition('.')[2]}"  # one edit of the sum of both
+        places.setdefault(place(site.name) + (added or ""), []).append(site)
     table.add_column("module", "all", overflow="fold")
     table.add_column("kind")
     table.add_column("sites", f"{len(preview.sites)}", justify="right")
