@@ -1,5 +1,5 @@
-"""An edit acts wherever its site is used: in a sum that the block makes itself, in each block that shares a module, and
-in an encoder that does not call its linears."""
+"""An edit acts wherever its site is used: in a sum that the block makes itself, in every block that shares a module,
+and in an encoder that does not call its linears."""
 
 import copy
 
