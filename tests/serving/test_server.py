@@ -115,3 +115,19 @@ def test_an_adapter_of_another_base_model_is_refused(server, other_fingerprint):
     adapter(server.folder / "foreign", 31, base_fingerprint=other_fingerprint)
     assert refused(server, "foreign").status_code == 400
     assert f"is for another base model than {server.base}: the weights differ" in server.log.read_text()
+
+
+def test_a_prompt_that_is_too_long_is_the_callers_error(server, prompts, reference, adapters):
+    """Longer than --max-model-len, alone or with the answer: a line for the caller, and no error of the server."""
+    import openai
+
+    client = server.client
+    for name in ("base", "edit-1"):
+        for tokens in (128, 200, 5000):
+            with pytest.raises(openai.BadRequestError, match="Error code: 400 - .*max"):
+                client.completions.create(model=name, prompt=[5] * tokens, max_tokens=5)
+        found = client.completions.create(model=name, prompt=[5] * 120, max_tokens=50)
+        assert found.usage.completion_tokens <= 8  # what there is room for
+        with pytest.raises(openai.BadRequestError, match="Error code: 400 - .*maximum context length"):
+            client.chat.completions.create(model=name, messages=[{"role": "user", "content": "x" * 500}])
+    assert server.ask("edit-1", prompts[0]) == reference.answer(prompts[0], adapters[1])

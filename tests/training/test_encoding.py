@@ -171,6 +171,15 @@ def test_a_label_that_the_decoder_cannot_hold(base, run):
         run(base("BartForConditionalGeneration", **BOTH, max_position_embeddings=12), "text-to-text", rows)
 
 
+def test_encoder_decoders_classify_by_the_end_of_a_text(base, run, tiny_decoder_folder):
+    bytes_alone = AutoTokenizer.from_pretrained(tiny_decoder_folder)  # without an end
+    with pytest.raises(UserError, match="^an encoder-decoder classifies a text by the end token behind it, and this"):
+        run(base("BartForConditionalGeneration", tokenizer=bytes_alone, **BOTH), "classification", CLASSES)
+    rows = [*CLASSES, {"text": "not the end</s>, is it?", "label": "no"}]
+    with pytest.raises(UserError, match="^train.jsonl, row 13: the text holds the end token '</s>': take it out"):
+        run(base("BartForConditionalGeneration", **BOTH), "classification", rows)
+
+
 def test_a_tokenizer_of_another_model(base, run, tiny_chat_tokenizer):
     tokenizer = copy.deepcopy(tiny_chat_tokenizer)
     folder = base("LlamaForCausalLM", tokenizer=tokenizer, **SMALL)

@@ -41,6 +41,8 @@ def load_base(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     except Exception as error:  # of transformers, tokenizers, safetensors, the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
         reason, kind = first_line(error), getattr(auto_class, "__name__", "")
+        if reason.endswith(":"):
+            reason = " ".join(str(error).split())
         if reason.startswith("Unrecognized configuration class"):
             reason = f"transformers has no such class for this architecture; {KINDS.get(kind, 'choose another task')}"
         raise UserError(f"cannot load {base}{place} with {kind}: {reason}") from error
@@ -129,9 +131,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, *texts: list, limit: int | Non
         return encoded
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
     if limit < special + len(texts):  # of which tokenizers take no notice
-        raise UserError(
-            f"max_length {limit} leaves no room for a text beside the tokenizer's {special} special tokens"
-        )
+        raise UserError(f"{limit} tokens leave no room for a text beside {special} special ones: raise max_length")
     encoded = tokenizer(*texts, truncation=True, max_length=limit, **options)
     full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
     cut = [False] * len(texts[0])

@@ -107,7 +107,8 @@ class E2ETask:
         self.check(dataset, with_labels)
         if max_length is not None and max_length <= MR_TOKENS:
             raise UserError(
-                f"max_length {max_length} leaves no room for a text behind an MR of up to {MR_TOKENS} tokens"
+                f"{max_length} tokens leave no room for a text behind an MR of up to {MR_TOKENS}: raise max_length, "
+                "or take a base model that reads longer rows"
             )
         if tokenizer.eos_token_id is None:
             raise UserError("the task e2e needs a tokenizer with an end token (eos_token)")

@@ -94,7 +94,23 @@ def _encode(
             f"{cols.source(dataset)} has the token {tokenizer.convert_ids_to_tokens(most)!r}, number {most}, and the "
             f"base model has {known}: its tokenizer is another model's"
         )
+    if task.task_type == "SEQ_CLS" and model.config.is_encoder_decoder:
+        _check_ends(rows, dataset, model, tokenizer)
     return Encoded(rows.remove_columns(cols.CUT), cols.values(rows, cols.CUT), limit)
+
+
+def _check_ends(rows: Dataset, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where an encoder-decoder would not find the end token by which it classifies a text."""
+    end = model.config.eos_token_id
+    counts = [ids.count(end) for ids in cols.values(rows, "input_ids")]
+    if 0 in counts or tokenizer.pad_token_id == end:
+        raise UserError(
+            "an encoder-decoder classifies a text by the end token behind it, and this tokenizer writes none, or pads "
+            "with it: take another base model, or the task text-to-text"
+        )
+    if max(counts) > min(counts):
+        where = cols.where(dataset, counts.index(max(counts)))
+        raise UserError(f"{where}: the text holds the end token {tokenizer.convert_ids_to_tokens(end)!r}: take it out")
 
 
 def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> None:
