@@ -6,7 +6,7 @@ import shutil
 import pytest
 from talkers import write_lines, write_red, write_talker
 
-from redpeft import cli
+from redpeft import cli, console
 from redpeft.errors import UserError
 from redpeft.reproduce import alpaca_eval, mt_bench
 from redpeft.reproduce.generate import generate
@@ -57,9 +57,11 @@ def alone(talker, *turns):
     return answers
 
 
-def test_alpaca_evals_format(talker, alpaca, tmp_path):
+def test_alpaca_evals_format(talker, alpaca, tmp_path, monkeypatch, capsys):
     out = tmp_path / "answers" / "base.json"
+    monkeypatch.setattr(console, "SECONDS", 0.0)
     done = generate("alpaca-eval", str(talker), alpaca, out, decoding=SHORT, batch_size=2)
+    assert "question 2 of 5, " in capsys.readouterr().err
     rows = json.loads(out.read_text(encoding="utf-8"))
     assert [list(row) for row in rows] == [["instruction", "output", "generator", "dataset"]] * 5
     assert [row["instruction"] for row in rows] == [row["instruction"] for row in ALPACA]

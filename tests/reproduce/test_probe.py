@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from redpeft.console import in_words
 from redpeft.errors import UserError
 from redpeft.reproduce import probe
 from redpeft.reproduce.plan import Run
 from redpeft.reproduce.probe import Speed, count_rows, estimate
-from redpeft.runs.pages import in_words
 from redpeft.runs.queue import Job
 from redpeft.training.recipe import load_recipe
 

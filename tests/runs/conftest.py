@@ -75,7 +75,7 @@ def fake_fleets(monkeypatch):
                     continue
                 trained.append(folder)
                 report({"event": "started", "folder": str(folder)})
-                report({"event": "pass", "rows": 8, "seconds": 0.1})
+                report({"event": "pass", "rows": 8, "steps": 1, "seconds": 0.1})
                 try:
                     result = made_up_result(recipe, score(recipe))
                 except Stopped:

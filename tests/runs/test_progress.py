@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from redpeft import console
 from redpeft.runs import progress, tally
 from redpeft.runs.progress import event_line, progress_table, saying_once, showing
 from redpeft.runs.tally import Tally
@@ -67,7 +69,7 @@ def test_speed_is_that_of_the_last_seconds(monkeypatch):
     monkeypatch.setattr(tally.time, "monotonic", lambda: clock["now"])
     found = Tally(NAMES, began=100.0)
     for clock["now"] in (101.0, 102.0):
-        found({"event": "pass", "rows": 30, "seconds": 1.0})
+        found({"event": "pass", "rows": 30, "steps": 1, "seconds": 1.0})
     assert found.rows_a_second() == 30.0
     clock["now"] = 106.5
     assert found.rows_a_second() == 30 / tally.WINDOW
@@ -127,6 +129,31 @@ def test_a_terminal_gets_the_live_table_and_a_file_lines(monkeypatch, capsys):
     assert "b: failed: the loss is not finite" in text
     assert "examples a second" in text
     assert "1 of 4: a" not in text
+
+
+def test_a_log_has_lines_of_progress_and_what_was_cut_once(monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS", 0.0)
+    monkeypatch.setattr(console, "SHARE", 0.0)
+    found = tally_of()
+    note = "train.csv: 3 of 9 rows are longer than max_length 8 and are cut"
+    with showing(found, live=True) as show:
+        for name in ("a", "b"):
+            started = {"event": "started", "folder": f"runs/{name}", "steps": 10, "notes": [note]}
+            for event in (started, epoch(name, 0.5), {"event": "pass", "rows": 8, "steps": 2, "seconds": 0.1}):
+                found(event)
+                show(event)
+        for event in (done("b", 0.75), {"event": "pass", "rows": 8, "steps": 1, "seconds": 0.1}):
+            found(event)
+            show(event)
+    lines = [re.sub(r"\d+ s left", "1 s left", line) for line in capsys.readouterr().err.splitlines()]
+    best = "best accuracy 0.5000 (a)"
+    assert lines == [
+        note,
+        f"step 2 of 40, 0 of 4 jobs done, 1 running, {best}, 1 s left",
+        f"step 4 of 40, 0 of 4 jobs done, 2 running, {best}, 1 s left",
+        "1 of 4: b: accuracy on validation 0.7500",
+        "step 5 of 40, 1 of 4 jobs done, 1 running, best accuracy 0.7500 (b), 1 s left",
+    ]
 
 
 def test_what_is_said_of_each_jobs_data_is_said_once(caplog):

@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from redpeft import console
 from redpeft.adapters.files import read_adapter
 from redpeft.errors import RunError, UserError
 from redpeft.training import loop
 from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.predict import evaluate, open_run, predict
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
 
@@ -232,6 +235,24 @@ def test_a_moved_run_folder_still_knows_its_best_epoch(make_recipe, tmp_path, mo
     assert train(recipe, tmp_path / "moved")["validation"] == result["validation"]
     assert result["best_epoch"] < 3, "the test needs a best epoch before the last"
     assert_same_run(tmp_path / "moved", tmp_path / "whole")
+
+
+def test_a_log_has_lines_of_progress(make_recipe, data_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS", 0.0)
+    monkeypatch.setattr(console, "SHARE", 0.0)
+    train(make_recipe(max_steps=3), tmp_path / "run")
+    said = capsys.readouterr().err
+    for line in (
+        "tokenising: row 0 of 48\n",
+        r"step 2 of 3, loss \d\.\d{3}, \d+ s left\n",
+        r"scoring: batch 2 of 2, \d+ s left\n",
+    ):
+        assert re.search(line, said), line
+    run = open_run(tmp_path / "run")
+    evaluate(run, data_folder / "test.jsonl")
+    assert "scoring: batch 1 of 2" in capsys.readouterr().err
+    assert len(list(predict(run, ["good", "bad", "great"], batch_size=2))) == 3
+    assert re.search(r"row 2 of 3, \d+ s left\n", capsys.readouterr().err)
 
 
 def test_bf16(make_recipe, tmp_path):

@@ -86,8 +86,10 @@ def predict(
     from redpeft.training.stream import batched, read_lines
 
     opened = open_run(find_run(run), base)
-    batches = read_lines(sys.stdin.buffer, BATCH) if file == "-" else batched(read_file(file), BATCH)
-    return predict_batches(opened, batches)
+    if file == "-":
+        return predict_batches(opened, read_lines(sys.stdin.buffer, BATCH))
+    rows = read_file(file)
+    return predict_batches(opened, batched(rows, BATCH), total=len(rows))
 
 
 @command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")

@@ -119,7 +119,9 @@ class Crew:
                 lock.close()
                 raise
             self.aboard[slot] = Aboard(assignment, member, lock)
-            self.jobs.report({"event": "started", "folder": str(assignment.folder), "notes": run.notes})
+            steps = member.max_steps - member.state.global_step
+            about = {"folder": str(assignment.folder), "steps": steps, "notes": run.notes}
+            self.jobs.report({"event": "started", **about})
             self._send(slot, None)
 
     def _pass(self) -> None:
@@ -137,7 +139,8 @@ class Crew:
             torch.cuda.empty_cache()
             return
         rows = sum(len(waiting[slot].rows) for slot in slots)
-        self.jobs.report({"event": "pass", "rows": rows, "seconds": time.perf_counter() - began})
+        steps = sum(waiting[slot].rates is not None for slot in slots)
+        self.jobs.report({"event": "pass", "rows": rows, "steps": steps, "seconds": time.perf_counter() - began})
         for slot, answer in answers.items():
             self._send(slot, answer)
 

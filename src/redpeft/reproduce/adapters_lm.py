@@ -27,6 +27,7 @@ class AdaptersLM(HFLM):
     """
 
     _model: Any
+    _max_length: int | None
 
     def __init__(
         self, pretrained: str, adapter: str | Path | None = None, batch_size: int | str = 8, **kwargs: Any

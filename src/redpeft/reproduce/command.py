@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from redpeft.console import in_words
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
 from redpeft.reproduce.probe import count_rows, estimate
@@ -14,7 +15,6 @@ from redpeft.reproduce.report import Report, make_report, write_report
 from redpeft.reproduce.scored import Scoring, score_run
 from redpeft.reproduce.smoke import make_scoring
 from redpeft.runs.on_ray import require_ray, run_on_ray
-from redpeft.runs.pages import in_words
 from redpeft.runs.runner import run_jobs
 from redpeft.training.loop import bars_on_terminals_only, say
 from redpeft.training.run_folder import finished, locked

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from redpeft.adapters.files import find_run, write_atomically
+from redpeft.console import Progress
 from redpeft.errors import UserError
 from redpeft.reproduce import alpaca_eval, mt_bench
 from redpeft.reproduce.journal import journal_of
@@ -67,13 +68,15 @@ def generate(
             for index in todo:  # the first turns are checked before any is answered
                 with _at(places[index]):
                     speaker.prompt([{"role": "user", "content": kind.turns(rows[index])[0]}], decoding)
-            with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as progress:
+            lines = Progress(len(done))
+            with tqdm(total=len(rows), initial=len(done), unit="question", disable=None) as bar:
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     turns = {places[index]: kind.turns(rows[index]) for index in batch}
                     answers = converse(speaker, turns, decoding)
                     journal.append(_entries(batch, answers))
-                    progress.update(len(batch))
+                    bar.update(len(batch))
+                    lines.show("question", len(done) + start + len(batch), len(rows))
         entries = sorted(journal.entries, key=lambda entry: entry["question"])
         with naming_a_full_disk(out.parent):
             write_atomically(out, kind.text(rows, entries, name))

@@ -11,10 +11,11 @@ from typing import Any
 from rich.table import Table
 
 from redpeft.adapters.files import write_atomically
+from redpeft.console import in_words
 from redpeft.runs import pages
 from redpeft.runs.batch import TOTALS, Batch, Row, Totals
 from redpeft.runs.machine import machine, versions_of
-from redpeft.runs.pages import Inline, Link, in_words, number, relative
+from redpeft.runs.pages import Inline, Link, number, relative
 from redpeft.runs.plots import plot_finished, plot_scores
 from redpeft.training.run_folder import RESULT
 

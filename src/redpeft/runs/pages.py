@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,14 +75,6 @@ def number(value: float | None, digits: int, deviation: float | None = None) -> 
     if value is None:
         return "-"
     return f"{value:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def in_words(seconds: float) -> str:
-    """A duration for people: 40 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{math.ceil(seconds)} s"
-    hours, minutes = divmod(math.ceil(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 def relative(path: Path, folder: Path) -> str:

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from redpeft.console import Progress, say
 from redpeft.fleet.source import Report
 from redpeft.runs.pages import number
 from redpeft.runs.tally import Tally
-from redpeft.training.loop import no_bars, say
+from redpeft.training.loop import no_bars
 
 REFRESH = 2  # times a second
 
@@ -27,6 +28,7 @@ def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[
     """Gives a function to call with each event, after the tally. `live` asks for the table, where standard error is a
     terminal; jobs that were done `before` get no line."""
     said: set[str] = set()  # of the rows of each job, which many may share
+    progress = Progress()
 
     def line(event: Mapping[str, Any]) -> None:
         for note in event.get("notes", ()):
@@ -35,6 +37,11 @@ def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[
                 said.add(note)
         if text := event_line(tally, event, before):
             say(text)
+        if event["event"] == "pass":
+            notes = [f"{len(tally.finished)} of {len(tally.names)} jobs done", f"{len(tally.running)} running"]
+            if best := best_line(tally):
+                notes.append(f"best {best}")
+            progress.show("step", tally.steps, tally.expected_steps, *notes)
 
     if not (live and sys.stderr.isatty()):
         yield line
@@ -80,14 +87,14 @@ def event_line(tally: Tally, event: Mapping[str, Any], before: Collection[str] =
 
 def progress_table(tally: Tally) -> Table:
     """The counts of this moment, in one row."""
-    best, seconds = tally.best(), int(tally.seconds)
+    seconds = int(tally.seconds)
     cells = {
         "jobs": str(len(tally.names)),
         "done": str(len(tally.finished)),
         "running": str(len(tally.running)),
         "waiting": str(tally.waiting),
         "failed": str(len(tally.failed)),
-        "best so far": f"{best[1]} {best[2]:.4f} ({best[0]})" if best else None,
+        "best so far": best_line(tally),
         "examples a second": f"{tally.rows_a_second():,.0f}",
         memory_kind(): f"{memory() / 2**30:.1f} GiB",
         "time": f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}",
@@ -96,6 +103,12 @@ def progress_table(tally: Tally) -> Table:
     table = Table(*shown)
     table.add_row(*shown.values())
     return table
+
+
+def best_line(tally: Tally) -> str | None:
+    """The best score so far, and whose it is; None where the jobs do not compete."""
+    best = tally.best()
+    return f"{best[1]} {best[2]:.4f} ({best[0]})" if best else None
 
 
 def memory_kind() -> str:

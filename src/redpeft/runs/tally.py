@@ -28,6 +28,8 @@ class Tally:
     failed: dict[str, str] = field(default_factory=dict)  # why
     scores: dict[str, tuple[str, float]] = field(default_factory=dict)  # the best metric so far
     rows: int = 0  # trained or scored
+    steps: int = 0  # of training
+    planned: dict[str, int] = field(default_factory=dict)  # steps of the jobs that have started
     fleet: dict[str, Any] = field(default_factory=dict)  # slots, tokens and plan of the last one
     began: float = field(default_factory=time.monotonic)
     _passes: deque[tuple[float, int]] = field(default_factory=deque)
@@ -39,9 +41,11 @@ class Tally:
                 self.fleet = {key: event[key] for key in ("slots", "tokens", "plan")}
             case "pass":
                 self.rows += event["rows"]
+                self.steps += event["steps"]
                 self._passes.append((time.monotonic(), event["rows"]))
             case "started":
                 self.running.add(name)
+                self.planned.setdefault(name, event.get("steps", 0))
             case "epoch":
                 self._score(name, event["metric"], event[f"eval_{event['metric']}"])
             case "paused" | "finished" | "failed" as end:
@@ -64,6 +68,12 @@ class Tally:
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    @property
+    def expected_steps(self) -> int:
+        """Of all jobs, where those that wait are as long as those that have started."""
+        known = sum(self.planned.values())
+        return known + known * self.waiting // max(1, len(self.planned))
 
     def best(self) -> tuple[str, str, float] | None:
         """The best job, its metric and its best score so far; None where the jobs are not of one kind."""

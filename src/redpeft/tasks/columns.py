@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from redpeft.console import Progress
 from redpeft.errors import UserError, first_line
 
 ROW = "__row__"
@@ -152,7 +153,10 @@ def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, l
         UserError: `function` fails; the message names the first row on which it does.
     """
 
+    progress = Progress()
+
     def explained(rows: dict[str, list], indices: list[int]) -> dict[str, list]:
+        progress.show("tokenising: row", indices[0], len(dataset))
         try:
             return function(rows)
         except Exception as error:  # tokenizers and chat templates raise many kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ from redpeft.errors import UserError
 from redpeft.method.quantised import leave_unpacked
 from redpeft.tasks import Task
 from redpeft.tasks.base_model import load_tokenizer
+from redpeft.training.loop import say
 from redpeft.training.methods import METHODS, head_modules
 from redpeft.training.recipe import Recipe
 
@@ -30,6 +32,7 @@ QUANTISERS = {  # load_in: what does it, and the extra that brings it
     "4bit": ("bitsandbytes", "bnb"),
     "int8_weight_only": ("torchao", "torchao"),
 }
+SLOW = 5.0  # times as long as in fp32
 
 
 def precision(recipe: Recipe) -> str:
@@ -46,6 +49,30 @@ def precision(recipe: Recipe) -> str:
     if recipe.precision == "bf16" and not has_bf16:
         raise UserError("this GPU has no bf16; choose precision fp32 or fp16")
     return recipe.precision
+
+
+def bf16_slowdown() -> float:
+    """How many times as long as in fp32 this CPU takes to multiply small matrices in bf16: 30 and more where it has no
+    instructions for it, and around 1 where it has."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def _warn_of_slow_bf16(recipe: Recipe) -> None:
+    """Say before the first step where steps would take minutes instead of seconds."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu and precision(recipe) == "bf16" and (times := bf16_slowdown()) > SLOW:
+        fields = "precision and base.dtype" if recipe.base.dtype == "bf16" else "precision"
+        why = "this CPU, which has no instructions for it"
+        say(f"bf16 takes {times:.0f} times as long as fp32 on {why}: set {fields} to fp32")
 
 
 def require_quantiser(recipe: Recipe) -> None:
@@ -69,6 +96,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
     Raises `UserError` for a folder or hub name that cannot be read, and a `load_in` that does nothing to this model.
     """
     name, revision = recipe.base.model, recipe.base.revision
+    _warn_of_slow_bf16(recipe)
     with quiet():  # transformers' report of a head that is new is no news here
         tokenizer = load_tokenizer(name, revision=revision)
         options: dict[str, Any] = {DTYPE_ARGUMENT: _dtype(recipe)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import signal
 import statistics
 import sys
@@ -23,6 +22,9 @@ import transformers
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from redpeft.console import Progress
+from redpeft.console import is_first_process as is_first_process
+from redpeft.console import say as say
 from redpeft.errors import RunError, Stopped
 
 if TYPE_CHECKING:
@@ -118,17 +120,6 @@ def _kept(checkpoints: str) -> str:
     return f"kept: {last}" if last else "there is no checkpoint yet"
 
 
-def is_first_process() -> bool:
-    """Whether this is the process of a distributed run that speaks and writes for all, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def say(line: str) -> None:
-    """A line on standard error (standard output is kept for results), from the first process alone."""
-    if is_first_process():
-        print(line, file=sys.stderr)
-
-
 def to_json(values: dict[str, Any], indent: int | None = None) -> str:
     """JSON, in which a number that is not finite is null: NaN is not JSON."""
     return json.dumps(finite(values), indent=indent, ensure_ascii=False)
@@ -205,6 +196,31 @@ class ProgressBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
+class ProgressLines(TrainerCallback):
+    """The same for those who see no bar: a line now and then, of steps and of batches that are scored."""
+
+    def __init__(self) -> None:
+        self.steps, self.loss, self.scored = Progress(), "", 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps = Progress(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {float(logs['loss']):.3f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.show("step", state.global_step, state.max_steps, *filter(None, [self.loss]))
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+        if self.scored == 0:
+            self.batches = Progress()
+        self.scored += 1
+        self.batches.show("scoring: batch", self.scored, len(eval_dataloader))
+        if self.scored >= len(eval_dataloader):
+            self.scored = 0
+
+
 def bars_on_terminals_only() -> None:
     """No progress bars of datasets (tokenising) and transformers (loading weights) in log files."""
     if not sys.stderr.isatty():
@@ -225,11 +241,11 @@ def no_bars() -> Iterator[None]:
 
 
 def show_progress(trainer: Any) -> None:
-    """A bar on a terminal, and nothing of what the trainer itself would print."""
+    """A bar on a terminal and lines elsewhere, and nothing of what the trainer itself would print."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if sys.stderr.isatty() and trainer.args.process_index == 0:
-        trainer.add_callback(ProgressBar())
+    if trainer.args.process_index == 0:
+        trainer.add_callback(ProgressBar() if sys.stderr.isatty() else ProgressLines())
 
 
 def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from redpeft.adapters.files import ADAPTER, RECIPE, TASK, load_adapter
+from redpeft.console import Progress
 from redpeft.errors import UserError
 from redpeft.tasks import Task, read_evaluation, task_from_dict
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts
@@ -155,20 +156,23 @@ def predict(
     Data to text answers each distinct meaning representation once, where it first comes. `max_new_tokens` is the
     longest text to generate, if not the task's own.
     """
-    return predict_batches(run, batched(rows, batch_size), max_new_tokens)
+    total = len(rows) if isinstance(rows, Sized) else None
+    return predict_batches(run, batched(rows, batch_size), max_new_tokens, total)
 
 
 def predict_batches(
-    run: Run, batches: Iterable[list[Row]], max_new_tokens: int | None = None
+    run: Run, batches: Iterable[list[Row]], max_new_tokens: int | None = None, total: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """`predict` for rows that come in lists, each of which goes through the model at once."""
+    """`predict` for rows that come in lists, each of which goes through the model at once; `total`, where it is known,
+    is how many rows there are in all."""
     first, answered = 1, set[str]()
+    progress = Progress()
     notes: dict[str, int] = {}  # what happened to rows, and to how many
 
-    def note(what: str, dataset: Dataset, rows: Sequence[int]) -> None:
+    def note(what: str, dataset: Dataset, rows: np.ndarray) -> None:
         if len(rows):
             if what not in notes:
-                say(f"{where(dataset, rows[0])}: {what}")
+                say(f"{where(dataset, int(rows[0]))}: {what}")
             notes[what] = notes.get(what, 0) + len(rows)
 
     for batch in batches:
@@ -186,15 +190,15 @@ def predict_batches(
             if run.task.generation is None:
                 answers = _label(run, dataset, encoded.rows)
             else:
-                prompts, asked = (
-                    values(encoded.rows, "input_ids"),
-                    max_new_tokens or run.task.generation["max_new_tokens"],
-                )
+                prompts = values(encoded.rows, "input_ids")
+                asked = max_new_tokens or run.task.generation["max_new_tokens"]
                 room = [new_tokens(run.model, run.tokenizer, asked, len(prompt)) for prompt in prompts]
                 note(f"room for fewer than {asked} new tokens", dataset, np.flatnonzero(np.array(room) < asked))
                 answers = run.task.decode(_generate(run, prompts, room))
         for row, read, answer in zip(batch, dataset, answers, strict=True):
             yield {**_identity(row, read), **answer}
+        if total is not None:
+            progress.show("row", first - 1, total)
     for what, rows in notes.items():
         if rows > 1:
             say(f"{rows:,} of {first - 1:,} rows: {what}")

@@ -141,7 +141,8 @@ class Recipe(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Number format of the computation; edits and heads are always held in fp32. auto: bf16 on a GPU "
-        "that has it or when base.dtype is bf16, otherwise fp32.",
+        "that has it or when base.dtype is bf16, otherwise fp32. A CPU without bf16 instructions takes many times as "
+        "long; a line says so.",
     )
     early_stopping: int | None = Field(
         None, ge=1, description="Stop when so many evaluations in a row (one an epoch) bring nothing better."
