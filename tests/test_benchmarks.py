@@ -23,6 +23,13 @@ def benchmark(name: str) -> ModuleType:
     return module
 
 
+def test_the_command_line_answers_within_a_second_of_cpu_time(capsys):
+    """Without torch a quarter of a second; with it five at least."""
+    benchmark("startup").main(["--rounds=1", "--only", "python -c pass", "--only", "redpeft train --nosuch", "--json"])
+    seconds = json.loads(capsys.readouterr().out)
+    assert 0 < seconds["python -c pass"][0] < seconds["redpeft train --nosuch"][0] < 1
+
+
 @pytest.fixture(scope="module")
 def training_step() -> Iterator[ModuleType]:
     module = benchmark("training_step")

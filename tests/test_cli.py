@@ -3,7 +3,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -12,8 +14,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModel
 
-from redpeft import RedConfig, cli
-from redpeft.errors import RunError, UserError
+from redpeft import RedConfig, __version__, cli
+from redpeft.errors import RunError, Stopped, UserError
 from redpeft.training import loop
 
 
@@ -81,6 +83,13 @@ def test_the_process_answers_a_mistake_without_a_traceback():
         (["predict", "run"], "Missing argument 'file'. See redpeft predict --help"),
         (["train", "a.yaml", "--out"], "Option '--out' requires an argument. See redpeft"),
         (["version", "extra"], "unexpected extra argument"),
+        (["train", "--lr"], "fields of a recipe are written without dashes, as KEY=VALUE\n"),
+        (["evaluate", "--lr", "1"], "See redpeft evaluate --help\n"),
+        (
+            ["train", "--base", "my models/b", "--learning-rate=1e-2", "--out", "r", "epochs=2"],
+            "dashes: redpeft train 'base=my models/b' learning_rate=1e-2 --out r epochs=2\n",
+        ),
+        (["sweep", "r.yaml", "--lr", "1", "--grid", "seed=1,2"], "redpeft sweep r.yaml lr=1 --grid seed=1,2\n"),
     ],
 )
 def test_a_wrong_call_is_one_line(redpeft, call, message):
@@ -98,7 +107,23 @@ def test_no_command_shows_the_help(redpeft):
     assert out == redpeft("--help")[1]
 
 
-@pytest.mark.parametrize(("error", "expected"), [(UserError, 2), (RunError, 1)])
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        (["{data}/train.jsonl", "lr=1"], "redpeft train base=MODEL data={data}/train.jsonl lr=1"),
+        (["base=b", "{data}"], "redpeft train base=b data={data}"),
+        (["{model}", "data=rows.csv"], "redpeft train base={model} data=rows.csv"),
+    ],
+)
+def test_what_is_given_in_place_of_a_recipe_is_recognised(redpeft, data_folder, tiny_encoder_folder, arguments, right):
+    names = {"data": data_folder, "model": tiny_encoder_folder}
+    code, out, err = redpeft("train", *(argument.format(**names) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert err.endswith(f" is no recipe: give it as a field, as in: {right.format(**names)}\n")
+    assert one_line(err)
+
+
+@pytest.mark.parametrize(("error", "expected"), [(UserError, 2), (RunError, 1), (Stopped, 130)])
 def test_errors_become_one_line_and_an_exit_code(redpeft, monkeypatch, error, expected):
     def fail(*_):
         print("progress on standard output")
@@ -108,6 +133,33 @@ def test_errors_become_one_line_and_an_exit_code(redpeft, monkeypatch, error, ex
     code, out, err = redpeft("inspect", "somewhere", "--json")
     assert (code, out) == (expected, "")
     assert err == "progress on standard output\nredpeft: it went wrong\n"
+
+
+def test_an_interrupt_is_one_line(redpeft, monkeypatch):
+    monkeypatch.setattr("redpeft.adapters.files.read_config", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    code, out, err = redpeft("inspect", "somewhere")
+    assert (code, out) == (130, "")
+    assert err == "redpeft: interrupted; the same command again goes on from what was saved\n"
+
+
+def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_path, tiny_encoder_folder, data_folder):
+    """Of several seeds those that would come later do not start."""
+    step = loop.RunTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    call = ["train", f"base={tiny_encoder_folder}", f"data={data_folder}", "max_steps=2", "--seeds", "1,2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.RunTrainer, "training_step", interrupted)
+        code, out, err = redpeft(*call, "--out", tmp_path / "run")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "redpeft: stopped at step 1; run the same command again to go on from there"
+    assert [path.name for path in tmp_path.glob("run/seed-*")] == ["seed-1"]
+    code, out, err = redpeft(*call, "--out", tmp_path / "run")
+    assert code == 0
+    assert "going on from step 1" in err
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -121,6 +173,16 @@ def test_version(redpeft):
     assert code == 0
     assert {"python", "redpeft", "torch", "transformers", "peft"} <= json.loads(out).keys()
     assert "redpeft 0." in redpeft("version")[1]
+    assert redpeft("--version")[:2] == (0, f"redpeft {__version__}\n")
+
+
+def test_shells_complete_commands(monkeypatch):
+    monkeypatch.setenv("_REDPEFT_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "redpeft tra")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    assert (exit_.value.code, out.getvalue().strip()) == (0, "train")
 
 
 def test_init_writes_a_recipe_and_never_over_a_file(redpeft, tmp_path):

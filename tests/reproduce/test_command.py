@@ -76,7 +76,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_probe):
     monkeypatch.setattr(runner, "train", stop_at_the_second)
     asked = [*SMOKE, "--rows", "head", "--out", tmp_path / "out"]
     code, _, err = call(capsys, *asked)
-    assert (code, "stopped at step 2" in err) == (1, True)
+    assert (code, "stopped at step 2" in err) == (130, True)
     cells = json.loads((tmp_path / "out" / "glue-roberta-base.json").read_text())["rows"]["head"]["columns"]
     assert [len(cells[task]["scores"]) for task in ("cola", "stsb")] == [1, 0]
     monkeypatch.setattr(runner, "train", train)

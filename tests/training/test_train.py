@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from redpeft import console
 from redpeft.adapters.files import read_adapter
-from redpeft.errors import RunError, UserError
+from redpeft.errors import RunError, Stopped, UserError
 from redpeft.training import loop
 from redpeft.training.methods import DEFAULT_RATES
 from redpeft.training.predict import evaluate, open_run, predict
@@ -36,8 +36,8 @@ def before_step(monkeypatch, action, at):
     monkeypatch.setattr(loop.RunTrainer, "training_step", wrapped)
 
 
-def terminate(_):
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(_, number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
 
 
 def poison(trainer):
@@ -119,21 +119,47 @@ def test_another_recipe_in_the_same_folder_is_refused(whole, make_recipe, tmp_pa
         train(make_recipe(), tmp_path)
 
 
-@pytest.mark.parametrize("at", [9, 12, 18])
-def test_sigterm_leaves_a_run_that_resumes_bit_for_bit(at, whole, make_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 9), (signal.SIGTERM, 12), (signal.SIGINT, 18)])
+def test_a_signal_leaves_a_run_that_resumes_bit_for_bit(number, at, whole, make_recipe, tmp_path, monkeypatch):
     """Step 9 is inside the second epoch, 12 and 18 end one: their evaluations must not be lost."""
     folder = tmp_path / "run"
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        before_step(patch, terminate, at)
-        with pytest.raises(RunError, match=f"stopped at step {at}; run the same command again"):
+        before_step(patch, lambda _: terminate(_, number), at)
+        with pytest.raises(Stopped, match=f"stopped at step {at}; run the same command again"):
             train(make_recipe(), folder)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     assert not (folder / "result.json").exists()
     assert (folder / "checkpoints" / f"checkpoint-{at}").is_dir()
     train(make_recipe(), folder)
     assert_same_run(folder, whole[0])
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_signal_during_an_evaluation_stops_at_its_end(make_recipe, tmp_path, monkeypatch):
+    """The last one: no step comes after it in which it would be seen."""
+    folder, evaluate = tmp_path / "run", loop.RunCallback.on_evaluate
+
+    def stopping(self, args, state, control, **others):
+        if state.global_step == STEPS and self.trainer.is_in_train:
+            terminate(None)
+        return evaluate(self, args, state, control, **others)
+
+    monkeypatch.setattr(loop.RunCallback, "on_evaluate", stopping)
+    with pytest.raises(Stopped, match=f"stopped at step {STEPS}"):
+        train(make_recipe(), folder)
+    assert not (folder / "result.json").exists()
+
+
+def test_a_second_interrupt_stops_at_once(make_recipe, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        before_step(patch, lambda _: [terminate(_, signal.SIGINT) for _ in range(2)], 9)
+        with pytest.raises(KeyboardInterrupt):
+            train(make_recipe(), folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-6"]
+    assert "stopping: this step is finished and saved first; Ctrl-C again stops at once\n" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(whole, make_recipe, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,8 @@
 """What the commands share: every one returns its answer, and the decorator `command` does the rest.
 
-`--json`, standard output kept for the answer alone, and the exit codes 0, 1 (the work failed) and 2 (the call was
-wrong) with one line on standard error.
+`--json`, standard output kept for the answer alone, and the exit codes 0, 1 (the work failed), 2 (the call was wrong)
+and 130 (interrupted; the same command again goes on) with one line on standard error. What needs no model (help, a
+wrong call) is answered without importing torch, so this room imports the others within its functions only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import inspect as python_inspect
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +24,15 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from rich.console import Console
 
-from redpeft.errors import RunError, UserError
+from redpeft import __version__
+from redpeft.errors import RunError, Stopped, UserError
 
-app = typer.Typer(name="redpeft", add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="redpeft", pretty_exceptions_enable=False)
 UsageError: Any = typer.BadParameter.__base__  # click's; newer typers carry a copy of click of their own
 
 WIDTH = 140  # of tables that do not go to a terminal
+FIELDS = "KEY=VALUE"  # in the metavar of arguments that are fields of a recipe
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; all else goes to standard error.")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, or the adapter folder in it.", show_default=False)]
@@ -62,8 +67,12 @@ def command(example: str) -> Callable[[Callable], Callable]:
                         _print(answer, as_json, out)
             except UserError as error:
                 _fail(error, 2)
+            except Stopped as error:
+                _fail(error, INTERRUPTED)
             except RunError as error:
                 _fail(error, 1)
+            except KeyboardInterrupt:
+                _fail("interrupted; the same command again goes on from what was saved", INTERRUPTED)
 
         signature = python_inspect.signature(function, eval_str=True)
         parameters = [each for each in signature.parameters.values() if each.name != "tell"]
@@ -78,12 +87,28 @@ def command(example: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def recipe_and_fields(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The recipe file, if one is among them, and the KEY=VALUE. UserError for two files."""
-    recipes = [argument for argument in arguments if "=" not in argument]
+def recipe_and_fields(name: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe file, if one is among the arguments of the command `name`, and the KEY=VALUE.
+
+    Raises `UserError` for two files, and for data or a model in place of a recipe.
+    """
+    recipes = [argument for argument in arguments if "=" not in argument or Path(argument).is_file()]
+    for path in recipes:
+        if key := _field_of(Path(path)):
+            others = [argument for argument in arguments if argument not in recipes]
+            fields = {"base": "base=MODEL", "data": "data=FILE", **{each.partition("=")[0]: each for each in others}}
+            right = " ".join({**fields, key: f"{key}={shlex.quote(path)}"}.values())
+            raise UserError(f"{path} is no recipe: give it as a field, as in: redpeft {name} {right}")
     if len(recipes) > 1:
         raise UserError(f"one recipe at a time, not {', '.join(recipes)}; fields are given as key=value")
-    return (recipes[0] if recipes else None), [argument for argument in arguments if "=" in argument]
+    return (recipes[0] if recipes else None), [argument for argument in arguments if argument not in recipes]
+
+
+def _field_of(path: Path) -> str | None:
+    """The field that somebody means who gives this path, and who does not mean a recipe."""
+    if path.is_dir():
+        return "base" if (path / "config.json").is_file() else "data"
+    return None if path.suffix.lower() in ("", ".yaml", ".yml", ".json") or not path.is_file() else "data"
 
 
 def run_app(arguments: list[str]) -> int:
@@ -92,10 +117,28 @@ def run_app(arguments: list[str]) -> int:
         return app(arguments or ["--help"], prog_name="redpeft", standalone_mode=False) or 0
     except UsageError as error:
         message, path = error.format_message(), error.ctx.command_path if error.ctx else "redpeft"
-        _tell(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help")
+        _tell(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help{_as_fields(error, arguments)}")
         return 2
     except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
-        return 1
+        return INTERRUPTED
+
+
+def _as_fields(error: Any, arguments: Sequence[str]) -> str:
+    """What to write instead of unknown options, where a command takes the fields of a recipe: `--lr 1e-2` is lr=1e-2."""
+    parameters = error.ctx.command.params if error.ctx and hasattr(error, "option_name") else []
+    if not any(FIELDS in (parameter.metavar or "") for parameter in parameters):
+        return ""
+    known = {option for parameter in parameters for option in parameter.opts}
+    right: list[str] = []
+    left = list(arguments)
+    while left:
+        name, equals, value = (argument := left.pop(0)).partition("=")
+        if name.startswith("--") and name not in known and (equals or (left and not left[0].startswith("--"))):
+            argument = f"{name[2:].replace('-', '_')}={value if equals else left.pop(0)}"
+        right.append(argument)
+    if right == list(arguments):
+        return f"; fields of a recipe are written without dashes, as {FIELDS}"
+    return f"; fields of a recipe are written without dashes: redpeft {shlex.join(right)}"
 
 
 def _print(answer: Answer | Iterator[dict[str, Any]], as_json: bool, out: TextIO) -> None:
@@ -120,7 +163,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else dataclasses.asdict(value)
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
+def _fail(error: object, code: int) -> NoReturn:
     _tell(str(error))
     raise typer.Exit(code)
 
@@ -129,8 +172,18 @@ def _tell(message: str) -> None:
     print(f"redpeft: {' '.join(message.split())}", file=sys.stderr)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"redpeft {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def redpeft() -> None:
+def redpeft(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     """Fine-tune a frozen transformer with two vectors per layer (RED, Representation EDiting)."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
     logging.basicConfig(format="%(message)s")

@@ -25,7 +25,7 @@ Ray = Annotated[
 def sweep(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that go before its own."),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that override its own."),
     ],
     grid: Annotated[
         list[str],
@@ -40,11 +40,11 @@ def sweep(
     tell: Any = None,
 ) -> Answer:
     """Train every combination of some fields' values with every seed, and show which is best."""
+    path, overrides = recipe_and_fields("sweep", arguments)
     from redpeft.runs.batch import failures
     from redpeft.runs.grid import parse_grid, parse_seeds
     from redpeft.runs.sweep import run_sweep, sweep_table
 
-    path, overrides = recipe_and_fields(arguments)
     chosen = parse_seeds(seeds) if seeds else None
     found = run_sweep(path, overrides, parse_grid(grid), out, chosen, halving, slots, tokens, ray, tell)
     shown = [sweep_table(found), f"Best on validation: {found.best or '-'}", f"Report: {found.page}"]

@@ -23,7 +23,7 @@ def reproduce(
         list[str] | None,
         typer.Argument(
             metavar="TABLE|[ROW:]KEY=VALUE",
-            help="A table of the paper, and fields of all its recipes, or of one row's, that go before the paper's.",
+            help="A table of the paper, and fields of all its recipes, or of one row's, that override the paper's.",
         ),
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name every table and what it needs.")] = False,

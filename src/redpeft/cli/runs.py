@@ -35,16 +35,16 @@ def init(
 def train(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that go before its own."),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that override its own."),
     ],
     out: Annotated[str | None, typer.Option(help="The run folder, instead of the recipe's `output`.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Several seeds, as 1,2,3: one run for each.")] = None,
 ) -> Answer:
     """Train an adapter by a recipe. The same command again resumes a run, or shows what a finished one gave."""
+    path, overrides = recipe_and_fields("train", arguments)
     from redpeft.runs.runner import run_recipe
     from redpeft.training.recipe import load_recipe
 
-    path, overrides = recipe_and_fields(arguments)
     overrides += [f"output={out}"] if out else []
     overrides += [f"seeds=[{seeds}]"] if seeds else []
     recipe = load_recipe(path, overrides)

@@ -20,7 +20,7 @@ from redpeft.fleet.memory import plan_memory
 from redpeft.fleet.mould import Mould, autocast_dtype
 from redpeft.fleet.packing import pack
 from redpeft.fleet.source import Assignment, Jobs, Ready, Report, Source, silent
-from redpeft.training.loop import bars_on_terminals_only, stop_on_sigterm
+from redpeft.training.loop import bars_on_terminals_only, stop_on_signals
 from redpeft.training.run import Run
 from redpeft.training.run_folder import CHECKPOINTS, locked, naming_a_full_disk, read_result
 
@@ -36,14 +36,14 @@ def train_fleets(source: Source, slots: int | None = None, tokens: int | None = 
     padding included. `report` gets what happens: events "fleet", "started", "epoch", "paused", "finished", "failed"
     and "pass".
 
-    A job that fails does not stop the others. Raises `Stopped` on SIGTERM, after all jobs under way were saved, and
-    `UserError` where the slots asked for do not fit.
+    A job that fails does not stop the others. Raises `Stopped` on Ctrl-C and SIGTERM, after all jobs under way were
+    saved, and `UserError` where the slots asked for do not fit.
     """
     bars_on_terminals_only()
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     control = SimpleNamespace(terminated=False)
     jobs = Jobs(source, report)
-    with stop_on_sigterm(control):
+    with stop_on_signals(control):
         while ready := jobs.next():
             crew = None
             with jobs.failing(ready.assignment):
@@ -80,13 +80,13 @@ class Crew:
         """Until the source has no more jobs of this kind and all are done."""
         self._admit(self.first, self.run_of_first)
         while True:
-            while self._free() and (ready := self.jobs.next(self.mould.key)):
+            while not self.control.terminated and self._free() and (ready := self.jobs.next(self.mould.key)):
                 self._admit(ready)
+            if self.control.terminated:
+                self._stop()
             if not self.aboard:
                 return
             self._pass()
-            if self.control.terminated:
-                self._stop()
 
     def _prepare(self, ready: Ready) -> Run:
         return self.mould.prepare(ready.assignment.recipe, ready.assignment.folder, ready.task, ready.splits)

@@ -94,7 +94,7 @@ def run_batch(
     `write` gets what is known at the end, also where that is an interrupt, and `tell` what happens, event by event. A
     job that fails does not stop the others. Raises `UserError` before the first step, with nothing written, for an
     output folder of something else, a run folder of another recipe and, with halving, a job that no fleet can train;
-    `Stopped` on SIGTERM.
+    `Stopped` on Ctrl-C and SIGTERM.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(

@@ -44,7 +44,7 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
     Finished jobs are skipped and unfinished ones go on from their last checkpoint, so an interrupted list is run again
     as it is. A job that fails does not stop the others: its result is {"error": message, "seed": ..., "kind": ...}.
-    Raises `UserError` before the first step if a folder belongs to another recipe, and `Stopped` on SIGTERM.
+    Raises `UserError` before the first step if a folder belongs to another recipe, and `Stopped` on Ctrl-C or SIGTERM.
     """
     jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
     for job in jobs:

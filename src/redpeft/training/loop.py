@@ -71,7 +71,8 @@ class RunTrainer(Mixin):
     """Mixed into `Trainer` or TRL's `SFTTrainer` before the first step: `class _(RunTrainer, Trainer)`.
 
     `order` gives the rows, `head` the parameters that learn at `head_lr`. A loss that is not finite raises `RunError`
-    before it reaches the weights; after SIGTERM `should_stop` is true on every process after the same step.
+    before it reaches the weights. `terminated` asks to stop; `should_stop` is then true on every process, after the
+    same step or checkpoint.
     """
 
     order: EpochOrder
@@ -85,19 +86,21 @@ class RunTrainer(Mixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        bad, stop = not math.isfinite(loss.item()), self.terminated
-        if self.args.world_size > 1:
-            # All processes leave the loop at the same step, or some would wait for the others forever.
-            flags = torch.tensor([bad, stop], dtype=torch.float32, device=loss.device)
-            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-            bad, stop = (flag > 0 for flag in flags.tolist())
+        bad, self.should_stop = self.on_any_process(not math.isfinite(loss.item()), self.terminated)
         if bad:
             raise RunError(
                 f"the loss is not finite at step {self.state.global_step + 1}: try a lower learning_rate or "
                 f"precision: fp32; {_kept(str(self.args.output_dir))}"
             )
-        self.should_stop = stop
         return loss
+
+    def on_any_process(self, *flags: bool) -> list[bool]:
+        """Whether each is true on some process: all leave the loop together, or some would wait for the others."""
+        if self.args.world_size == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.float32, device=self.args.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return [flag > 0 for flag in found.tolist()]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
@@ -135,7 +138,7 @@ def finite(value: Any) -> Any:
 
 
 class RunCallback(TrainerCallback):
-    """Checkpoints on SIGTERM and every `save_steps`, metrics.jsonl, step times, and a line per evaluation."""
+    """Checkpoints every `save_steps` and when asked to stop, metrics.jsonl, step times, and a line per evaluation."""
 
     def __init__(self, trainer: Any, folder: Path, save_steps: int | None) -> None:
         self.trainer, self.folder, self.save_steps = trainer, folder, save_steps
@@ -164,7 +167,8 @@ class RunCallback(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.should_stop:
+        [stop] = self.trainer.on_any_process(self.trainer.terminated)  # it may have come during the evaluation
+        if stop:
             raise Stopped(f"stopped at step {state.global_step}; run the same command again to go on from there")
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -249,7 +253,7 @@ def show_progress(trainer: Any) -> None:
 
 
 def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
-    """Give the trainer this module's callbacks; SIGTERM asks it to stop after the next checkpoint."""
+    """Give the trainer this module's callbacks."""
     # Checkpoints less than a second apart make it say that the file system's times are not reliable.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     show_progress(trainer)
@@ -259,16 +263,31 @@ def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
 
 
 @contextmanager
-def stop_on_sigterm(trainer: Any) -> Iterator[None]:
-    """While inside, SIGTERM lets the trainer finish its step and write a checkpoint."""
+def stop_on_signals(trainer: Any) -> Iterator[None]:
+    """While inside, Ctrl-C and SIGTERM set `trainer.terminated`: it is to finish its step, save and stop.
+
+    A second Ctrl-C stops at once; but where a launcher runs several processes, it passes on what the terminal has sent
+    to each of them already. A signal that is ignored (nohup) stays so.
+    """
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: setattr(trainer, "terminated", True))
+
+    def stop(number: int, _: Any) -> None:
+        if trainer.terminated and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise KeyboardInterrupt
+        if not trainer.terminated and number == signal.SIGINT and is_first_process():
+            # not print, in the middle of which the signal may have come
+            os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
+        trainer.terminated = True
+
+    numbers = [each for each in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from redpeft.training.loop import (
     checkpoint_state,
     last_checkpoint,
     say,
-    stop_on_sigterm,
+    stop_on_signals,
 )
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import Run, best_evaluation, build_learner, check_recipe, plain_scores, prepare, read_task
@@ -34,7 +34,7 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
     A finished run is not repeated, an unfinished one goes on from its last checkpoint. Raises `UserError`, with
     nothing written, for wrong input or a folder of another recipe, and `RunError`, with the last checkpoint kept, for
-    a loss that is not finite, a full disk, or SIGTERM.
+    a loss that is not finite, a full disk, or where it is told to stop (Ctrl-C, SIGTERM).
     """
     recipe, folder = recipe.alone(), Path(folder)
     result = finished(recipe, folder)
@@ -61,7 +61,7 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
             run.begin()
         trainer.accelerator.wait_for_everyone()
         start = time.perf_counter()
-        with stop_on_sigterm(trainer):
+        with stop_on_signals(trainer):
             trainer.train(resume_from_checkpoint=_checkpoint(trainer, folder))
         seconds = time.perf_counter() - start
         scores = _scores(run)
