@@ -1,7 +1,7 @@
 """How long does the command line take to answer what needs no model: help, the version, a call that is wrong?
 
-The CPU time of a fresh process for each call (user and system, of all its threads), beside that of `python -c pass`, and
-beside the import of PEFT, which a command that trains cannot do without. Rounds go through all calls in turn.
+The CPU time of a fresh process for each call (user and system, of all its threads), beside that of `python -c pass`
+and of the import of PEFT, which a command that trains cannot do without. Rounds go through all calls in turn.
 
     python benchmarks/startup.py
 """

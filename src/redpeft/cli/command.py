@@ -117,7 +117,9 @@ def run_app(arguments: list[str]) -> int:
         return app(arguments or ["--help"], prog_name="redpeft", standalone_mode=False) or 0
     except UsageError as error:
         message, path = error.format_message(), error.ctx.command_path if error.ctx else "redpeft"
-        _tell(f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help{_as_fields(error, arguments)}")
+        _tell(
+            f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help{_as_fields(error, arguments)}"
+        )
         return 2
     except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
         return INTERRUPTED
