@@ -14,7 +14,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """The run was told to stop (Ctrl-C, SIGTERM) and has kept what it did. Runs after it do not start; exit code 130."""
+    """The run was told to stop (Ctrl-C, SIGTERM) and has kept what it did. No run after it starts; exit code 130."""
 
 
 def some(names: Sequence[str], at_most: int = 3) -> str:

@@ -117,16 +117,15 @@ def run_app(arguments: list[str]) -> int:
         return app(arguments or ["--help"], prog_name="redpeft", standalone_mode=False) or 0
     except UsageError as error:
         message, path = error.format_message(), error.ctx.command_path if error.ctx else "redpeft"
-        _tell(
-            f"{message}{'' if message.endswith(('.', '?')) else '.'} See {path} --help{_as_fields(error, arguments)}"
-        )
+        stop = "" if message.endswith((".", "?")) else "."
+        _tell(f"{message}{stop} See {path} --help{_as_fields(error, arguments)}")
         return 2
     except typer.Abort:  # Ctrl-C in older versions of typer; newer ones return 130
         return INTERRUPTED
 
 
 def _as_fields(error: Any, arguments: Sequence[str]) -> str:
-    """What to write instead of unknown options, where a command takes the fields of a recipe: `--lr 1e-2` is lr=1e-2."""
+    """What to write instead of unknown options where a command takes the fields of a recipe: lr=1e-2 for --lr 1e-2."""
     parameters = error.ctx.command.params if error.ctx and hasattr(error, "option_name") else []
     if not any(FIELDS in (parameter.metavar or "") for parameter in parameters):
         return ""
