@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest test-newest test-serving soak-serving reproduce-smoke lint types bench \
+.PHONY: demo test test-slow test-oldest test-newest test-peft test-serving soak-serving reproduce-smoke lint types bench \
 	lock lock-upgrade clean
 
 # $(call install,FOLDER,CONSTRAINTS,WHAT): what pip installs, and what it builds with, is pinned
@@ -60,6 +60,13 @@ reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and 
 	$(BIN)/redpeft reproduce alpaca-eval --budget smoke --out runs/smoke/llama2-7b
 	$(BIN)/redpeft reproduce mt-bench --budget smoke --out runs/smoke/llama2-7b
 	$(BIN)/redpeft reproduce open-llm --budget smoke --out runs/smoke/llama2-7b
+
+PEFT_TESTS = custom_models decoder_models encoder_decoder_models feature_extraction_models seq_classifier initialization
+test-peft: .venv/.ready  ## PEFT's own tests with RED among its methods: PEFT=path/to/peft, its sources with tests
+	@test -d "$(PEFT)/tests" || { echo "give the source tree of the PEFT that is installed: make test-peft PEFT=path"; exit 2; }
+	PEFT="$(PEFT)" PYTHONPATH=tests/peft_own PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -q -rfs -p peft_cases \
+		-c /dev/null -p no:cacheprovider --import-mode=importlib --rootdir "$(PEFT)" \
+		$(PEFT_TESTS:%="$(PEFT)/tests/test_%.py")
 
 test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports
 	.venv-oldest/bin/python -m pytest -o pythonpath= tests/method

@@ -55,7 +55,7 @@ def test_wrong_names_and_counts_are_errors():
     with pytest.raises(UserError, match="unknown adapters in adapter_names: x; loaded: a, b, c"):
         MixedBatch(["a", "x"], NAMES)
     for names in (["a", "b"], []):
-        message = f"adapter_names has {len(names)} names for a batch of 3: give one name per sequence"
+        message = f"the same as the number of inputs, but got {len(names)} and 3 respectively"
         with pytest.raises(UserError, match=message):
             MixedBatch(names, NAMES).index.rows(3, torch.device("cpu"))
 

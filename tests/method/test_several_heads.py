@@ -140,7 +140,7 @@ def test_after_a_deletion_one_adapter_acts_everywhere(tiny):
 
     model.set_adapter("second")
     model.merge_adapter()
-    with pytest.raises(UserError, match="while they are merged: unmerge them first"):
+    with pytest.raises(UserError, match="while they are merged. Please unmerge them first"):
         model.delete_adapter("second")
 
 

@@ -237,7 +237,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         weight, bias = self._folded(*original, names=[*self.merged_adapters, *names])
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise UserError(
-                f"merging {', '.join(names)} at {self.site} gives values that are not finite in {weight.dtype}"
+                f"{self.site}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                f"broken, or goes beyond the range of {weight.dtype}"
             )
         self._unmerged = original
         base.weight = nn.Parameter(weight, requires_grad=original[0].requires_grad)

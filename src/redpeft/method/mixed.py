@@ -33,7 +33,8 @@ class RowIndex:
         repeats, rest = divmod(batch, len(self.slots)) if len(self.slots) else (0, 0)
         if rest or not repeats:
             raise UserError(
-                f"adapter_names has {len(self.slots)} names for a batch of {batch}: give one name per sequence"
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.slots)} and {batch} respectively."
             )
         return repeats
 

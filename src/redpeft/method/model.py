@@ -16,8 +16,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, some
+from redpeft.method.biases import add_biases
 from redpeft.method.compiled import compile_in_place, plain_name
 from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.method.config import RedConfig
@@ -240,7 +242,9 @@ class RedModel(BaseTuner):
         head, where PEFT chooses one for each site. Raises `UserError` for an unknown and for a merged adapter."""
         self._check_known([adapter_name])
         if any(adapter_name in layer.merged_adapters for layer in red_layers(self.model).values()):
-            raise UserError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged: unmerge them first")
+            raise UserError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         if adapter_name in self.active_adapters:
             left = [name for name in self.active_adapters if name != adapter_name]
             if not left and (left := sorted(self.peft_config.keys() - {adapter_name})[:1]):
@@ -310,9 +314,10 @@ class RedModel(BaseTuner):
         """Merge adapters (the active ones by default) into the base's weights and return the plain model.
 
         Its head is theirs, or the base's own if they have none; where they bring different heads, `head` names the
-        adapter whose head to keep. Raises `UserError` as `merge_adapter` does; the adapted model still works then.
-        Warns where the merged model cannot simply be saved: a stock Llama, say, has no place for the bias that a layer
-        without one has got.
+        adapter whose head to keep. Layers without a bias get one where the adapters need it, and the configuration the
+        switch that says so (Llama: `mlp_bias=True`, which adds biases of zeros beside); a warning where it has none,
+        since a checkpoint of such a model loads without these biases. Raises `UserError` as `merge_adapter` does; the
+        adapted model still works then.
         """
         heads = self._merged_heads(adapter_names, head)
         bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
@@ -321,11 +326,11 @@ class RedModel(BaseTuner):
         self._put_heads(heads)
         model = super().merge_and_unload(progressbar, adapter_names=[])
         got = sorted(name for name in without if model.get_submodule(name).bias is not None)
-        if got:
+        if got and not (isinstance(model, PreTrainedModel) and add_biases(model, got)):
             warnings.warn(
-                f"{len(got)} layers without a bias have got one ({got[0]}, ...): the model in memory is right, but a "
-                "checkpoint of it loads without these biases unless its configuration has a place for them "
-                "(Llama: mlp_bias=True)",
+                f"{len(got)} layers without a bias have got one ({some(got)}): the model in memory is right, but its "
+                "configuration has no place for them, so a checkpoint of it loads without these biases. `redpeft "
+                "fold` writes a checkpoint that is right, or says why there is none",
                 stacklevel=2,
             )
         return model
@@ -349,10 +354,12 @@ class RedModel(BaseTuner):
             yield
             return
         if self.training:
-            raise UserError("adapter_names is for inference: call model.eval() first")
+            raise UserError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
         layers = list(red_layers(self.model).values())
         if any(layer.merged for layer in layers):
-            raise UserError("adapter_names has no effect on a merged adapter: call model.unmerge_adapter() first")
+            raise UserError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         batch = MixedBatch(names, list(self.peft_config))
         heads = list(_wrappers(self.model).values())
         try:

@@ -12,18 +12,16 @@ part where the layer has none. In this order:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError, some
+from redpeft.method.biases import switch_on_biases
 
 # What becomes of a site's edit
 FOLDED = "weight and bias"
@@ -66,7 +64,7 @@ def plan_fold(model: PreTrainedModel, sites: Mapping[str, Parts]) -> Plan:
     without = [site for site, form in forms.items() if form == BIAS_LEFT]
     if not without or LEFT in forms.values():  # a bundle is needed anyway
         return Plan(model, {}, forms)
-    found = _switch_on_biases(model, without)
+    found = switch_on_biases(model, without)
     if found is None:
         return Plan(model, {}, forms)
     changed, changes = found
@@ -90,32 +88,3 @@ def _form(site: str, module: nn.Module, parts: Parts, config: PretrainedConfig) 
     if parts.scale and is_quantised(config, site):
         return LEFT  # to scale its rows would take them apart and quantise them again
     return FOLDED if module.bias is not None or not parts.bias else BIAS_LEFT
-
-
-def _switch_on_biases(model: PreTrainedModel, sites: list[str]) -> tuple[PreTrainedModel, dict[str, bool]] | None:
-    """The fewest switches of the configuration that give all these sites a bias and change nothing else."""
-    text = model.config.get_text_config()
-    switches = [name for name, value in text.to_dict().items() if value is False and "bias" in name]
-    for count in range(1, len(switches) + 1):
-        for chosen in combinations(switches, count):
-            config = copy.deepcopy(model.config)
-            for name in chosen:
-                setattr(config.get_text_config(), name, True)
-            try:
-                changed = on_meta(type(model), type(config).from_dict(config.to_dict()))
-            except Exception:  # some configurations refuse some combinations, each in its own way
-                continue
-            if _only_adds_biases(model, changed) and all(changed.get_submodule(s).bias is not None for s in sites):
-                return changed, dict.fromkeys(chosen, True)
-    return None
-
-
-def _only_adds_biases(model: PreTrainedModel, changed: PreTrainedModel) -> bool:
-    before, after = ({key: tensor.shape for key, tensor in m.state_dict().items()} for m in (model, changed))
-    added = after.keys() - before.keys()
-    kinds = [changed.get_submodule(key.rpartition(".")[0]) for key in added]
-    return (
-        all(before[key] == after.get(key) for key in before)
-        and all(key.endswith(".bias") for key in added)
-        and all(isinstance(module, (nn.Linear, Conv1D)) for module in kinds)
-    )
