@@ -27,7 +27,7 @@ from typer.models import ArgumentInfo, CommandInfo
 
 import redpeft
 from redpeft.cli import app
-from redpeft.training.recipe import Recipe
+from redpeft.training.recipe import SHORT, Recipe
 
 PAGES = Path(__file__).parent / "reference"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -36,6 +36,14 @@ BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.S)
 def recipe_fields() -> str:
     """Every field of a recipe by its dotted key."""
     return _table(("field", "type", "default", "meaning"), _recipe_rows(Recipe))
+
+
+def short_names() -> str:
+    """The short names by what they stand for."""
+    names: dict[str, list[str]] = {}
+    for name, key in SHORT.items():
+        names.setdefault(key, []).append(f"`{name}`")
+    return _table(("short name", "field"), ((", ".join(short), f"`{key}`") for key, short in names.items()))
 
 
 def _recipe_rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, ...]]:
@@ -196,6 +204,7 @@ def _plain(value: Any) -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "recipe": recipe_fields,
+    "short": short_names,
     "config": config_fields,
     "signatures": signatures,
     "commands": commands,

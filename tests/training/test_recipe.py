@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from redpeft import RedConfig
 from redpeft.errors import UserError
 from redpeft.training.methods import DEFAULT_RATES
-from redpeft.training.recipe import Recipe, load_recipe, template
+from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, template
 
 SMALL = {"base": "some/model", "data": "rows.csv"}
 
@@ -36,9 +38,71 @@ def test_overrides_reach_every_level_and_win_over_the_file(tmp_path):
     assert recipe.report_to == ["tensorboard"]
 
 
+SHORTLY = {
+    "lr": (0.01, "learning_rate"),
+    "sites": (["ffn", "qkv"], "method_options.sites"),
+    "unit": (1, "method_options.unit"),
+    "text": ("body", "data.text"),
+    "label": (["a", "b"], "data.label"),
+    "max_eval_rows": (5, "data.max_eval_rows"),
+    "model": ("m", "base.model"),
+    "batch": (8, "batch_size"),
+    "out": ("there", "output"),
+    "seeds": (3, "seeds"),
+}
+
+
+def test_short_names_stand_for_fields_wherever_one_is_given(tmp_path):
+    texts = [f"{name}={json.dumps(value)}" for name, (value, _) in SHORTLY.items()]
+    expected = load_recipe(
+        None, {"base.model": "m", "data.path": "d.csv"} | {key: value for value, key in SHORTLY.values()}
+    )
+    assert (expected.learning_rate, expected.data.text, expected.seeds) == (0.01, "body", [3])
+    assert expected.method_options == {"sites": ["ffn", "qkv"], "unit": 1}
+    assert load_recipe(None, ["data=d.csv", *texts]) == expected
+    assert load_recipe(None, {"data": "d.csv"} | {name: value for name, (value, _) in SHORTLY.items()}) == expected
+    path = tmp_path / "recipe.yaml"
+    lines = [f"{name}: {json.dumps(value)}" for name, (value, _) in SHORTLY.items()]
+    path.write_text("\n".join([*lines, "data: d.csv"]))
+    assert load_recipe(path) == expected
+    assert load_recipe(None, dotted_fields(str(path), [])) == expected
+
+
+def test_the_command_line_overrides_the_file_by_any_of_a_fields_names(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("base: m\ndata: d.csv\nlr: 0.5\nmethod_options: {unit: 3}\n")
+    for lr, unit in (("lr", "unit"), ("learning_rate", "method_options.unit")):
+        overrides = [f"{lr}=0.25", f"{unit}=4"]
+        for recipe in (load_recipe(path, overrides), load_recipe(None, dotted_fields(str(path), overrides))):
+            assert (recipe.learning_rate, recipe.method_options) == (0.25, {"unit": 4})
+
+
+@pytest.mark.parametrize(
+    "text", ["lr: 1\nlearning_rate: 2", "unit: 1\nmethod_options: {unit: 1}", "model: m\nbase: m"]
+)
+def test_a_field_that_is_given_twice_in_a_file_is_refused(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(
+        UserError, match=r"(lr|unit|model) and (learning_rate|method_options.unit|base.model|base) are"
+    ):
+        load_recipe(tmp_path / "recipe.yaml", ["base=m", "data=d"])
+
+
+def test_sites_may_be_listed_with_commas():
+    assert RedConfig(sites="ffn, qkv").sites == ["ffn", "qkv"]
+    with pytest.raises(UserError, match="unknown sites \\['fnn'\\]"):
+        RedConfig(sites="ffn,fnn")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["sits=red+"], "unknown key 'sits': did you mean 'method_options.sites'?"),
+        (["layers=[1]"], "unknown key 'layers': did you mean 'method_options.layers'?"),
+        (["base.lr=1"], "unknown key 'base.lr': did you mean 'learning_rate'?"),
+        (["data.sites=ffn"], "unknown key 'data.sites': did you mean 'method_options.sites'?"),
+        (["labels=stars"], "unknown key 'labels': did you mean 'data.label'?"),
+        (["maxlength=9"], "unknown key 'maxlength': did you mean 'max_length'?"),
         (["learing_rate=1"], "unknown key 'learing_rate': did you mean 'learning_rate'?"),
         (["data.txt=1"], "unknown key 'data.txt': did you mean 'data.text'?"),
         (["dtype=bf16"], "unknown key 'dtype': did you mean 'base.dtype'?"),

@@ -27,8 +27,9 @@ class RedConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Where to edit: 'ffn' (the FFN's output, the paper's choice and the default), 'attention' (the "
-            "attention's output projection), 'qkv' (its query, key and value projections), a list of these, or "
-            "'red+' (all five, the paper's enhanced variant). Found by structure in self-attention blocks."
+            "attention's output projection), 'qkv' (its query, key and value projections), a list of these "
+            "(or 'ffn,qkv'), or 'red+' (all five, the paper's enhanced variant). Found by structure in self-attention "
+            "blocks."
         },
     )
     target_modules: Collection[str] | str | None = field(
@@ -75,6 +76,8 @@ class RedConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = REDPEFT
+        if isinstance(self.sites, str) and "," in self.sites:
+            self.sites = [kind.strip() for kind in self.sites.split(",")]
         self._check_where()
         if not (self.use_scale or self.use_bias):
             raise UserError("use_scale and use_bias are both False: nothing would be learned; set one of them")

@@ -15,7 +15,7 @@ from redpeft.reproduce.smoke import SMOKE, make_data, make_model
 from redpeft.runs import output
 from redpeft.runs.queue import Job
 from redpeft.tasks.glue import GLUE
-from redpeft.training.recipe import parse_override
+from redpeft.training.recipe import full_name, parse_override
 
 IDENTITY = "reproduce.json"
 
@@ -84,7 +84,7 @@ def parse_changes(texts: Sequence[str], table: Table) -> tuple[dict[str, Any], d
         key, value = parse_override(text)
         row, colon, name = key.partition(":")
         if colon:
-            by_row.setdefault(nearest(row, table.rows, f"row of {table.name}"), {})[name] = value
+            by_row.setdefault(nearest(row, table.rows, f"row of {table.name}"), {})[full_name(name)] = value
         else:
             changes[key] = value
     return changes, by_row

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from redpeft.errors import UserError
 from redpeft.runs.queue import Job
-from redpeft.training.recipe import Recipe, flatten, load_recipe, parse_override, read_yaml
+from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, parse_override
 from redpeft.training.run import check_recipe
 
-SHORT = {"lr": "learning_rate"}
 OPTIONS = {"seed": "--seeds", "seeds": "--seeds", "output": "--out"}
 
 
@@ -30,7 +29,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for text in texts:
         name, _, listed = text.partition("=")
-        key, values = parse_override(f"{SHORT.get(name.strip(), name.strip()) or '-'}=[{listed}]")
+        key, values = parse_override(f"{name.strip() or '-'}=[{listed}]")
         if key == "-" or not isinstance(values, list) or not values:
             raise UserError(f"--grid takes a field and its values, as lr=3e-3,1e-2, not {text!r}")
         if key in OPTIONS:
@@ -73,7 +72,7 @@ def jobs_of_grid(
     `seeds` are the recipe's own when not given. Raises `UserError` for what no recipe has, and for what can be seen to
     be wrong before data is read.
     """
-    fields = {**(flatten(read_yaml(recipe)) if recipe else {}), **dict(map(parse_override, overrides))}
+    fields = dotted_fields(recipe, overrides)
     recipes = [load_recipe(None, {**fields, **point.values}) for point in points]
     for each in recipes:
         check_recipe(each)

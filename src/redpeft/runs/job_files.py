@@ -13,7 +13,7 @@ from redpeft.runs.queue import Job
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, parse_lines, read_text
 from redpeft.training.loop import say
-from redpeft.training.recipe import Recipe, flatten, load_recipe, parse_override, read_yaml
+from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
 from redpeft.training.run import check_recipe
 
 NOT_HERE = {"seeds": "a line for each seed, with `seed`", "output": "the folder is --out, and `name` the one in it"}
@@ -59,7 +59,7 @@ def jobs_of_entries(
     Raises `UserError`, naming the line, for what no recipe has, what can be seen to be wrong before data is read, and
     a job that no fleet can train.
     """
-    shared = {**(flatten(read_yaml(recipe)) if recipe else {}), **dict(map(parse_override, overrides))}
+    shared = dotted_fields(recipe, overrides)
     jobs = [Job(_recipe(entry, shared), out / entry.name) for entry in entries]
     groups = {out / entry.name: entry.group for entry in entries if entry.group is not None}
     return jobs, groups
@@ -80,7 +80,10 @@ def _from_line(path: Path, number: int, row: Any) -> Entry:
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: a job is an object of recipe fields, not {str(row)[:40]!r}")
-    fields = flatten({key: value for key, value in row.items() if key not in ("name", "group")})
+    try:
+        fields = flatten(with_full_names({key: row[key] for key in row if key not in ("name", "group")}))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     name, group = row.get("name", f"job-{number}"), row.get("group")
     if wrong := next((key for key in NOT_HERE if key in fields), None):
         raise UserError(f"{where}: {wrong} is not for jobs of a fleet: {NOT_HERE[wrong]}")

@@ -82,6 +82,11 @@ class Method:
     def is_peft(self) -> bool:
         return issubclass(self.options, PeftConfig)
 
+    @property
+    def option_names(self) -> list[str]:
+        """What method_options may hold."""
+        return [each.name for each in fields(self.options)]
+
 
 # Where options, defaults and rates come from: docs/reference/baselines.md.
 METHODS = {
@@ -193,7 +198,7 @@ def all_options(recipe: Recipe) -> dict[str, Any]:
 def check_options(recipe: Recipe) -> None:
     """Raises `UserError` for method_options that are wrong whatever the model."""
     cls = METHODS[recipe.method].options
-    known = [each.name for each in fields(cls)]
+    known = METHODS[recipe.method].option_names
     if recipe.method_options and not known:
         raise UserError(f"method {recipe.method} has no options: leave out {', '.join(recipe.method_options)}")
     for key in recipe.method_options:

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
 from redpeft.tasks.data import DataConfig
-from redpeft.training.methods import DEFAULT_RATES, all_options
+from redpeft.training.methods import DEFAULT_RATES, METHODS, all_options
 
 HEADER = """\
 # A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others
-# with dots: `data.path=reviews.csv`). What is left out of a recipe has the value that stands here.
+# with dots: `data.text=body`, or by a short name: `text=body`, `lr=1e-2`). What is left out of a recipe has the value
+# that stands here.
 """
 
 
@@ -162,12 +163,17 @@ class Recipe(BaseModel):
     @field_validator("base", mode="before")
     @classmethod
     def _base_by_name(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
+        return _as_fields("base", value)
 
     @field_validator("data", mode="before")
     @classmethod
     def _data_by_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+        return _as_fields("data", value)
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _listed_seeds(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -224,23 +230,70 @@ class Recipe(BaseModel):
         write_atomically(Path(path), text.rstrip("\n"))
 
 
+OPTIONS = (
+    *("sites", "unit", "layers_to_transform", "target_modules", "exclude_modules", "use_scale", "use_bias"),
+    *("r", "lora_alpha", "lora_dropout", "num_virtual_tokens", "bottleneck", "add_biases"),
+)
+SHORT = {
+    "lr": "learning_rate",
+    "batch": "batch_size",
+    "num_train_epochs": "epochs",
+    "out": "output",
+    "output_dir": "output",
+    "model": "base.model",
+    "revision": "base.revision",
+    "load_in": "base.load_in",
+    **{name: f"data.{name}" for name in DataConfig.model_fields if name != "path"},
+    **{name: f"method_options.{name}" for name in OPTIONS},
+    "rank": "method_options.r",
+    "alpha": "method_options.lora_alpha",
+}
+"""Names that may stand for a field wherever one is given: in a file, on the command line, in a list of jobs."""
+IN_SHORT = {"base": "model", "data": "path"}
+"""Fields with others inside, which may be given as a plain text: what it is."""
+
+
+def full_name(key: str) -> str:
+    """A field's full key, of which `key` may be a short name."""
+    return SHORT.get(key, key)
+
+
+def with_full_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a file, without short names. Raises `UserError` for a field that is given twice."""
+    full = {key: value for key, value in values.items() if key not in SHORT}
+    for key in IN_SHORT.keys() & full.keys():
+        full[key] = _as_fields(key, full[key])
+    for key, value in values.items():
+        if key in SHORT:
+            if SHORT[key] in flatten(full):
+                raise UserError(f"{key} and {SHORT[key]} are the same field: leave one of them out")
+            _set(full, SHORT[key], value)
+    return full
+
+
 def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Recipe:
     """Read the recipe in `path`, if given, and change it by `overrides`.
 
-    `overrides` are texts `key=value` (values as in YAML) or a dict; keys may have dots: `data.path`.
+    `overrides` are texts `key=value` (values as in YAML) or a dict; keys may have dots: `data.path`. Short names
+    (`SHORT`) are those of the fields that they stand for.
     Raises `UserError` with one line for an unreadable file, an unknown key (naming the nearest) or a wrong value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = read_yaml(path)
+    values = {} if path is None else with_full_names(read_yaml(path))
     if not isinstance(overrides, Mapping):
-        overrides = dict(parse_override(text) for text in overrides or ())
+        overrides = dict(map(parse_override, overrides or ()))
     for key, value in overrides.items():
-        _set(values, key, value)
+        _set(values, full_name(key), value)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors()[:3])) from None
+
+
+def dotted_fields(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of a recipe file, if there is one, changed by texts `key=value`: by their full dotted keys, to be
+    changed further before `load_recipe` takes them as its overrides. Raises `UserError` as that does."""
+    values = flatten(with_full_names(read_yaml(recipe))) if recipe else {}
+    return {**values, **dict(map(parse_override, overrides))}
 
 
 def template() -> str:
@@ -273,25 +326,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The key and the value of `key=value`. Raises `UserError` for a text of another form."""
+    """The full key and the value of `key=value`. Raises `UserError` for a text of another form."""
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
+    key = full_name(key.strip())
+    if not equals or not key:
         raise UserError(f"{text!r} is not of the form key=value")
     try:
-        return key.strip(), yaml.load(value, _Loader)
+        return key, yaml.load(value, _Loader)
     except yaml.YAMLError:
-        return key.strip(), value
+        return key, value
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     """values["a"]["b"] = value for the key "a.b"; base and data may so far be given as a plain text."""
     *parents, last = key.split(".")
     for parent in parents:
-        inside = values.get(parent)
-        if isinstance(inside, str):
-            inside = {"base": {"model": inside}, "data": {"path": inside}}.get(parent, inside)
-        if inside is None:
-            inside = {}
+        inside = _as_fields(parent, values.get(parent))
         if not isinstance(inside, dict):
             raise UserError(f"{key}: {parent} holds no fields")
         values[parent] = inside
@@ -299,20 +349,33 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
+def _as_fields(key: str, value: Any) -> Any:
+    """The fields that a value stands for: none, or one where `key` may be given as a plain text."""
+    if value is None:
+        return {}
+    return {IN_SHORT[key]: value} if key in IN_SHORT and isinstance(value, str) else value
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     """One of pydantic's errors as a line for people."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = _field_names(Recipe)
-        near = difflib.get_close_matches(where, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            where.rpartition(".")[2], [name.rpartition(".")[2] for name in known], n=1, cutoff=0.5
-        )
-        hint = f": did you mean {near[0]!r}?" if near else "; `redpeft init` lists them all"
-        return f"unknown key {where!r}{hint}"
+        near = _nearest(where)
+        return f"unknown key {where!r}" + (f": did you mean {near!r}?" if near else "; `redpeft init` lists them all")
     if problem["type"] == "missing":
         return f"{where} is missing: {_describe(problem['loc'])}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, not {problem['input']!r}" if where else message
+
+
+def _nearest(key: str) -> str | None:
+    """The full name of the field that is most like a key, by its own last name, in full or by a short name."""
+    options = dict.fromkeys(name for method in METHODS.values() for name in method.option_names)
+    full = [*_field_names(Recipe), *(f"method_options.{name}" for name in options)]
+    names = {name.rpartition(".")[2]: name for name in reversed(full)} | {name: name for name in full} | SHORT
+    last = key.rpartition(".")[2]
+    near = [last] if last in names else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return names[near[0]] if near else None
 
 
 def _field_names(model: Any, prefix: str = "") -> list[str]:
