@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -310,6 +311,38 @@ def test_heads(tmp_path, tiny_encoder_folder):
     with pytest.raises(UserError, match="bring different heads .* their weights sum to 2, not to 1"):
         made(tmp_path, "A + B")
     assert "classifier.weight" in made(tmp_path, "A + layers(A, 0):0.1").head  # one head, twice
+
+
+def test_it_is_said_whose_head_results(tmp_path, tiny_encoder_folder, capsys):
+    def base():
+        torch.manual_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(tiny_encoder_folder, num_labels=3)
+
+    runs = [tmp_path / "a", tmp_path / "b"]
+    edited(base, [run / "adapter" for run in runs], task_type="SEQ_CLS")
+    edited(base, [tmp_path / "c"], seed=2)
+
+    def label(run, *labels):
+        (run / "recipe.yaml").touch()
+        (run / "task.json").write_text(json.dumps({"label_names": labels}))
+
+    def say(expression, *options):
+        expression = re.sub(r"\b[ABC]\b", lambda name: f'"{tmp_path / name[0].lower()}"', expression)
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        with contextlib.suppress(SystemExit):
+            cli.main(["compose", expression, "--out", str(out), *map(str, options)])
+        printed = capsys.readouterr()
+        return " ".join((printed.out + printed.err).split())
+
+    for run in runs:
+        label(run, "x", "y", "z")
+    assert f"Head (modules_to_save): {runs[0]} Adapter" in say("C >> A:0.5")
+    assert f"Head (modules_to_save): the average of {runs[0]} and {runs[1]}, by their w" in say("A:0.25 + B:0.75")
+    assert "Head" not in say("C:2")
+    label(runs[1], "x", "z", "y")
+    for expression in ("A:0.25 + B:0.75", "A:0.5 + (B + C:-1):0.5"):
+        assert f"{runs[0]} and {runs[1]} bring heads (modules_to_save) of different labels" in say(expression)
+    assert f"Head (modules_to_save): {runs[1]} Adapter" in say("A:0.25 + B:0.75", "--head", runs[1])
 
 
 @pytest.mark.parametrize("model", ["RoBERTa/RoBERTa_base/checkpoint/mnli", "GPT-2/gpt2_medium/checkpoint"])

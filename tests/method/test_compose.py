@@ -304,7 +304,8 @@ def test_heads_in_a_model(tiny):
         for parameter in wrapper.modules_to_save["other"].parameters():
             parameter.add_(torch.randn_like(parameter))
     heads = {name: wrapper.modules_to_save[name].out_proj.weight for name in ("default", "other")}
-    model.add_weighted_adapter(["default", "other"], [0.25, 0.75], "average")
+    with pytest.warns(UserWarning, match="head .* of 'average' is the average of those of default, other"):
+        model.add_weighted_adapter(["default", "other"], [0.25, 0.75], "average")
     average = wrapper.modules_to_save["average"].out_proj.weight
     torch.testing.assert_close(average, 0.25 * heads["default"] + 0.75 * heads["other"])
     assert not average.requires_grad

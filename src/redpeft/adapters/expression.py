@@ -9,27 +9,36 @@ thing      a folder, "a folder", (sequence), inverse(sequence), scale(sequence),
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from redpeft.adapters import compose as functions
-from redpeft.adapters.files import Adapter, Edit, find_adapter, read_adapter, write_adapter
+from redpeft.adapters.files import TASK, Adapter, Edit, find_adapter, find_run, read_adapter, write_adapter
 from redpeft.errors import UserError
-from redpeft.method.compose import combine_configs
+from redpeft.method.compose import combine_configs, same_tensors
 
 _TOKEN = re.compile(r"""\s*("[^"]*"|'[^']*'|>>|[+:(),]|[^\s"'+:(),>]+)""")
 _Part = TypeVar("_Part")
 
 
-def compose(expression: str, out: str | Path, head: str | Path | None = None) -> Adapter:
-    """Write the adapter that `expression` says into the folder `out`, and return it.
+class Composition(NamedTuple):
+    """What was made, and whose head it has, in words; None without a head."""
+
+    adapter: Adapter
+    head: str | None
+
+
+def compose(expression: str, out: str | Path, head: str | Path | None = None) -> Composition:
+    """Write the adapter that `expression` says into the folder `out`.
 
     Names in it are adapter folders or run folders. `head` is such a folder too, whose `modules_to_save` the result
-    gets. The arithmetic is fp64, rounded once. Raises `UserError` for an expression that cannot be read, and as
-    `read_adapter`, the functions of `redpeft.adapters.compose` and `write_adapter` do; nothing is written then.
+    gets. The arithmetic is fp64, rounded once. Raises `UserError` for an expression that cannot be read, for heads of
+    runs with different labels, and as `read_adapter`, the functions of `redpeft.adapters.compose` and `write_adapter`
+    do; nothing is written then.
     """
     reader = _Reader(expression, with_heads=head is None)
     result = reader.read()
@@ -38,8 +47,30 @@ def compose(expression: str, out: str | Path, head: str | Path | None = None) ->
         result = functions.take_head(result, _read(str(head), leaves))
     config = combine_configs([leaf.config for leaf in leaves], result.edits.keys())
     result = replace(result, folder=Path(out), config=result.config | config)
+    whose = str(head) if head and result.head else _whose_head(result, reader.leaves)
     write_adapter(result)
-    return result
+    return Composition(result, whose)
+
+
+def _whose_head(result: Adapter, leaves: Mapping[str, Adapter]) -> str | None:
+    """Of those in the expression. UserError where they bring heads whose labels differ: equal shapes tell nothing."""
+    owners = [name for name, leaf in leaves.items() if leaf.head]
+    labels = {name: names for name in owners if (names := _labels(name))}
+    if other := next((name for name in labels if labels[name] != labels[next(iter(labels))]), None):
+        raise UserError(
+            f"{next(iter(labels))} and {other} bring heads (modules_to_save) of different labels; say whose head to "
+            "keep: --head on the command line, head=... in Python"
+        )
+    if not result.head:
+        return None
+    same = [name for name in owners if same_tensors(result.head, leaves[name].head)]
+    return same[0] if same else f"the average of {' and '.join(owners)}, by their weights"
+
+
+def _labels(name: str) -> list[str] | None:
+    """The labels of a run in the order of its head; None where the folder does not tell."""
+    task = find_run(Path(name).expanduser()) / TASK
+    return json.loads(task.read_text(encoding="utf-8")).get("label_names") if task.is_file() else None
 
 
 def _read(name: str, others: Sequence[Adapter]) -> Adapter:

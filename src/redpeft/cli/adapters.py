@@ -100,13 +100,16 @@ def compose(
     from redpeft.adapters import inspect
     from redpeft.adapters.expression import compose
 
-    made = compose(expression, out, head)
+    made, whose = compose(expression, out, head)
     rows = inspect.summarize(made)
     kept = made.config["base_fingerprint"]
-    data = {"adapter": out, "expression": expression, "base_fingerprint": kept, "sites": rows}
-    unchecked = "No fingerprint of the base model: none was made for exactly these sites."
-    shown = [inspect.summary_table(rows, expression), *([] if kept else [unchecked]), f"Adapter: {out}"]
-    return Answer(data, shown)
+    data = {"adapter": out, "expression": expression, "base_fingerprint": kept, "head": whose, "sites": rows}
+    shown = [inspect.summary_table(rows, expression)]
+    if not kept:
+        shown.append("No fingerprint of the base model: none was made for exactly these sites.")
+    if whose:
+        shown.append(f"Head (modules_to_save): {whose}")
+    return Answer(data, [*shown, f"Adapter: {out}"])
 
 
 @command("redpeft import-released RoBERTa_base/checkpoint/mnli --base FacebookAI/roberta-base --out adapters/mnli")

@@ -186,8 +186,9 @@ class RedModel(BaseTuner):
         "linear": the weighted sum of their differences from the identity, `scale = 1 + sum of w (s - 1)` and
         `bias = sum of w b`; "sequence": one after another in this order, each with its weight as its strength. They
         count as they act now (`set_scale`). A site that an adapter lacks is the identity there. Heads
-        (`modules_to_save`): one that comes alone is kept, several are averaged where the weights sum to 1, or `head`
-        names the adapter whose head to take. The new adapter is neither active nor trained yet: `set_adapter` does it.
+        (`modules_to_save`): one that comes alone is kept, several are averaged where the weights sum to 1 (a warning
+        says so), or `head` names the adapter whose head to take. The new adapter is neither active nor trained yet:
+        `set_adapter` does it.
 
         Raises `UserError` for unknown or taken names, weights that are not one finite number for each adapter, an
         unknown `combination_type`, and heads that cannot be combined; the model is unchanged then.
@@ -205,6 +206,12 @@ class RedModel(BaseTuner):
         heads = [_head(self.model, name) for name in bringing]
         new_head = combine_heads(bringing, heads, weights if combination_type == "linear" else None)
         owner = next((name for name, found in zip(bringing, heads, strict=True) if found), None)
+        if new_head and not any(same_tensors(new_head, found) for found in heads):
+            warnings.warn(
+                f"the head (modules_to_save) of '{adapter_name}' is the average of those of {', '.join(adapters)}, "
+                "which is right where these began as one; head=... takes that of one adapter",
+                stacklevel=2,
+            )
         configs = [self.peft_config[name] for name in adapters]
         sites = {site for config in configs for site in config.target_modules}
         self.peft_config[adapter_name] = replace(
