@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -414,6 +415,21 @@ def test_a_base_of_another_width(folders):
 def test_a_base_of_another_architecture(folders):
     tiny("OPTForSequenceClassification", tiny_config("opt")).save_pretrained(folders / "other")
     refused(folders, "has no module bert.encoder|fits no OPT", base=folders / "other")
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (None, "adapter does not say what its base model is: name it (--base)"),
+        ("", "adapter does not say what its base model is: name it (--base)"),
+        ("/moved/away", "adapter names it as its base model: if it lies elsewhere, say where (--base)"),
+    ],
+)
+def test_a_base_that_the_adapter_does_not_lead_to(folders, named, said):
+    file = folders / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": named}))
+    refused(folders, re.escape(said), base=None)
+    assert fold(folders / "adapter", folders / "folded", folders / "base").sites
 
 
 def test_a_base_with_pickled_weights_only(folders):

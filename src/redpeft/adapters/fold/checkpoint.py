@@ -63,12 +63,12 @@ class Checkpoint:
         return found
 
 
-def local_folder(model: str) -> Path:
+def local_folder(model: str, revision: str | None = None) -> Path:
     """The folder of a model, a path or a hub name: then it is downloaded, pickles left out."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no such model folder, nor a model of that name ({first_line(error)})") from error

@@ -79,7 +79,7 @@ def fold(
     that is there, and an edit that has no place in a stock checkpoint or overflows `dtype`; nothing is written then.
     """
     adapter, out = read_adapter(find_adapter(path)), Path(out)
-    folder = local_folder(str(base or adapter.config.get("base_model_name_or_path") or "(no base model named)"))
+    folder = _base_folder(adapter, base)
     checkpoint = Checkpoint(folder)
     original = outline(adapter, model_config(str(folder)), find_run(path))
     plan = plan_adapter(adapter, original, llama)
@@ -109,6 +109,20 @@ def fold(
         write_folded_card(temporary, str(base or folder), architecture, plan.changes, len(sites), list(left))
     left_in = out / ADAPTER if left else None
     return FoldResult(out, architecture, stored, plan.changes, sites, left_in, _notes(sites, stored))
+
+
+def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
+    if base:
+        return local_folder(str(base))
+    named = adapter.config.get("base_model_name_or_path")
+    if not named:
+        raise UserError(f"{adapter.folder} does not say what its base model is: name it (--base)")
+    try:
+        return local_folder(str(named), adapter.config.get("revision"))
+    except UserError as error:
+        raise UserError(
+            f"{error}. {adapter.folder} names it as its base model: if it lies elsewhere, say where (--base)"
+        ) from error
 
 
 def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, Edit]) -> None:

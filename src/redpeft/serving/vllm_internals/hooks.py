@@ -88,7 +88,8 @@ def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
         if found is not None or leads_out(lora_name) or not (Path(lora_path) / CONFIG_NAME).is_file():
             return found
         config = read_config(lora_path)
-        is_ours = config["peft_type"] == "REDPEFT" and config.get("base_model_name_or_path") == base_model_name
+        base = config.get("base_model_name_or_path") or base_model_name  # whether it fits is seen when it is loaded
+        is_ours = config["peft_type"] == "REDPEFT" and base == base_model_name
         return LoRARequest(lora_name, 1, lora_path) if is_ours else None  # the server gives it a number of its own
 
     return find
