@@ -437,7 +437,10 @@ def test_predict_writes_a_json_line_a_row(redpeft, trained, data_folder, monkeyp
     assert again == pytest.approx([row["probabilities"]["yes"] for row in rows[:2]], rel=1e-4)
 
 
-def test_predict_names_a_broken_line(redpeft, trained, monkeypatch):
+def test_predict_names_a_broken_line(redpeft, trained, tmp_path, monkeypatch):
+    (tmp_path / "ask.jsonl").write_text('{"text": "the film"}\n{"text": " "}\n')
+    code, _, err = redpeft("predict", trained[0], tmp_path / "ask.jsonl")
+    assert (code, err.splitlines()[-1]) == (2, "redpeft: ask.jsonl, row 2: the text in column 'text' is empty")
     standard_input(monkeypatch, 'the film\n{"text": \n')
     code, _, err = redpeft("predict", trained[0], "-")
     assert code == 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from talkers import write_lines, write_lora, write_red, write_talker
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from redpeft import cli
 from redpeft.errors import UserError
@@ -310,7 +310,6 @@ def test_virtual_tokens_leave_less_to_a_prompt(tiny_gpt2_folder, tmp_path):
     """lm-eval cuts prompts that are too long, and a learned position beyond the last is an IndexError."""
     from lm_eval.api.instance import Instance
     from peft import PromptTuningConfig, get_peft_model
-    from transformers import GPT2LMHeadModel
 
     from redpeft.reproduce.adapters_lm import AdaptersLM
 
@@ -323,6 +322,15 @@ def test_virtual_tokens_leave_less_to_a_prompt(tiny_gpt2_folder, tmp_path):
     lm.use(None)
     assert lm.max_length == 256
     assert AdaptersLM(str(tiny_gpt2_folder), max_length=100).max_length == 100
+
+
+def test_a_task_whose_answers_are_longer_than_the_model_reads(folder, tmp_path):
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=4, n_embd=16, n_layer=1, n_head=2))
+    short.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
+    tasks, files = parse_tasks("tiny_open"), folder / "tasks"
+    with pytest.raises(UserError, match="^lm-eval cannot score .*base on tiny_open: .*maximum sequence length .4."):
+        evaluate_adapters(str(tmp_path / "base"), [], tasks, tmp_path / "scores.json", include_path=files)
 
 
 def test_the_papers_tasks():

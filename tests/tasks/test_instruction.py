@@ -141,7 +141,7 @@ def test_rows_are_cut_where_the_model_ends(plain_tokenizer):
     assert [sum(mask) for mask in encoded["completion_mask"]] == [40 - len("sHuman: Say yes\n\nAssistant:"), 0]
     assert task_of(rows).encode(make(rows), plain_tokenizer, 110)[:]["__cut__"] == [False, False]
     with pytest.raises(
-        UserError, match="^train.jsonl, row 2: a prompt of 100 tokens leaves no room for an answer in 8"
+        UserError, match="^train.jsonl, row 2: a prompt of 100 tokens leaves no room for an answer: the model reads 8"
     ):
         task_of(rows).encode(make(rows), plain_tokenizer, 80, with_labels=False)
 

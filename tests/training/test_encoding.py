@@ -158,7 +158,7 @@ def test_answers_end_where_the_model_does(base, run, capsys):
         answer for text in ("Say", long, "Say", long + "z") for answer in predict(finished, [text], max_new_tokens=20)
     ]
     with pytest.raises(
-        UserError, match="^the data, row 2: a prompt of 120 tokens leaves no room for an answer in 64$"
+        UserError, match="^the data, row 2: a prompt of 120 tokens leaves no room for an answer: the model reads 64$"
     ):
         list(predict(finished, ["Say", LONG]))
 

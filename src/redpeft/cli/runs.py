@@ -82,14 +82,15 @@ def predict(
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
     from redpeft.tasks import read_file
+    from redpeft.tasks.columns import source
     from redpeft.training.predict import BATCH, open_run, predict_batches
     from redpeft.training.stream import batched, read_lines
 
     opened = open_run(find_run(run), base)
     if file == "-":
-        return predict_batches(opened, read_lines(sys.stdin.buffer, BATCH))
+        return predict_batches(opened, read_lines(sys.stdin.buffer, BATCH), source="standard input")
     rows = read_file(file)
-    return predict_batches(opened, batched(rows, BATCH), total=len(rows))
+    return predict_batches(opened, batched(rows, BATCH), total=len(rows), source=source(rows))
 
 
 @command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")

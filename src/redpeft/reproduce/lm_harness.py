@@ -170,9 +170,12 @@ def _score(
     for number, (model, task) in enumerate(todo, start=1):
         say(f"{number} of {len(todo)}: {model or base} on {task.name}")
         lm.use(model)
-        found = simple_evaluate(
-            lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, task_manager=manager, log_samples=False
-        )
+        try:
+            found = simple_evaluate(
+                lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, task_manager=manager, log_samples=False
+            )
+        except (AssertionError, ValueError) as error:  # such as an answer that is longer than the model reads
+            raise UserError(f"lm-eval cannot score {model or base} on {task.name}: {first_line(error)}") from error
         metrics = {name: _metrics(values) for name, values in found["results"].items()}
         shots = sorted(set(found["n-shot"].values()))
         journal.append(

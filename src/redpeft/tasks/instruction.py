@@ -121,11 +121,10 @@ class InstructionTask:
             pairs = [pair for row in rows for pair in self._pairs(row, with_labels)]
             prompts = self.prompt_tokens([prompt for prompt, _ in pairs], tokenizer)
             if not with_labels:
-                for prompt in prompts:
-                    if max_length is not None and len(prompt) >= max_length:
-                        raise UserError(
-                            f"a prompt of {len(prompt)} tokens leaves no room for an answer in {max_length}"
-                        )
+                longest = max(map(len, prompts))
+                if max_length is not None and longest >= max_length:
+                    reads = f"the model reads {max_length}"
+                    raise UserError(f"a prompt of {longest} tokens leaves no room for an answer: {reads}")
                 return {"input_ids": prompts, cols.CUT: [False] * len(prompts)}
             texts = [self._text(prompt, answer, tokenizer) for prompt, answer in pairs]
             whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]

@@ -161,10 +161,14 @@ def predict(
 
 
 def predict_batches(
-    run: Run, batches: Iterable[list[Row]], max_new_tokens: int | None = None, total: int | None = None
+    run: Run,
+    batches: Iterable[list[Row]],
+    max_new_tokens: int | None = None,
+    total: int | None = None,
+    source: str | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """`predict` for rows that come in lists, each of which goes through the model at once; `total`, where it is known,
-    is how many rows there are in all."""
+    """`predict` for rows that come in lists, each of which goes through the model at once. `total`, where it is known,
+    is how many rows there are in all, and `source` what errors call them."""
     first, answered = 1, set[str]()
     progress = Progress()
     notes: dict[str, int] = {}  # what happened to rows, and to how many
@@ -177,6 +181,7 @@ def predict_batches(
 
     for batch in batches:
         dataset = run.task.rows_to_dataset(batch, first)
+        dataset.info.description = source or ""
         run.task.check(dataset, with_labels=False)
         first += len(batch)
         if run.task.unanswered is not None:
