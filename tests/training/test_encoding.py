@@ -105,7 +105,7 @@ def test_rows_end_where_the_model_does(base, run, capsys, case):
     (name, values), task, rows, says, changes = MODELS[case]
     result, finished = run(base(name, **values), task, rows, **changes)
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if line.startswith(f"train.jsonl: {says}")]
+    assert [line for line in said if line.startswith(f"train.jsonl, train: {says}")]
     assert result["rows_cut"] == {"train": 4, "validation": 4}
     assert result["rows_left_out"] == {"train": 0, "validation": 0}
     if task != "e2e":
@@ -120,7 +120,7 @@ def test_rows_that_teach_nothing_are_left_out(base, run, capsys):
     rows = [{"prompt": LONG if index % 4 else "Say yes", "response": "yes"} for index in range(12)]
     result, finished = run(base("LlamaForCausalLM", **SMALL), "instruction", rows, max_length=60)
     says = "9 of 12 rows are longer than max_length 60 and are cut; 9 have nothing left to learn and are left out"
-    assert f"train.jsonl: {says}\nvalidation.jsonl: {says}\n" in capsys.readouterr().err
+    assert f"train.jsonl, train: {says}\nvalidation.jsonl, validation: {says}\n" in capsys.readouterr().err
     assert result["rows"] == {"train": 12, "validation": 12}
     assert result["rows_cut"] == result["rows_left_out"] == {"train": 9, "validation": 9}
     data = finished.folder.parent / "validation.jsonl"
@@ -134,9 +134,27 @@ def test_nothing_is_left_to_learn(base, run, packing):
     with pytest.raises(UserError) as caught:
         run(base("LlamaForCausalLM", **SMALL), "instruction", rows, max_length=30, packing=packing)
     assert str(caught.value) == (
-        "train.jsonl: cut at max_length 30, none of its 8 rows has anything left to learn: raise max_length or "
+        "train.jsonl, train: cut at max_length 30, none of 8 rows has anything left to learn: raise max_length or "
         "shorten the rows"
     )
+
+
+def test_tokenizers_with_neither_a_pad_nor_an_end_token(base, run, tiny_decoder_folder, caplog):
+    """Another token pads, masked: rows of a batch are answered as each is alone."""
+    bare = AutoTokenizer.from_pretrained(tiny_decoder_folder)
+    bare.eos_token = bare.bos_token = None
+    folder = base("LlamaForCausalLM", tokenizer=bare, **SMALL)
+    for task, rows in (("instruction", PAIRS), ("classification", CLASSES), ("token-classification", TAGS)):
+        _, finished = run(folder, task, rows, folder=task)
+        assert finished.tokenizer.pad_token == "<unk>"
+        together, alone = (
+            [answer for batch in batches for answer in predict(finished, batch, max_new_tokens=5)]
+            for batches in ([rows[:2]], [rows[:1], rows[1:2]])
+        )
+        for one, other in zip(together, alone, strict=True):
+            assert one.pop("probabilities", {}) == pytest.approx(other.pop("probabilities", {}))
+            assert one == other
+    assert "the tokenizer has no end token: answers are learned without an end" in caplog.text
 
 
 def test_a_prompt_teaches_where_prompts_are_learned(base, run):

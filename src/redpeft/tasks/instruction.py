@@ -164,6 +164,10 @@ class InstructionTask:
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as a language model; without a pad token it gets the tokenizer's."""
+        if tokenizer.eos_token_id is None:
+            logger.warning(
+                "the tokenizer has no end token: answers are learned without an end, and go on to the longest"
+            )
         return load_decoder(base, tokenizer, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> None:

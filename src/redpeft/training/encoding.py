@@ -29,10 +29,13 @@ class Encoded:
     note: str | None = None
 
 
-def encode(recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+def encode(
+    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, split: str = ""
+) -> Encoded:
     """What a task makes of rows with labels, cut at `max_length` or where the model or its tokenizer ends before.
 
-    Rows that have nothing to learn then, such as a response or a tag, are left out.
+    Rows that have nothing to learn then, such as a response or a tag, are left out. `split` is what people call the
+    rows beside their file.
 
     Raises:
         UserError: as `task.encode`; no row is left; a token or a label for which the model has no place.
@@ -40,18 +43,20 @@ def encode(recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: 
     whole = _encode(recipe, task, dataset, model, tokenizer, with_labels=True)
     _check_labels(whole.rows, dataset, model, task)
     kept = np.flatnonzero(_teaches(whole.rows, recipe.learn_prompt))
-    source, total, cut, left_out = cols.source(dataset), len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
+    total, cut, left_out = len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
+    place = f"{cols.source(dataset)}, {split}" if split else cols.source(dataset)
     if not len(kept):
+        advice = ", or take more rows (data.validation_fraction)" if split == "validation" else ""
         raise UserError(
-            f"{source}: cut at {whole.limit.source}, none of its {total:,} rows has anything left to learn: raise "
-            "max_length or shorten the rows"
+            f"{place}: cut at {whole.limit.source}, none of {total:,} rows has anything left to learn: raise "
+            f"max_length or shorten the rows{advice}"
         )
     notes = []
     if cut:
         notes.append(f"{cut:,} of {total:,} rows are longer than {whole.limit.source}{task.own_limits} and are cut")
     if left_out:
-        notes.append(f"{left_out:,} have nothing left to learn and are left out")
-    note = f"{source}: {'; '.join(notes)}" if notes else None
+        notes.append(f"{left_out:,}{'' if cut else f' of {total:,} rows'} have nothing left to learn and are left out")
+    note = f"{place}: {'; '.join(notes)}" if notes else None
     return Encoded(whole.rows.select(kept), whole.cut, whole.limit, left_out, note)
 
 

@@ -125,7 +125,7 @@ def _inside(modules: list[str]) -> tuple[str, ...]:
 def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> Run:
     """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
     tokenizer = learner.tokenizer
-    found = {name: encode(recipe, task, split, learner.model, tokenizer) for name, split in splits.items()}
+    found = {name: encode(recipe, task, split, learner.model, tokenizer, name) for name, split in splits.items()}
     encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
     rows_cut = {name: sum(each.cut) for name, each in found.items()}
     rows_left_out = {name: each.left_out for name, each in found.items()}
