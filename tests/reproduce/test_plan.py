@@ -8,7 +8,7 @@ import pytest
 from redpeft.errors import UserError
 from redpeft.reproduce.plan import Request, check_folder, claim, parse_changes, plan
 from redpeft.reproduce.published import find_table
-from redpeft.tasks import read_splits
+from redpeft.training.run import read_task
 
 GLUE = find_table("glue-roberta-base")
 
@@ -144,7 +144,7 @@ def test_smoke_data_can_be_read_by_the_recipes(tmp_path, table):
     found = runs(request, tmp_path)
     assert [run.task for run in found] == find_table(table).tasks
     for run in found:
-        splits = read_splits(run.job.recipe.data, run.seed)
+        _, splits = read_task(run.job.recipe)
         assert (len(splits["train"]), len(splits["validation"])) == (32, 4)
         assert run.job.recipe.base.model == str(tmp_path / "assets" / "model")
         assert (run.job.recipe.max_steps, run.seed) == (3, 42)

@@ -81,15 +81,20 @@ def test_misnamed_column():
         ([0, 1, 0, 2], ["0", "1", "2"], [0, 1, 0, 2]),
         ([10, 9, 10, 9], ["9", "10"], [1, 0, 1, 0]),
         ([1.0, 0.0, 1.0, 0.0], ["0", "1"], [1, 0, 1, 0]),
-        ([True, False, True, False], ["False", "True"], [1, 0, 1, 0]),
+        ([True, False, True, False], ["false", "true"], [1, 0, 1, 0]),
+        (["007", "0451", "7", "007"], ["007", "7", "0451"], [0, 2, 1, 0]),
+        (["1.1", "1.10", "2.3", "1.1"], ["1.1", "1.10", "2.3"], [0, 1, 2, 0]),
+        (["NA", "null", "nan", "None"] * 2, ["NA", "None", "nan", "null"], [0, 3, 2, 1] * 2),
+        ([0.5, 1.5, 0.5, 1.5], ["0.5", "1.5"], [0, 1, 0, 1]),
     ],
 )
 def test_single_labels(labels, names, ids):
-    task = task_of({"text": TEXTS, "label": labels})
+    rows = {"text": TEXTS * (len(labels) // 4), "label": labels}
+    task = task_of(rows)
     assert task.problem_type == "single_label_classification"
     assert (task.metric, task.greater_is_better) == ("accuracy", True)
     assert task.label_names == names
-    assert task.labels(make({"text": TEXTS, "label": labels})) == ids
+    assert task.labels(make(rows)) == ids
 
 
 def test_labels_that_the_data_set_names_keep_its_order_and_meet_their_names_again():
@@ -122,12 +127,93 @@ def test_multi_label_from_columns():
     assert task.labels(make(rows)) == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
 
 
-def test_regression():
-    task = task_of({"text": TEXTS, "score": [1.0, 2.5, 3.0, 0.0]})
+def test_columns_of_labels_as_files_write_them():
+    rows = {"text": TEXTS, "rude": ["1", "0", "1", "0"], "kind": ["False", "false", "0.0", "True"]}
+    task = task_of(rows, {"label": ["rude", "kind"]})
+    assert task.labels(make(rows)) == [[1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("data", [{}, {"label_separator": "|"}])
+def test_multi_label_from_texts(data, caplog):
+    rows = {"text": TEXTS, "label": ["a|urgent", "vip", "a | vip", "urgent|vip|a"]}
+    task = task_of(rows, data)
+    assert (task.problem_type, task.label_names) == ("multi_label_classification", ["a", "urgent", "vip"])
+    assert task.labels(make(rows)) == [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]
+    assert ("train.csv: column 'label' holds several labels a row, separated by '|'" in caplog.text) is not bool(data)
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    # as other files write them
+    for labels in (
+        ["a; vip", "urgent"],
+        [["a", "vip"], ["urgent"]],
+        ['["a", "vip"]', "['urgent']"],
+        ["vip,a", "urgent"],
+    ):
+        assert task.labels(make({"label": labels})) == [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+    with pytest.raises(UserError, match=r"row 2: the label 'new' is not among the training labels \(a, urgent, vip\)"):
+        task.labels(make({"label": ["a|vip", "new|a"]}))
+
+
+def test_a_task_from_lists_reads_texts():
+    task = task_of({"text": TEXTS, "label": [["a"], ["b"], ["a", "b"], []]})
+    assert task.labels(make({"label": ["a", "b;a"]})) == [[1.0, 0.0], [1.0, 1.0]]
+    assert task.labels(make({"label": ["['a']", "[]"]})) == [[1.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "off", [{"problem_type": "single_label_classification"}, {"data": {"label_separator": "none"}}]
+)
+def test_the_separator_can_be_switched_off(off, caplog):
+    rows = {"text": TEXTS, "label": ["a|urgent", "vip", "a|vip", "vip"]}
+    task = task_of(rows, **off)
+    assert (task.problem_type, task.label_separator) == ("single_label_classification", None)
+    assert task.label_names == ["a|urgent", "a|vip", "vip"]
+    assert not caplog.text
+
+
+def test_names_with_a_separator_in_them_stay_whole_and_are_shown(caplog):
+    task = task_of({"text": TEXTS, "label": ["rock|pop", "jazz", "jazz", "rock|pop"]})
+    assert task.label_names == ["jazz", "rock|pop"]
+    assert "column 'label': 'rock|pop' is taken as one label; data.label_separator='|' cuts such texts" in caplog.text
+
+
+def test_white_space_around_labels(caplog):
+    task = task_of({"text": TEXTS, "label": ["good", " good", "bad ", "bad"]})
+    assert task.label_names == ["bad", "good"]
+    assert "train.csv: labels are taken without the white space around them, such as ' good'" in caplog.text
+
+
+def test_what_is_said_of_the_labels():
+    assert task_of({"text": TEXTS, "label": ["a", "b", "a", "a"]}).describe(make({"label": ["a", "b", "a", "a"]})) == [
+        "problem type: single_label_classification",
+        "labels: a 3, b 1",
+    ]
+    rows = {"text": TEXTS, "label": [["a", "b"], ["b"], [], ["b"]]}
+    assert task_of(rows).describe(make(rows))[1] == "labels: b 3, a 1"
+    rows = {"text": TEXTS, "label": [1, 2.5, -3, 4]}
+    assert task_of(rows, problem_type="regression").describe(make(rows)) == [
+        "problem type: regression",
+        "labels: -3 to 4",
+    ]
+
+
+@pytest.mark.parametrize("write", [float, str, lambda number: f"{number:.2f}".replace(".", ",")])
+def test_regression(write, caplog):
+    numbers = [index / 4 for index in range(21)]
+    task = task_of({"text": TEXTS * 5 + ["x"], "score": list(map(write, numbers))})
     assert task.problem_type == "regression"
+    assert "train.csv: column 'score' holds numbers of which 21 differ, so the task is regression; pro" in caplog.text
     assert (task.metric, task.greater_is_better) == ("pearson", True)
     assert task.label_names == []
+    assert task.labels(make({"score": list(map(write, numbers[:3]))})) == numbers[:3]
     assert task.labels(make({"score": [2, 3]})) == [2.0, 3.0]
+
+
+def test_few_numbers_are_classes_unless_regression_is_asked_for(caplog):
+    rows = {"text": TEXTS * 2, "label": [0.5, 1.5, 1.5, 0.5] * 2}
+    assert task_of(rows).label_names == ["0.5", "1.5"]
+    assert (
+        "column 'label' holds numbers of which 2 differ, so they are classes; problem_type=regression" in caplog.text
+    )
     asked = task_of({"text": TEXTS, "score": [1, 2, 3, 4]}, problem_type="regression", metric="mse")
     assert (asked.problem_type, asked.metric, asked.greater_is_better) == ("regression", "mse", False)
 
@@ -151,10 +237,19 @@ def test_metric_and_problem_type_that_do_not_exist():
     [
         (["a", "a", "a", "a"], "train.csv: every row has the label 'a', so there is nothing to learn"),
         (["a", "b", None, "a"], "train.csv, row 3: the label in column 'label' is empty"),
+        (["a", None, "b", ""], "train.csv, row 2 (and 1 more of 4): the label in column 'label' is empty"),
         (["a", "b", "a", " "], "train.csv, row 4: the label in column 'label' is empty"),
-        (["a", "b", "a", "NaN"], "train.csv, row 4: the label in column 'label' is empty"),
         ([1.0, float("nan"), 2.5, 0.0], "train.csv, row 2: the label in column 'label' is empty"),
-        ([2.5, float("inf"), 2.5, 0.0], "train.csv, row 2: the label inf is not a number, as regression needs it"),
+        (
+            [{"name": "a"}, {"name": "b"}, {"name": "a"}, {"name": "b"}],
+            "train.csv, row 1: column 'label' holds {'name': 'a'}, which is not a label",
+        ),
+        (
+            ["a", "b", "c", "d"],
+            "train.csv: column 'label' has another value in each of the 4 rows, such as 'a', as an identifier or a "
+            "text has, and no classes: name the label's column with data.label, or for numbers give "
+            "problem_type=regression",
+        ),
         ([2.5, 2.5, 2.5, 2.5], "train.csv: every row has the label 2.5, so there is nothing to learn"),
         ([["a"], ["b", None], [], []], "train.csv, row 2: the label in column 'label' is empty"),
         ([["a"], ["a"], ["a"], ["a"]], "train.csv: every row has the label ['a'], so there is nothing to learn"),
@@ -165,8 +260,28 @@ def test_bad_labels(labels, message):
 
 
 def test_labels_that_do_not_fit_the_problem_type():
-    assert error_of({"text": TEXTS, "label": ["good", "1", "2", "3"]}, problem_type="regression") == (
-        "train.csv, row 1: the label 'good' is not a number, as regression needs it"
+    for label in ("good", "1_000", "nan", "True", float("inf"), True):
+        labels = [label, label] + (["1", "2"] if isinstance(label, str) else [label, label])
+        assert error_of({"text": TEXTS, "label": labels}, problem_type="regression") == (
+            f"train.csv, row 1: the label {label!r} is not a number, as regression needs it"
+        )
+    multi = {"problem_type": "multi_label_classification"}
+    assert error_of({"text": TEXTS, "label": ["a", "b", "rock|pop", "a"]}, **multi) == (
+        "train.csv: column 'label' holds one label a row, and problem_type is multi_label_classification: that needs "
+        "lists, several columns of 0 and 1 as data.label, or texts with a data.label_separator"
+    )
+    assert error_of({"text": TEXTS, "label": ["a", "b", "a|b", "a"]}, {"label_separator": ";"}) == (
+        "train.csv: column 'label' holds no label with data.label_separator ';', such as 'a'"
+    )
+    single = {"problem_type": "single_label_classification"}
+    assert error_of({"text": TEXTS, "label": ["a", "b", "a|b", "a"]}, {"label_separator": "|"}, **single) == (
+        "data.label_separator is for several labels a row, and problem_type is single_label_classification"
+    )
+    assert error_of(
+        {"text": TEXTS, "rude": [0, 1, 0, 0], "kind": [0, 1, 0, 1]}, {"label": ["rude", "kind"]}, **single
+    ) == ("data.label names 2 columns of 0 and 1, and problem_type is single_label_classification")
+    assert error_of({"text": TEXTS, "label": ["[a, b]", "[a]", "b", "[]"]}, {"label_separator": "list"}) == (
+        "train.csv, row 3: the label 'b' is not a list in brackets"
     )
     assert error_of(
         {"text": TEXTS, "label": [["a"], ["a", "b"], [], []]}, problem_type="single_label_classification"
@@ -241,7 +356,7 @@ def test_multi_label_and_regression_end_to_end(tiny_encoder_folder):
     ]
 
     rows = {"text": TEXTS, "label": [0.5, 1.0, 3.0, 2.0]}
-    task = task_of(rows)
+    task = task_of(rows, problem_type="regression")
     model = task.load_model(tiny_encoder_folder, tokenizer).eval()
     assert model.config.num_labels == 1
     logits, labels = run(task, make(rows), tokenizer, model)

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import logging
-
-import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pydantic import ValidationError
 from writing import ROWS, write_rows
 
 from redpeft.errors import UserError
-from redpeft.tasks import InstructionTask
 from redpeft.tasks import data as data_module
+from redpeft.tasks import read_data
 from redpeft.tasks.columns import ROW, where
 from redpeft.tasks.data import DataConfig, is_local, read_evaluation, read_splits
 
@@ -146,6 +143,24 @@ def test_hub_splits_and_errors(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("learned", "tested", "kept"),
+    [
+        (["0", "1"], ["-1", "-1"], False),
+        ([0, 1], [-1, -1], False),
+        (["a", "b"], [None, ""], False),
+        (["a", "b"], ["nan", "nan"], True),
+        (["1", "-1"], ["-1", "-1"], True),  # a label like any other
+        ([0, 1], [-1, 1], True),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_test_split_without_labels_is_left_out(tmp_path, learned, tested, kept, kind):
+    write_rows(tmp_path / f"train.{kind}", [{"text": "a", "label": label} for label in learned * 4])
+    write_rows(tmp_path / f"test.{kind}", [{"text": "a", "label": label} for label in tested])
+    assert ("test" in read_splits(DataConfig(path=str(tmp_path)))) is kept
+
+
 def test_ultrafeedback_as_the_paper_learned_it(monkeypatch):
     """Its public form has a split for each kind of training, and the chosen answer as a chat."""
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -157,60 +172,9 @@ def test_ultrafeedback_as_the_paper_learned_it(monkeypatch):
     found = DatasetDict({name: rows.select(range(index + 1)) for index, name in enumerate(names)})
     monkeypatch.setattr(data_module, "load_dataset", lambda *_: found)
     config = DataConfig(path="HuggingFaceH4/ultrafeedback_binarized", validation_fraction=0.5)
-    splits = read_splits(config)
+    task, splits = read_data("instruction", config)  # all prompts are the same, and one row validates nevertheless
     assert {name: len(split) for name, split in splits.items()} == {"train": 1, "validation": 1, "test": 4}
-    assert InstructionTask.from_splits(splits, config).columns == {"messages": "messages"}
-
-
-def test_validation_rows_are_taken_from_training_by_class_and_said_so(tmp_path, caplog):
-    rows = [
-        {"text": f"row {i}", "label": "rare" if i in (3, 33) else "once" if i == 7 else "ab"[i % 2]}
-        for i in range(100)
-    ]
-    path = write_rows(tmp_path / "rows.csv", rows)
-    with caplog.at_level(logging.INFO):
-        splits = read_splits(DataConfig(path=path, validation_fraction=0.2), seed=1)
-    assert "20 of 100 rows of rows.csv are taken for it (seed 1, stratified by label)" in caplog.text
-    train, validation = splits["train"], splits["validation"]
-    assert len(validation) == 20
-    assert sorted(train[:]["text"] + validation[:]["text"]) == sorted(row["text"] for row in rows)
-    assert set(validation["label"]) <= set(train["label"])
-    assert abs(list(validation["label"]).count("a") - 10) <= 2
-    assert where(validation, 5) == f"rows.csv, row {int(validation[5]['text'].split()[1]) + 1}"
-    again = read_splits(DataConfig(path=path, validation_fraction=0.2), seed=1)["validation"]
-    other = read_splits(DataConfig(path=path, validation_fraction=0.2), seed=2)["validation"]
-    assert again["text"] == validation["text"]
-    assert other["text"] != validation["text"]
-
-
-@pytest.mark.parametrize("labels", [np.linspace(0, 5, 40), ["a", "b"] * 20])
-def test_validation_rows_of_regression_and_of_an_unnamed_label(tmp_path, labels):
-    column = "label" if isinstance(labels, np.ndarray) else "unusual"
-    path = write_rows(tmp_path / "a.csv", [{"text": f"row {i}", column: label} for i, label in enumerate(labels)])
-    assert {name: len(split) for name, split in read_splits(DataConfig(path=path)).items()} == {
-        "train": 36,
-        "validation": 4,
-    }
-
-
-def test_the_smallest_data_to_split(tmp_path):
-    splits = read_splits(DataConfig(path=write_rows(tmp_path / "two.csv", ROWS[:2])))
-    assert {name: len(split) for name, split in splits.items()} == {"train": 1, "validation": 1}
-    with pytest.raises(UserError, match="one.csv has one row: too few to take a validation split from it"):
-        read_splits(DataConfig(path=write_rows(tmp_path / "one.csv", ROWS[:1])))
-
-
-def test_limits_draw_rows_by_the_seed_and_keep_their_numbers(tmp_path):
-    rows = [{"text": f"row {i}", "label": i % 2} for i in range(50)]
-    for name in ("train", "validation", "test"):
-        write_rows(tmp_path / f"{name}.csv", rows)
-    config = DataConfig(path=str(tmp_path), max_train_rows=30, max_eval_rows=5)
-    splits = read_splits(config, seed=3)
-    assert {name: len(split) for name, split in splits.items()} == {"train": 30, "validation": 5, "test": 5}
-    assert splits["train"]["text"] == read_splits(config, seed=3)["train"]["text"]
-    assert splits["train"]["text"] != read_splits(config, seed=4)["train"]["text"]
-    assert all(row["text"] == f"row {row[ROW] - 1}" for row in splits["train"])
-    assert len(read_splits(DataConfig(path=str(tmp_path), max_train_rows=1000))["train"]) == 50
+    assert task.columns == {"messages": "messages"}
 
 
 def test_read_evaluation_prefers_test(tmp_path):
@@ -228,10 +192,3 @@ def test_config_refuses_unknown_fields_and_no_data():
     with pytest.raises(ValidationError, match="no data: give `path` or `train`"):
         DataConfig(text="sentence")
     assert all(field.description for field in DataConfig.model_fields.values())
-
-
-@pytest.mark.parametrize("name", ["cola", "stsb", "ag_news", "e2e", "self_instruct_seed"])
-def test_shared_data(shared_data, name):
-    splits = read_splits(DataConfig(path=str(shared_data / name), max_train_rows=100, max_eval_rows=20))
-    assert len(splits["train"]) == 100
-    assert len(splits["validation"]) == 20

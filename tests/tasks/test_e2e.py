@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, E2ETask, read_splits, task_from_dict
+from redpeft.tasks import DataConfig, E2ETask, read_data, read_splits, task_from_dict
 from redpeft.tasks.e2e import MR_TOKENS, REFERENCE_TOKENS
 
 ROWS = {
@@ -221,7 +221,6 @@ def test_a_task_survives_its_json():
 @pytest.mark.parametrize("name", ["e2e", "e2e_cleaned"])
 def test_shared_data(shared_data, tokenizer, name):
     config = DataConfig(path=str(shared_data / name), max_train_rows=50, max_eval_rows=50)
-    splits = read_splits(config)
-    task = E2ETask.from_splits(splits, config)
+    task, splits = read_data("e2e", config)
     assert task.columns == {"prompt": "meaning_representation", "response": "human_reference"}
-    assert len(task.encode(splits["train"], tokenizer, 256)) == 50
+    assert len(task.encode(splits["train"], tokenizer, 256)) == len(splits["train"]) in range(40, 51)

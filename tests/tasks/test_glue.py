@@ -9,6 +9,7 @@ import pytest
 from datasets import Dataset
 
 from redpeft.errors import UserError
+from redpeft.tasks import read_data
 from redpeft.tasks.data import DataConfig, read_splits
 from redpeft.tasks.glue import GLUE, glue_splits
 
@@ -117,7 +118,7 @@ def test_a_recipe_asks_for_the_protocol(tmp_path, by):
     order = np.random.RandomState(42).permutation(20).tolist()
     assert splits["validation"]["sentence"][:] == [f"validation {row}" for row in order[:10]]
     assert splits["test"]["sentence"][:] == [f"validation {row}" for row in order[10:]]
-    limited = read_splits(DataConfig(protocol="glue", max_eval_rows=4, **source), seed=42)
+    _, limited = read_data("classification", DataConfig(protocol="glue", max_eval_rows=4, **source), seed=42)
     assert set(limited["test"]["sentence"]) < set(splits["test"]["sentence"])
     assert len(limited["validation"]) == 4
 

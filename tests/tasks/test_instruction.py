@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, InstructionTask, read_splits, task_from_dict
+from redpeft.tasks import DataConfig, InstructionTask, read_data, read_splits, task_from_dict
 from redpeft.tasks.base_model import pad_prompts
 
 CHAT = [
@@ -289,9 +289,8 @@ def test_a_task_survives_its_json():
 
 @pytest.mark.parametrize("name", ["alpaca_eval", "self_instruct_seed"])
 def test_shared_data(shared_data, plain_tokenizer, name):
-    config = DataConfig(path=str(shared_data / name), max_train_rows=20)
-    splits = read_splits(config)
-    task = InstructionTask.from_splits(splits, config)
+    config = DataConfig(path=str(shared_data / name), max_train_rows=20, drop_missing=True)
+    task, splits = read_data("instruction", config)
     assert task.columns == {"prompt": "instruction", "response": "output"}
     assert len(task.encode(splits["train"], plain_tokenizer)) == 20
 

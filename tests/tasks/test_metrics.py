@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
+from sklearn.metrics import matthews_corrcoef
 
 from redpeft.errors import RunError, UserError
 from redpeft.tasks import metrics
@@ -14,6 +17,27 @@ def test_scores_of_classes():
     assert scores["f1_macro"] == pytest.approx((2 / 3 + 1 / 2 + 2 / 3) / 3)
     # Gorodkin's formula by hand: 3 of 5 right; predicted 2, 2, 1 of each class, true 1, 2, 2
     assert scores["matthews"] == pytest.approx((3 * 5 - (2 + 4 + 2)) / np.sqrt((25 - 9) * (25 - 9)))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("labels", "predicted", "f1", "matthews"),
+    [
+        ([1, 1, 1], [1, 1, 1], 1.0, 0.0),  # a single class
+        ([0, 0, 0], [1, 1, 1], 0.0, 0.0),
+        (range(30), range(30), 1.0, 1.0),  # more classes than half of the rows
+        ([0, 0, 1, 29, 7] * 5, [0, 1, 1, 29, 8] * 5, (4 / 3 + 1) / 5, None),
+    ],
+)
+def test_scores_of_odd_splits_are_scikit_learns_without_its_warnings(labels, predicted, f1, matthews):
+    labels, predicted = np.array(labels), np.array(predicted)
+    scores = metrics.score_classes(np.eye(30)[predicted], labels)
+    assert scores["accuracy"] == pytest.approx((labels == predicted).mean())
+    assert scores["f1_macro"] == pytest.approx(f1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = matthews_corrcoef(labels, predicted)
+    assert scores["matthews"] == pytest.approx(expected if matthews is None else matthews)
 
 
 def test_scores_of_label_sets():
@@ -69,6 +93,7 @@ def test_tags_that_mark_no_entities():
     ]
     scores = metrics.score_tags([["NOUN", "VERB"]], [["NOUN", "NOUN"]], with_entities=False)
     assert scores == {"accuracy": 0.5, "f1_macro": pytest.approx(1 / 3)}
+    assert metrics.score_tags([[]], [[]], with_entities=False) == {"accuracy": 0.0, "f1_macro": 0.0}
 
 
 def test_entity_scores_of_rows_without_entities():

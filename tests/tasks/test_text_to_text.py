@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, EvalPrediction
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, TextToTextTask, read_splits, task_from_dict
+from redpeft.tasks import DataConfig, TextToTextTask, read_data, task_from_dict
 
 SINGLE = {"sentence": ["a good film", "a bad film", "awful"], "label": ["good", "bad", "bad"]}
 PAIRS = {"sentence1": ["one", "two"], "sentence2": ["three", "four"], "label": [0, 1]}
@@ -21,6 +21,7 @@ NUMBERS = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": 
 
 make = making.make
 task_of = partial(making.task_of, TextToTextTask)
+regression_of = partial(task_of, problem_type="regression")
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_labels_are_words_where_the_data_has_words(tokenizer):
 
 
 def test_numbers_have_one_decimal(tokenizer):
-    task = task_of(NUMBERS)
+    task = regression_of(NUMBERS)
     assert (task.problem_type, task.metric) == ("regression", "pearson")
     labels = task.encode(make(NUMBERS), tokenizer, 64)["labels"]
     assert texts_of(tokenizer, labels) == ["3.8</s>", "0.0</s>", "5.0</s>"]
@@ -117,17 +118,17 @@ def test_generated_labels_are_compared_as_texts():
 @pytest.mark.parametrize("text", ["", "good", "3.8.", "nan", "inf", "1e3", "3,8", ".5", "3 8", "٣"])
 def test_texts_that_are_no_number_are_as_wrong_as_can_be(text):
     expected = ["0.0", "1.0", "4.0", "5.0"]
-    scores = task_of(NUMBERS).compute_metrics(EvalPrediction(["0.2", text, text, "4.9"], expected))
+    scores = regression_of(NUMBERS).compute_metrics(EvalPrediction(["0.2", text, text, "4.9"], expected))
     assert scores["pearson"] == pytest.approx(pearsonr([0.2, 5.0, 0.0, 4.9], [0, 1, 4, 5])[0])
     assert scores["unreadable"] == 0.5
 
 
 def test_numbers_are_taken_as_they_are():
     expected = ["0.0", "1.0", "4.0", "5.0"]
-    scores = task_of(NUMBERS).compute_metrics(EvalPrediction(["-0.5", "1", " 3.75", "+7.0"], expected))
+    scores = regression_of(NUMBERS).compute_metrics(EvalPrediction(["-0.5", "1", " 3.75", "+7.0"], expected))
     assert scores["pearson"] == pytest.approx(pearsonr([-0.5, 1, 3.75, 7], [0, 1, 4, 5])[0])
     assert scores["unreadable"] == 0
-    constant = task_of(NUMBERS).compute_metrics(EvalPrediction(["1.0"] * 4, expected))
+    constant = regression_of(NUMBERS).compute_metrics(EvalPrediction(["1.0"] * 4, expected))
     assert constant["pearson"] == 0
 
 
@@ -137,7 +138,7 @@ def test_answers():
         {"label": None, "generated": "gooood"},
         {"label": None, "generated": ""},
     ]
-    assert task_of(NUMBERS).decode(["3.8", "three"]) == [
+    assert regression_of(NUMBERS).decode(["3.8", "three"]) == [
         {"value": 3.8, "generated": "3.8"},
         {"value": None, "generated": "three"},
     ]
@@ -169,7 +170,7 @@ def test_a_base_that_is_no_encoder_decoder(tiny_encoder_folder, tokenizer):
 
 
 def test_a_task_survives_its_json():
-    task = task_of(NUMBERS, {"prefix": "stsb"})
+    task = regression_of(NUMBERS, {"prefix": "stsb"})
     again = task_from_dict(json.loads(json.dumps(task.to_dict())))
     assert again == task
     assert (type(again), again.prefix) == (TextToTextTask, "stsb")
@@ -177,8 +178,7 @@ def test_a_task_survives_its_json():
 
 def test_shared_data(shared_data, tokenizer):
     config = DataConfig(path=str(shared_data / "stsb"), max_train_rows=40, max_eval_rows=10)
-    splits = read_splits(config)
-    task = TextToTextTask.from_splits(splits, config)
+    task, splits = read_data("text-to-text", config)
     labels = texts_of(tokenizer, task.encode(splits["train"], tokenizer, 128)["labels"])
     numbers = np.array([float(text.removesuffix("</s>")) for text in labels])
     assert np.abs(numbers - np.array(splits["train"]["label"])).max() <= 0.05 + 1e-9

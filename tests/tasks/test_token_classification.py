@@ -95,7 +95,43 @@ def test_tags_stand_on_the_first_token_of_each_word(tiny_tokenizer):
     ]  # fmt: skip
     assert encoded[1]["labels"] == [-100, 1, -100, -100, 2, -100, -100, 3, -100]
     unlabelled = task.encode(make({"tokens": ROWS["tokens"]}), tiny_tokenizer, 64, with_labels=False)
-    assert unlabelled[1]["labels"] == [-100, 0, -100, -100, 0, -100, -100, 0, -100]
+    assert unlabelled[1]["labels"] == [-100, 0, -100, -100, 1, -100, -100, 2, -100]
+
+
+@pytest.mark.parametrize("dropped", ["\u200b", "\ufe0f", "\u00ad", "\x07", "\u0301"])
+@pytest.mark.parametrize("place", range(4))
+def test_a_word_that_the_tokenizer_drops_moves_no_tag(tiny_tokenizer, dropped, place, caplog):
+    words, tags = ["ann", "is", "good"], ["B-who", "O", "B-film"]
+    words.insert(place, dropped)
+    tags.insert(place, "I-who")
+    task = task_of(ROWS)
+    learned = task.encode(make({"tokens": [words], "tags": [tags]}), tiny_tokenizer, 64)
+    assert [label for label in learned[0]["labels"] if label != -100] == [1, 3, 0]
+    assert f"train.jsonl: this tokenizer drops 1 words, such as {dropped!r}" in caplog.text
+    asked = make({"tokens": [words, ["ann", *words]]})
+    encoded = task.encode(asked, tiny_tokenizer, 64, with_labels=False)
+    logits = np.zeros((2, 20, 4))
+    for row, labels in enumerate(encoded["labels"]):
+        places = [index for index, label in enumerate(labels) if label != -100]
+        for index, tag in zip(places[row:], [1, 3, 0], strict=True):
+            logits[row, index, tag] = 1
+    found = [dict(zip(row["tokens"], row["tags"], strict=True)) for row in task.decode(logits, asked, encoded)]
+    for row in found:
+        assert row == {"ann": row["ann"], "is": "O", "good": "B-film", dropped: None}
+
+
+def test_words_that_are_dropped_and_words_that_are_cut_off(tiny_tokenizer, caplog):
+    words = ["the", "\u200b", "film", "is", "\u200b", "good"]
+    rows = {"tokens": [words], "tags": [["O", "O", "B-film", "O", "O", "O"]]}
+    encoded = task_of(ROWS).encode(make(rows), tiny_tokenizer, 4)
+    assert encoded[0]["labels"] == [-100, 3, 0, -100]
+    assert "drops 1 words" in caplog.text
+
+
+def test_a_tokenizer_that_is_not_fast():
+    slow = type("Slow", (), {"is_fast": False})()
+    with pytest.raises(UserError, match="needs a fast tokenizer"):
+        task_of(ROWS).encode(make(ROWS), slow, 64)
 
 
 def test_words_for_a_byte_level_tokenizer_of_the_roberta_kind():
@@ -123,6 +159,7 @@ def test_end_to_end(tiny_encoder_folder):
     assert set(scores) == {"f1", "precision", "recall", "accuracy", "f1_macro"}
     right = np.eye(4)[batch["labels"].clamp(min=0)]
     assert task.compute_metrics(EvalPrediction(right, batch["labels"].numpy()))["f1"] == 1.0
+    encoded = task.encode(make(ROWS), tokenizer, 64, with_labels=False)
     assert task.decode(right, make(ROWS), encoded) == [
         {"tokens": tokens, "tags": tags} for tokens, tags in zip(ROWS["tokens"], ROWS["tags"], strict=True)
     ]

@@ -369,7 +369,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     if "report_to" in changes and importlib.util.find_spec("trackio"):
         pytest.skip("trackio is installed")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("redpeft.training.run.read_splits", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr("redpeft.training.run.read_data", lambda *_: pytest.fail("read the data"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 

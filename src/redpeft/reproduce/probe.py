@@ -16,9 +16,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from redpeft.reproduce.plan import Run
-from redpeft.tasks import TASKS, read_splits
+from redpeft.tasks import TASKS
 from redpeft.tasks.base_model import load_base
 from redpeft.training.recipe import Recipe
+from redpeft.training.run import read_task
 from redpeft.training.train import train
 
 STEPS, ROWS = 6, 16
@@ -58,11 +59,11 @@ def estimate(runs: Sequence[Run], rows: Mapping[str, Mapping[str, int]]) -> floa
 
 def _rows(recipe: Recipe) -> dict[str, int]:
     """Rows by split; of a test split that is answered the distinct questions."""
-    kind: Any = TASKS[recipe.task]
-    splits = read_splits(recipe.data, recipe.seed)
+    task: Any
+    task, splits = read_task(recipe)
     counts = {name: len(split) for name, split in splits.items()}
-    if kind.score_answers and "test" in splits:
-        counts["test"] = len(kind.from_splits(splits, recipe.data).questions(splits["test"]))
+    if task.score_answers and "test" in splits:
+        counts["test"] = len(task.questions(splits["test"]))
     return counts
 
 

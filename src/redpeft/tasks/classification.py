@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from scipy.special import expit, softmax
 from transformers import (
     AutoModelForSequenceClassification,
@@ -22,6 +24,23 @@ from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
 from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
 from redpeft.tasks.data import DataConfig
+from redpeft.tasks.labels import (
+    LIST,
+    SEPARATORS,
+    WHOLE,
+    are_measured,
+    as_numbers,
+    count_names,
+    find_labels,
+    find_separator,
+    label_ids,
+    label_name,
+    sort_label_names,
+    split_labels,
+    unused_separator,
+)
+
+logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 METRICS = {
@@ -40,6 +59,7 @@ TEXT_PAIRS = [
 ]
 TEXTS = ["sentence", "text", "content", "review", "message", "utterance", "tweet", "comment", "body", "question"]
 NUMBERING = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}
+FLAGS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
 
 
 @dataclass
@@ -51,16 +71,19 @@ class ClassificationTask:
         problem_type: transformers' name for one label, several labels or a number.
         label_names: the labels' names in the order of their ids; empty for regression.
         metric: the score that picks the best checkpoint, one of those that `compute_metrics` gives.
+        label_separator: what stands between the labels where several are written in one text, or `labels.LIST`.
     """
 
     columns: dict[str, Any]
     problem_type: str
     label_names: list[str]
     metric: str
+    label_separator: str | None = None
     generation: ClassVar[dict[str, Any] | None] = None
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
     own_limits: ClassVar[str] = ""
+    group: ClassVar[str] = "text"
     name: ClassVar[str] = "classification"
     task_type: ClassVar[str] = "SEQ_CLS"
 
@@ -73,27 +96,40 @@ class ClassificationTask:
         problem_type: str | None = None,
         metric: str | None = None,
     ) -> ClassificationTask:
-        """Guesses the columns that `data` does not name, takes the labels from the training rows, checks every row.
+        """Guesses what `data` and `problem_type` leave open and says so, takes the labels from the training rows, and
+        checks every row.
 
         Raises:
-            UserError: a column that is missing, a row without text or label, one class only, a label that training
-                lacks.
+            UserError: a column that is missing, a row without text or label, one class only or one for each row, a
+                label that training lacks, labels that contradict the problem type.
         """
         if problem_type is not None and problem_type not in METRICS:
             raise UserError(f"no problem type {problem_type!r}; there are {', '.join(METRICS)}")
         train = splits["train"]
-        found = _find_columns(train, data)
-        labels = _label_values(train, found["label"])
-        kind = problem_type or _guess_problem_type(labels)
-        names = [] if kind == REGRESSION else _label_names(train, found["label"], labels)
-        task = cls(found, kind, names, metrics.choose_metric(metric, METRICS[kind]))
-        if len(set(map(str, task.labels(train)))) < 2:
-            raise UserError(
-                f"{cols.source(train)}: every row has the label {labels[0]!r}, so there is nothing to learn"
-            )
+        columns = cls.find_columns(train, data)
+        raw = _label_values(train, columns["label"])
+        kind, separator = _problem_type(train, columns["label"], raw, data.label_separator, problem_type)
+        task = cls(columns, kind, [], metrics.choose_metric(metric, METRICS[kind]), separator)
+        if kind != REGRESSION:
+            task.label_names = task._names(train, raw)
+        _check_variety(train, columns["label"], raw[0], task.labels(train), kind)
         for split in splits.values():
             task.check(split)
         return task
+
+    @classmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, Any]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        if data.text_pair and not data.text:
+            raise UserError("`text_pair` is named without `text`: name both columns")
+        named = [name for name in (data.text, data.text_pair) if name]
+        label = data.label or cols.find_column(train, cols.LABEL_COLUMNS, without=named)
+        texts = named or _guess_texts(train, _as_list(label))
+        if label is None:
+            others = [name for name in cols.column_names(train) if name not in texts and name.lower() not in NUMBERING]
+            label = cols.choose_column(train, others[0] if len(others) == 1 else None, [], "label")
+        cols.require_columns(train, [*texts, *_as_list(label)])
+        return {**dict(zip(("text", "text_pair"), texts, strict=False)), "label": label}
 
     @property
     def greater_is_better(self) -> bool:
@@ -112,20 +148,35 @@ class ClassificationTask:
         column = self.columns["label"]
         raw = _label_values(dataset, column)
         if self.problem_type == REGRESSION:
-            return [_number(dataset, index, value) for index, value in enumerate(raw)]
+            return _numbers(dataset, raw)
         if isinstance(column, list):
             return [[_flag(dataset, index, value) for value in row] for index, row in enumerate(raw)]
-        ids, feature = cols.label_ids(self.label_names), cols.value_feature(dataset, column)
-        rows = [
-            [cols.label_id(dataset, index, ids, cols.label_name(label, feature)) for label in _as_list(row)]
-            for index, row in enumerate(raw)
-        ]
+        rows = find_labels(dataset, column, self._label_lists(dataset, raw), self.label_names)
         if self.problem_type == MULTI:
-            return [[float(label in row) for label in range(len(ids))] for row in rows]
+            return [[float(label in row) for label in range(len(self.label_names))] for row in rows]
         for index, row in enumerate(rows):
             if len(row) != 1:
                 raise UserError(f"{cols.where(dataset, index)}: {len(row)} labels, and this task has one label a row")
         return [row[0] for row in rows]
+
+    def groups(self, dataset: Dataset) -> list[tuple[str, ...]]:
+        """Each row's text, or pair of texts."""
+        return list(zip(*(cols.values(dataset, name) for name in self._text_columns), strict=True))
+
+    @property
+    def strata(self) -> Callable[[Dataset], list[int]] | None:
+        """Gives each row's class, where it has one."""
+        return self.labels if self.problem_type == SINGLE else None
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: the problem type, and how many rows each label has."""
+        labels = self.labels(dataset)
+        if self.problem_type == REGRESSION:
+            counts = f"labels: {min(labels):g} to {max(labels):g}"
+        else:
+            sets = np.array(labels) if self.problem_type == MULTI else np.eye(len(self.label_names))[labels]
+            counts = count_names(self.label_names[label] for _, label in zip(*sets.nonzero(), strict=True))
+        return [f"problem type: {self.problem_type}", counts]
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to predict: objects with the text columns or, for single texts, plain strings. `first` numbers them."""
@@ -152,7 +203,7 @@ class ClassificationTask:
             base,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
-            label2id=cols.label_ids(names),
+            label2id=label_ids(names),
             problem_type=self.problem_type,
             ignore_mismatched_sizes=True,  # a base that was trained for other labels: its head is replaced
             **kwargs,
@@ -191,6 +242,39 @@ class ClassificationTask:
         """The task that `to_dict` described."""
         return cls(**{key: value for key, value in values.items() if key != "task"})
 
+    def _names(self, train: Dataset, raw: list) -> list[str]:
+        """The labels of the training rows in the order of their ids."""
+        column = self.columns["label"]
+        if isinstance(column, list):
+            return column
+        feature = cols.value_feature(train, column)
+        rows = self._label_lists(train, raw)
+        if changed := [label for row in rows for label in row if isinstance(label, str) and label != label.strip()]:
+            logger.warning(
+                "%s: labels are taken without the white space around them, such as %r", cols.source(train), changed[0]
+            )
+        return sort_label_names({label_name(label, feature) for row in rows for label in row}, feature)
+
+    def _label_lists(self, dataset: Dataset, raw: list) -> list[Any]:
+        """Each row's labels in a list: texts that hold several are cut.
+
+        Not every file of a task need write them in one way: where the training rows' separator leaves labels that are
+        not known, another one that leaves none is taken.
+        """
+        texts = {label for label in raw if isinstance(label, str)}
+        if self.problem_type == SINGLE or not texts:
+            return [_as_list(label) for label in raw]
+        known, own = set(self.label_names), self.label_separator
+        separators = (own, None, LIST, *SEPARATORS) if known else (own,)
+        cuts = [{text: split_labels(text, separator) for text in texts} for separator in separators]
+        fitting = (cut for cut in cuts if all(parts is not None and known.issuperset(parts) for parts in cut.values()))
+        cut = next(fitting, cuts[0])
+        rows = [cut[label] if isinstance(label, str) else _as_list(label) for label in raw]
+        for index, row in enumerate(rows):
+            if row is None:
+                raise UserError(f"{cols.where(dataset, index)}: the label {raw[index]!r} is not a list in brackets")
+        return rows
+
     @property
     def _text_columns(self) -> list[str]:
         return [self.columns[key] for key in ("text", "text_pair") if key in self.columns]
@@ -206,20 +290,6 @@ class ClassificationTask:
     def _logits(self, predictions: Any) -> np.ndarray:
         logits = metrics.logits_of(predictions).astype(np.float64)
         return logits.reshape(len(logits)) if self.problem_type == REGRESSION else logits
-
-
-def _find_columns(train: Dataset, data: DataConfig) -> dict[str, Any]:
-    """The columns that `data` names, and a guess for the others."""
-    if data.text_pair and not data.text:
-        raise UserError("`text_pair` is named without `text`: name both columns")
-    named = [name for name in (data.text, data.text_pair) if name]
-    label = data.label or cols.find_column(train, cols.LABEL_COLUMNS, without=named)
-    texts = named or _guess_texts(train, _as_list(label))
-    if label is None:
-        others = [name for name in cols.column_names(train) if name not in texts and name.lower() not in NUMBERING]
-        label = cols.choose_column(train, others[0] if len(others) == 1 else None, [], "label")
-    cols.require_columns(train, [*texts, *_as_list(label)])
-    return {**dict(zip(("text", "text_pair"), texts, strict=False)), "label": label}
 
 
 def _guess_texts(train: Dataset, labels: list) -> list[str]:
@@ -243,52 +313,94 @@ def _label_values(dataset: Dataset, column: str | list[str]) -> list:
     """Each row's label as it stands in the data, a list where there are several.
 
     Raises:
-        UserError: a row without a label.
+        UserError: a row without a label, or something in its place that is none.
     """
     cols.require_columns(dataset, _as_list(column))
     if isinstance(column, list):
         rows = [list(row) for row in zip(*(cols.values(dataset, name) for name in column), strict=True)]
     else:
         rows = cols.values(dataset, column)
+    if empty := [index for index, row in enumerate(rows) if any(map(cols.is_missing, _as_list(row)))]:
+        raise cols.Missing(f"{cols.first_of(dataset, empty)}: the label in column {column!r} is empty")
     for index, row in enumerate(rows):
-        if any(map(cols.is_missing_label, _as_list(row))):
-            raise UserError(f"{cols.where(dataset, index)}: the label in column {column!r} is empty")
+        if any(isinstance(label, (list, dict)) for label in _as_list(row)):
+            raise UserError(f"{cols.where(dataset, index)}: column {column!r} holds {row!r}, which is not a label")
     return rows
 
 
-def _guess_problem_type(labels: list) -> str:
-    """Lists are several labels; numbers that are not all whole, or written ones of which more than 20 differ, are
-    regression; everything else is one label."""
-    if any(isinstance(label, list) for label in labels):
-        return MULTI
-    try:
-        numbers = set(map(float, labels))
-    except ValueError:
-        return SINGLE
-    written = any(isinstance(label, str) for label in labels)
-    return REGRESSION if (len(numbers) > 20 if written else any(number % 1 != 0 for number in numbers)) else SINGLE
+def _problem_type(
+    train: Dataset, column: str | list[str], labels: list, separator: str | None, asked: str | None
+) -> tuple[str, str | None]:
+    """The problem type that is asked for or guessed, and what separates several labels in a text, if anything does.
+
+    Raises:
+        UserError: labels that contradict what is asked for.
+    """
+    name = f"{cols.source(train)}: column {column!r}"
+    texts = [label for label in labels if isinstance(label, str)]
+    cut = separator if separator != WHOLE else None
+    if cut is not None:
+        if asked not in (None, MULTI):
+            raise UserError(f"data.label_separator is for several labels a row, and problem_type is {asked}")
+        if all(len(split_labels(text, cut) or [text]) == 1 for text in texts):
+            raise UserError(f"{name} holds no label with data.label_separator {cut!r}, such as {labels[0]!r}")
+    elif separator is None and texts and asked in (None, MULTI):
+        cut = find_separator(texts)
+        if cut is not None:
+            logger.warning(
+                "%s holds several labels a row, %s; data.label_separator=none takes each text as one label",
+                name, "as lists in brackets" if cut == LIST else f"separated by {cut!r}",
+            )  # fmt: skip
+        elif asked is None and (unused := unused_separator(texts)):
+            logger.warning("%s: %r is taken as one label; data.label_separator=%r cuts such texts", name, *unused)
+    several = cut is not None or any(isinstance(label, list) for label in labels)
+    if asked == MULTI and not several:
+        raise UserError(
+            f"{name} holds one label a row, and problem_type is {MULTI}: that needs lists, several columns of 0 and 1 "
+            "as data.label, or texts with a data.label_separator"
+        )
+    if asked == SINGLE and isinstance(column, list):
+        raise UserError(f"data.label names {len(column)} columns of 0 and 1, and problem_type is {SINGLE}")
+    if asked is not None or several:
+        return asked or MULTI, cut
+    if isinstance(column, list) or isinstance(cols.value_feature(train, column), ClassLabel):
+        return SINGLE, None
+    numbers: set[Any] = set(as_numbers(labels))
+    measured = are_measured(labels)
+    if measured or (None not in numbers and any(number % 1 for number in numbers)):
+        logger.warning(
+            "%s holds numbers of which %d differ, so %s",
+            name, len(numbers), f"the task is regression; problem_type={SINGLE} takes them as classes" if measured
+            else "they are classes; problem_type=regression learns them as numbers",
+        )  # fmt: skip
+    return REGRESSION if measured else SINGLE, None
 
 
-def _label_names(train: Dataset, column: str | list[str], labels: list) -> list[str]:
-    if isinstance(column, list):
-        return column
-    feature = cols.value_feature(train, column)
-    return cols.sort_label_names(
-        (cols.label_name(label, feature) for row in labels for label in _as_list(row)), feature
-    )
+def _check_variety(train: Dataset, column: str | list[str], first: Any, labels: list, kind: str) -> None:
+    """Raises UserError where there is nothing to learn: one class for all rows, or one for each."""
+    distinct = len(set(map(str, labels)))
+    if distinct < 2:
+        raise UserError(f"{cols.source(train)}: every row has the label {first!r}, so there is nothing to learn")
+    if kind == SINGLE and distinct == len(labels) > 2:
+        raise UserError(
+            f"{cols.source(train)}: column {column!r} has another value in each of the {len(labels)} rows, such as "
+            f"{str(first)[:60]!r}, as an identifier or a text has, and no classes: name the label's column with "
+            "data.label, or for numbers give problem_type=regression"
+        )
 
 
-def _number(dataset: Dataset, index: int, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = np.nan
-    if not np.isfinite(number):
-        raise UserError(f"{cols.where(dataset, index)}: the label {value!r} is not a number, as regression needs it")
-    return number
+def _numbers(dataset: Dataset, values: list) -> list[float]:
+    numbers: list[Any] = as_numbers(values)
+    if None in numbers:
+        index = numbers.index(None)
+        raise UserError(
+            f"{cols.where(dataset, index)}: the label {values[index]!r} is not a number, as regression needs it"
+        )
+    return numbers
 
 
 def _flag(dataset: Dataset, index: int, value: Any) -> float:
-    if value not in (0, 1, "0", "1"):
+    flag = FLAGS.get(str(value).strip().lower())
+    if flag is None:
         raise UserError(f"{cols.where(dataset, index)}: {value!r} where a column of labels holds 0 or 1")
-    return float(value)
+    return flag

@@ -1,4 +1,4 @@
-"""Finding columns in a user's data, checking their rows, and naming labels: what every task needs."""
+"""Finding columns in a user's data, and checking their rows: what every task needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from redpeft.console import Progress
 from redpeft.errors import UserError, first_line
@@ -20,6 +20,10 @@ CUT = "__cut__"
 
 LABEL_COLUMNS = ["label", "labels", "class", "category", "intent", "target", "sentiment", "topic"]
 LABEL_COLUMNS += ["score", "rating", "stars"]
+
+
+class Missing(UserError):
+    """A row lacks a text or a label."""
 
 
 def column_names(dataset: Dataset) -> list[str]:
@@ -41,6 +45,12 @@ def where(dataset: Dataset, index: int) -> str:
     """`train.csv, row 17`: the place of row `index` in its source; the first row of data is row 1."""
     row = dataset[index][ROW] if ROW in dataset.column_names else index + 1
     return f"{source(dataset)}, row {row}"
+
+
+def first_of(dataset: Dataset, rows: Sequence[int]) -> str:
+    """`train.csv, row 17 (and 3 more of 200)`: the place of the first of some rows, and how many they are."""
+    more = f" (and {len(rows) - 1} more of {len(dataset)})" if len(rows) > 1 else ""
+    return where(dataset, rows[0]) + more
 
 
 def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] = ()) -> str | None:
@@ -83,11 +93,12 @@ def choose_column(dataset: Dataset, named: str | None, known: Iterable[str], wha
 
 
 def check_texts(dataset: Dataset, column: str) -> None:
-    """Raises UserError if there is no such column, or a row's text is missing, empty, or not text."""
+    """Raises UserError if there is no such column, or a row's text is missing, empty (`Missing`), or not text."""
     require_columns(dataset, [column])
-    for index, text in enumerate(values(dataset, column)):
-        if is_missing(text):
-            raise UserError(f"{where(dataset, index)}: the text in column {column!r} is empty")
+    texts = values(dataset, column)
+    if empty := [index for index, text in enumerate(texts) if is_missing(text)]:
+        raise Missing(f"{first_of(dataset, empty)}: the text in column {column!r} is empty")
+    for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise UserError(f"{where(dataset, index)}: column {column!r} holds {text!r}, which is not text")
 
@@ -97,51 +108,10 @@ def is_missing(value: Any) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def is_missing_label(value: Any) -> bool:
-    """The same for labels, where the text `nan` is a number that got lost."""
-    return is_missing(value) or (isinstance(value, str) and value.strip().lower() == "nan")
-
-
-def label_name(value: Any, feature: Any = None) -> str:
-    """The name of a label: what the data set calls it, a string itself, or a number's digits (1 and 1.0 are one).
-
-    Args:
-        feature: the column's type in `dataset.features`; a `ClassLabel` brings its own names.
-    """
-    if isinstance(feature, ClassLabel) and isinstance(value, int):
-        return feature.names[value] if value in range(feature.num_classes) else str(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value).strip()
-
-
-def sort_label_names(names: Iterable[str], feature: Any = None) -> list[str]:
-    """The names in the order of their ids: as the data set declares them, else by number, else by alphabet."""
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    names = set(names)
-    if all(name.lstrip("-").isdigit() for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
-
-
 def value_feature(dataset: Dataset, column: str) -> Any:
     """The type of a column's values; of their elements if they are lists."""
     feature = dataset.features[column]
     return getattr(feature, "feature", feature)
-
-
-def label_ids(names: list[str]) -> dict[str, int]:
-    """The id of each label."""
-    return {name: index for index, name in enumerate(names)}
-
-
-def label_id(dataset: Dataset, index: int, ids: dict[str, int], name: str) -> int:
-    """The id of a label in row `index`. Raises UserError if training had no such label."""
-    if name not in ids:
-        known = ", ".join(list(ids)[:20]) + (", ..." if len(ids) > 20 else "")
-        raise UserError(f"{where(dataset, index)}: the label {name!r} is not among the training labels ({known})")
-    return ids[name]
 
 
 def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:

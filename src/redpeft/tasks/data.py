@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from datasets import Dataset, load_dataset
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from redpeft.errors import UserError, first_line
-from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing_label, source, values
+from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing, source, values
 from redpeft.tasks.files import READERS, SHARD, read_file, read_parts, with_rows
 from redpeft.tasks.glue import glue_splits
+from redpeft.tasks.labels import label_name
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,14 @@ class DataConfig(BaseModel):
         description="Classification: the label's column. Several labels a row: a column of lists, or the names of "
         "several columns of 0 and 1. Regression: a column of numbers.",
     )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="Classification: what stands between the labels of a row that are written in one text, such as "
+        "'|'; list, where they are written as a list in brackets; none, where each text is one label. When not given, "
+        "it is seen from how their parts recur, and shown.",
+    )
+    drop_missing: bool = Field(False, description="Leave out rows without a text or a label, which are errors else.")
     tokens: str | None = Field(None, description="Token classification: the column with each row's list of words.")
     tags: str | None = Field(None, description="Token classification: the column with each word's tag.")
     prefix: str | None = Field(
@@ -81,9 +89,17 @@ class DataConfig(BaseModel):
         lt=1,
         description="Share of the training rows that becomes the validation split where there is none.",
     )
-    max_train_rows: int | None = Field(None, ge=1, description="Train on at most so many rows, drawn by the seed.")
+    group: str | None = Field(
+        None,
+        description="The column that says which rows belong together, such as a document's or a customer's: neither a "
+        "limit nor a validation split that is cut from the training rows parts them. When not given, rows that ask "
+        "the same do, or those of one document if there is a column document_id or doc_id.",
+    )
+    max_train_rows: int | None = Field(
+        None, ge=1, description="Train on at most so many rows, in whole groups, drawn by the seed."
+    )
     max_eval_rows: int | None = Field(
-        None, ge=1, description="Validate and test on at most so many rows each, drawn by the seed."
+        None, ge=1, description="Validate and test on at most so many rows each, in whole groups, drawn by the seed."
     )
 
     @model_validator(mode="after")
@@ -94,11 +110,11 @@ class DataConfig(BaseModel):
 
 
 def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
-    """The splits "train", "validation" and, where there is one, "test".
+    """The splits "train" and, where they are there, "validation" and "test", with all their rows.
 
-    Where there is no validation split, `validation_fraction` of the training rows becomes one. The test split of a
-    folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes them); `protocol` makes
-    one as `redpeft.tasks.glue` says. The seed draws the rows. A split's `info.description` says where it comes from.
+    The test split of a folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes
+    them); `protocol` makes one as `redpeft.tasks.glue` says, drawn by the seed. A split's `info.description` says
+    where it comes from.
 
     Raises:
         UserError: data that is missing, empty or unreadable.
@@ -110,10 +126,7 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     if config.protocol:
         name = config.config_name or Path(config.path or "").name
         splits = glue_splits(splits, name, config.protocol, seed)
-    if "validation" not in splits:
-        splits["train"], splits["validation"] = _split_off(splits["train"], config, seed)
-    limits = {"train": config.max_train_rows, "validation": config.max_eval_rows, "test": config.max_eval_rows}
-    return {name: _at_most(splits[name], limits[name], seed) for name in SPLIT_NAMES if name in splits}
+    return {name: splits[name] for name in SPLIT_NAMES if name in splits}
 
 
 def read_evaluation(path: str, config_name: str | None = None) -> Dataset:
@@ -137,10 +150,21 @@ def _read_path(path: str, config_name: str | None, label: str | list[str] | None
     if is_local(path) and not local.is_dir():
         raise UserError(f"no such file or folder: {path}")
     splits = _read_folder(local) if local.is_dir() else _read_hub(path, config_name)
-    column = _label_column(splits["test"], label) if "test" in splits else None
-    if column and all(is_missing_label(value) or value == -1 for value in values(splits["test"], column)):
+    if "test" in splits and _is_unlabelled(splits["test"], splits.get("train"), label):
         logger.warning("%s has no labels and is left out", source(splits.pop("test")))
     return splits
+
+
+def _is_unlabelled(test: Dataset, train: Dataset | None, label: str | list[str] | None) -> bool:
+    """Whether all labels of a test split are missing, or -1 where that is no label of the training rows."""
+    column = find_column(test, [label.lower()] if isinstance(label, str) else LABEL_COLUMNS)
+    if column is None:
+        return False
+    found = {label_name(value) for value in values(test, column) if not is_missing(value)}
+    if not found:
+        return True
+    learned = values(train, column) if train is not None and column in train.column_names else []
+    return found == {"-1"} and "-1" not in map(label_name, learned)
 
 
 def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
@@ -194,53 +218,3 @@ def _named_splits(found: dict) -> dict:
     """Of what was found by name, the first that is known as each split."""
     chosen = {split: [found[name] for name in names if name in found] for split, names in SPLIT_NAMES.items()}
     return {split: candidates[0] for split, candidates in chosen.items() if candidates}
-
-
-# --- which rows -----------------------------------------------------------------------------------------------------
-
-
-def _label_column(dataset: Dataset, label: str | list[str] | None) -> str | None:
-    return find_column(dataset, [label.lower()] if isinstance(label, str) else LABEL_COLUMNS)
-
-
-def _split_off(train: Dataset, config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows without, and with only, the rows that become the validation split."""
-    if len(train) < 2:
-        raise UserError(f"{source(train)} has one row: too few to take a validation split from it")
-    column = _label_column(train, config.label)
-    strata = _strata(train, column)
-    chosen = _stratified_sample(strata, config.validation_fraction, seed)
-    logger.warning(
-        "no validation split: %d of %d rows of %s are taken for it (seed %d%s)",
-        len(chosen),
-        len(train),
-        source(train),
-        seed,
-        f", stratified by {column}" if strata.any() else "",
-    )
-    rest = np.setdiff1d(np.arange(len(train)), chosen)
-    return train.select(rest), train.select(chosen)
-
-
-def _strata(train: Dataset, column: str | None) -> np.ndarray:
-    """A class number for each row, all 0 where there are no labels, or too many values for classes."""
-    if column is None:
-        return np.zeros(len(train), dtype=int)
-    classes, strata = np.unique([str(label) for label in values(train, column)], return_inverse=True)
-    return strata if 2 * len(classes) <= len(train) else np.zeros_like(strata)
-
-
-def _stratified_sample(strata: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Sorted row numbers, about `fraction` of every class and never its only row; at least one in all."""
-    order = np.random.default_rng(seed).permutation(len(strata))
-    grouped = order[np.argsort(strata[order], kind="stable")]
-    firsts = np.unique(strata[grouped], return_index=True)[1]
-    rest = np.delete(grouped, firsts)
-    count = min(len(rest), max(1, round(fraction * len(strata))))
-    return np.unique(rest[np.linspace(0, len(rest) - 1, count).astype(int)])
-
-
-def _at_most(dataset: Dataset, rows: int | None, seed: int) -> Dataset:
-    if rows is None or rows >= len(dataset):
-        return dataset
-    return dataset.shuffle(seed=seed).select(range(rows))

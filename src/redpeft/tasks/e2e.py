@@ -47,6 +47,8 @@ class E2ETask:
         "max_new_tokens": REFERENCE_TOKENS,  # no longer one was learned
     }
     own_limits: ClassVar[str] = f", an MR of {MR_TOKENS} or a text of {REFERENCE_TOKENS} tokens"
+    group: ClassVar[str] = "meaning representation"
+    strata: ClassVar[None] = None
     name: ClassVar[str] = "e2e"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -57,8 +59,7 @@ class E2ETask:
         Raises:
             UserError: a column that is missing, an empty MR or text; with a test split, a missing package for scores.
         """
-        task = cls.of_columns(splits["train"], data.prompt, data.response)
-        task.metric = choose_metric(metric, ["loss"])
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, ["loss"]))
         for split in splits.values():
             task.check(split)
         if "test" in splits:
@@ -66,21 +67,27 @@ class E2ETask:
         return task
 
     @classmethod
-    def of_columns(cls, dataset: Dataset, prompt: str | None = None, response: str | None = None) -> E2ETask:
-        """The task for these columns, or for those that the public files have. UserError where they are not there."""
-        return cls(
-            {
-                "prompt": cols.choose_column(dataset, prompt, ["mr", "meaning_representation"], "prompt"),
-                "response": cols.choose_column(
-                    dataset, response, ["ref", "reference", "human_reference", "target"], "response"
-                ),
-            }
-        )
+    def find_columns(cls, dataset: Dataset, data: DataConfig | None = None) -> dict[str, str]:
+        """The columns that `data` names, or those that the public files have. UserError where they are not there."""
+        prompt, response = (data.prompt, data.response) if data else (None, None)
+        references = ["ref", "reference", "human_reference", "target"]
+        return {
+            "prompt": cols.choose_column(dataset, prompt, ["mr", "meaning_representation"], "prompt"),
+            "response": cols.choose_column(dataset, response, references, "response"),
+        }
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, or an empty MR or text."""
         for key in ("prompt", "response") if with_labels else ("prompt",):
             cols.check_texts(dataset, self.columns[key])
+
+    def groups(self, dataset: Dataset) -> list[str]:
+        """Each row's MR."""
+        return cols.values(dataset, self.columns["prompt"])
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: how many MRs there are."""
+        return [f"meaning representations: {len(set(self.groups(dataset)))} in {len(dataset)} rows"]
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to answer: objects with the MR, or strings, which are MRs. `first` numbers them."""

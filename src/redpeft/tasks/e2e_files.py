@@ -46,7 +46,7 @@ def read_references(path: str | Path) -> list[list[str]]:
     references of one meaning representation make a group, in the order of its first row."""
     if existing(path).suffix.lower() in READERS:
         rows = read_file(path)
-        task = E2ETask.of_columns(rows)
+        task = E2ETask(E2ETask.find_columns(rows))
         task.check(rows)
         return task.references(rows)
     text = "\n".join(_lines(path, separators=True))

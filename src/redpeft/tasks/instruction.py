@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ class InstructionTask:
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
     own_limits: ClassVar[str] = ""
+    group: ClassVar[str] = "prompt"
+    strata: ClassVar[None] = None
     name: ClassVar[str] = "instruction"
     task_type: ClassVar[str] = "CAUSAL_LM"
 
@@ -69,10 +72,26 @@ class InstructionTask:
         Raises:
             UserError: a column that is missing, an empty prompt or response, a chat without an answer.
         """
-        task = cls(_find_columns(splits["train"], data), choose_metric(metric, ["loss"]), data.template)
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, ["loss"]), data.template)
         for split in splits.values():
             task.check(split)
         return task
+
+    @classmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        if data.messages or not (data.prompt or data.response):
+            messages = data.messages or cols.find_column(train, ["messages", "conversation", "chat"])
+            if messages:
+                cols.require_columns(train, [messages])
+                return {"messages": messages}
+        pairs = [pair for pair in PROMPT_COLUMNS if all(cols.find_column(train, [name]) for name in pair)]
+        found = {
+            "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
+            "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
+        }
+        more = cols.find_column(train, ["input"]) if found["prompt"].lower() == "instruction" else None
+        return {**found, "input": more} if more else found
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, an empty prompt or response, or a chat that is none."""
@@ -84,6 +103,15 @@ class InstructionTask:
             return
         for key in ("prompt", "response") if with_labels else ("prompt",):
             cols.check_texts(dataset, self.columns[key])
+
+    def groups(self, dataset: Dataset) -> list[str]:
+        """Each row's prompt; of a chat what stands before its first answer."""
+        chats = (self._pairs(row, with_labels=True)[0][0] for row in dataset)
+        return [json.dumps(chat) for chat in chats]
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """Nothing: the columns say it all."""
+        return []
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to answer: objects with the prompt or a chat, or strings, which are prompts. `first` numbers them."""
@@ -211,22 +239,6 @@ class InstructionTask:
         if with_labels:
             return [(chat[:index], [chat[index]]) for index in _answers(chat)]
         return [(chat[:-1] if chat[-1]["role"] == "assistant" else chat, [])]
-
-
-def _find_columns(train: Dataset, data: DataConfig) -> dict[str, str]:
-    """The columns that `data` names, and a guess for the others."""
-    if data.messages or not (data.prompt or data.response):
-        messages = data.messages or cols.find_column(train, ["messages", "conversation", "chat"])
-        if messages:
-            cols.require_columns(train, [messages])
-            return {"messages": messages}
-    pairs = [pair for pair in PROMPT_COLUMNS if all(cols.find_column(train, [name]) for name in pair)]
-    found = {
-        "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
-        "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
-    }
-    more = cols.find_column(train, ["input"]) if found["prompt"].lower() == "instruction" else None
-    return {**found, "input": more} if more else found
 
 
 def _answers(chat: Chat) -> list[int]:

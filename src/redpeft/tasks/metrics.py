@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, mean_squared_error
+from sklearn.metrics import f1_score, mean_squared_error
 
 from redpeft.errors import RunError, UserError
 
@@ -31,14 +31,34 @@ def logits_of(predictions: Any) -> np.ndarray:
     return logits
 
 
+def count_classes(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
+    """The confusion matrix: how many rows of each class (first axis) were given each class (second axis)."""
+    matrix = np.zeros((classes, classes), dtype=int)
+    np.add.at(matrix, (labels, predicted), 1)
+    return matrix
+
+
+def score_matrix(matrix: np.ndarray) -> dict[str, float]:
+    """Scores of a confusion matrix, all 0 without rows; "f1_macro" is the mean over the classes that occur, and
+    "matthews" 0 where all rows are of one class, or were given one.
+
+    Not by scikit-learn's functions, which warn of a single class, and of many classes in few rows.
+    """
+    rows, true, given, right = matrix.sum(), matrix.sum(1), matrix.sum(0), matrix.diagonal()
+    if not rows:
+        return {"accuracy": 0.0, "f1_macro": 0.0, "matthews": 0.0}
+    occur = true + given > 0
+    spread = np.sqrt(float(rows**2 - (true**2).sum()) * float(rows**2 - (given**2).sum()))
+    return {
+        "accuracy": float(right.sum() / rows),
+        "f1_macro": float((2 * right[occur] / (true + given)[occur]).mean()),
+        "matthews": float((rows * right.sum() - true @ given) / spread) if spread else 0.0,
+    }
+
+
 def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Single label. Shape: logits (rows, classes), labels (rows,)."""
-    predicted = logits.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "f1_macro": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-        "matthews": float(matthews_corrcoef(labels, predicted)),
-    }
+    return score_matrix(count_classes(labels, logits.argmax(-1), logits.shape[-1]))
 
 
 def score_label_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -65,10 +85,10 @@ def score_values(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def score_tags(predicted: list[list[str]], expected: list[list[str]], with_entities: bool) -> dict[str, float]:
     """Token classification, a list of tags a row: scores of the words' tags and, if asked, of the entities (micro)."""
     flat_predicted, flat_expected = ([tag for row in rows for tag in row] for rows in (predicted, expected))
-    scores = {
-        "accuracy": float(accuracy_score(flat_expected, flat_predicted)),
-        "f1_macro": float(f1_score(flat_expected, flat_predicted, average="macro", zero_division=0)),
-    }
+    names, ids = np.unique(flat_expected + flat_predicted, return_inverse=True)
+    labels, given = np.split(ids, 2)
+    scores = score_matrix(count_classes(labels, given, len(names)))
+    del scores["matthews"]
     if not with_entities:
         return scores
     found, true = (entities(rows) for rows in (predicted, expected))

@@ -23,6 +23,7 @@ from redpeft.tasks import metrics
 from redpeft.tasks.base_model import ensure_pad_token, load_base
 from redpeft.tasks.classification import MULTI, REGRESSION, ClassificationTask
 from redpeft.tasks.data import DataConfig
+from redpeft.tasks.labels import label_ids
 
 LABEL_TOKENS = 32
 NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]+)?")
@@ -63,7 +64,10 @@ class TextToTextTask(ClassificationTask):
         """As classification's, with the prefix of `data`. UserError too for several labels a row."""
         task: Any = super().from_splits(splits, data, problem_type=problem_type, metric=metric)
         if task.problem_type == MULTI:
-            raise UserError("the task text-to-text has one label a row; for several there is the task classification")
+            raise UserError(
+                "the task text-to-text has one label a row; for several there is the task classification, and "
+                "data.label_separator=none takes each text as one label"
+            )
         task.prefix = data.prefix
         return task
 
@@ -81,7 +85,7 @@ class TextToTextTask(ClassificationTask):
         generated, expected = ([text.strip() for text in texts] for texts in prediction)
         if self.problem_type == REGRESSION:
             return _score_numbers(generated, np.array(expected, dtype=np.float64))
-        ids = cols.label_ids(self.label_names)
+        ids = label_ids(self.label_names)
         classes = np.array([ids.get(text, len(ids)) for text in generated])
         scores = metrics.score_classes(np.eye(len(ids) + 1)[classes], np.array([ids[text] for text in expected]))
         return scores | {"unreadable": float((classes == len(ids)).mean())}

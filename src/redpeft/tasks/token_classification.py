@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,10 @@ from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
 from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
 from redpeft.tasks.data import DataConfig
+from redpeft.tasks.labels import count_names, find_labels, label_ids, label_name, sort_label_names
 from redpeft.tasks.metrics import IGNORED
+
+logger = logging.getLogger(__name__)
 
 TAG_IDS = "__tag_ids__"
 TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
@@ -44,6 +48,8 @@ class TokenClassificationTask:
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
     own_limits: ClassVar[str] = ""
+    group: ClassVar[str] = "words"
+    strata: ClassVar[None] = None
     name: ClassVar[str] = "token-classification"
     task_type: ClassVar[str] = "TOKEN_CLS"
 
@@ -57,18 +63,15 @@ class TokenClassificationTask:
             UserError: a column that is missing, words without a tag, one tag only, a tag that training lacks.
         """
         train = splits["train"]
-        found = {
-            "tokens": cols.choose_column(train, data.tokens, ["tokens", "words"], "tokens"),
-            "tags": cols.choose_column(train, data.tags, TAG_COLUMNS, "tags"),
-        }
+        found = cls.find_columns(train, data)
         _check_lists(train, found["tags"])
         feature = cols.value_feature(train, found["tags"])
-        tags = {cols.label_name(tag, feature) for row in cols.values(train, found["tags"]) for tag in row}
+        tags = {label_name(tag, feature) for row in cols.values(train, found["tags"]) for tag in row}
         if len(tags) < 2:
             raise UserError(
                 f"{cols.source(train)}: every word has the tag {min(tags)!r}, so there is nothing to learn"
             )
-        names = cols.sort_label_names(tags, feature)
+        names = sort_label_names(tags, feature)
         offered = ["accuracy", "f1_macro"]
         if metrics.marks_entities(names):
             offered = ["f1", "precision", "recall", *offered]
@@ -76,6 +79,14 @@ class TokenClassificationTask:
         for split in splits.values():
             task.check(split)
         return task
+
+    @classmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        return {
+            "tokens": cols.choose_column(train, data.tokens, ["tokens", "words"], "tokens"),
+            "tags": cols.choose_column(train, data.tags, TAG_COLUMNS, "tags"),
+        }
 
     @property
     def greater_is_better(self) -> bool:
@@ -88,6 +99,14 @@ class TokenClassificationTask:
         _check_lists(dataset, self.columns["tokens"])
         if with_labels:
             self._tag_ids(dataset)
+
+    def groups(self, dataset: Dataset) -> list[tuple[str, ...]]:
+        """Each row's words."""
+        return list(map(tuple, cols.values(dataset, self.columns["tokens"])))
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: how many words each tag has."""
+        return [count_names(self.label_names[tag] for tags in self._tag_ids(dataset) for tag in tags)]
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to predict: objects with the words, or strings, which are cut at white space. `first` numbers them."""
@@ -104,20 +123,33 @@ class TokenClassificationTask:
     ) -> Dataset:
         """Token ids, cut at `max_length`, and "labels": the tag's id on the first token of each word, -100 elsewhere.
 
-        Without labels every first token has label 0, so that `decode` knows where the words are.
+        Without labels it is the word's place in its row instead, so that `decode` knows whose token it is: a tokenizer
+        may drop a word whole, such as a zero-width space.
         """
         self.check(dataset, with_labels=False)
         if not tokenizer.is_fast:
             raise UserError("token classification needs a fast tokenizer (one with a tokenizer.json)")
         _mark_word_starts(tokenizer)
         words = self.columns["tokens"]
-        tags = self._tag_ids(dataset) if with_labels else [[0] * len(row) for row in cols.values(dataset, words)]
+        places = [list(range(len(row))) for row in cols.values(dataset, words)]
+        tags = self._tag_ids(dataset) if with_labels else places
+        dropped: list[str] = []
 
         def tokenise(rows: dict[str, list]) -> dict[str, list]:
             encoded = tokens_of(tokenizer, rows[words], limit=max_length, is_split_into_words=True)
+            for index, row in enumerate(rows[words]):
+                seen = {word for word in encoded.word_ids(index) if word is not None}
+                end = max(seen, default=0) if encoded[cols.CUT][index] else len(row)
+                dropped.extend(word for place, word in enumerate(row[:end]) if place not in seen)
             return {**encoded, "labels": [_align(encoded.word_ids(row), ids) for row, ids in enumerate(rows[TAG_IDS])]}
 
-        return cols.tokenise(dataset.select_columns(words).add_column(TAG_IDS, tags), tokenise)
+        encoded = cols.tokenise(dataset.select_columns(words).add_column(TAG_IDS, tags), tokenise)
+        if dropped and with_labels:
+            logger.warning(
+                "%s: this tokenizer drops %d words, such as %r: they are neither learned nor scored",
+                cols.source(dataset), len(dropped), dropped[0],
+            )  # fmt: skip
+        return encoded
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these tags."""
@@ -126,7 +158,7 @@ class TokenClassificationTask:
             base,
             num_labels=len(self.label_names),
             id2label=dict(enumerate(self.label_names)),
-            label2id=cols.label_ids(self.label_names),
+            label2id=label_ids(self.label_names),
             ignore_mismatched_sizes=True,  # a base that was trained for other tags: its head is replaced
             **kwargs,
         )
@@ -139,7 +171,7 @@ class TokenClassificationTask:
         return DataCollatorForTokenClassification(tokenizer)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """All scores, over the words that were not cut off."""
+        """All scores, over the words that have a token."""
         predicted = metrics.logits_of(prediction.predictions).argmax(-1)
         expected = np.asarray(prediction.label_ids)
         return metrics.score_tags(
@@ -149,20 +181,24 @@ class TokenClassificationTask:
         )
 
     def decode(self, predictions: np.ndarray, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
-        """Logits of shape (rows, tokens, tags) as {"tokens", "tags"}, a tag a word; None for words that were cut off.
+        """Logits of shape (rows, tokens, tags) as {"tokens", "tags"}, a tag a word.
+
+        The tag is None for words that the model did not see: those that were cut off, and those without a token.
 
         Args:
             dataset: the rows that were encoded.
-            encoded: what `encode` made of them.
+            encoded: what `encode` made of them without labels.
         """
         best = metrics.logits_of(predictions).argmax(-1)
         rows = []
-        for words, labels, row in zip(
+        for words, places, row in zip(
             cols.values(dataset, self.columns["tokens"]), cols.values(encoded, "labels"), best, strict=True
         ):
-            first = np.array(labels) != IGNORED
-            tags = self._names(row[: len(labels)][first])
-            rows.append({"tokens": words, "tags": [*tags, *[None] * (len(words) - len(tags))]})
+            tags: list[str | None] = [None] * len(words)
+            for place, tag in zip(places, row, strict=False):
+                if place != IGNORED:
+                    tags[place] = self.label_names[tag]
+            rows.append({"tokens": words, "tags": tags})
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,27 +217,23 @@ class TokenClassificationTask:
         column = self.columns["tags"]
         cols.require_columns(dataset, [column])
         _check_lists(dataset, column)
-        feature, ids = cols.value_feature(dataset, column), cols.label_ids(self.label_names)
         rows = cols.values(dataset, column)
         for index, (words, tags) in enumerate(zip(cols.values(dataset, self.columns["tokens"]), rows, strict=True)):
             if len(words) != len(tags):
                 raise UserError(f"{cols.where(dataset, index)}: {len(words)} words and {len(tags)} tags")
-        return [
-            [cols.label_id(dataset, index, ids, cols.label_name(tag, feature)) for tag in tags]
-            for index, tags in enumerate(rows)
-        ]
+        return find_labels(dataset, column, rows, self.label_names)
 
 
 def _check_lists(dataset: Dataset, column: str) -> None:
     """Raises UserError if a row of `column` is not a list, or is empty, or holds something that is missing."""
     for index, row in enumerate(cols.values(dataset, column)):
-        if not isinstance(row, list) or not row:
+        if row is not None and (not isinstance(row, list) or not row):
             raise UserError(
                 f"{cols.where(dataset, index)}: column {column!r} holds {row!r} and not a list with an entry for each "
                 "word (CSV cannot hold lists: use JSON lines or Parquet)"
             )
-        if any(map(cols.is_missing, row)):
-            raise UserError(f"{cols.where(dataset, index)}: column {column!r} holds an empty entry: {row!r}")
+        if row is None or any(map(cols.is_missing, row)):
+            raise cols.Missing(f"{cols.where(dataset, index)}: column {column!r} holds an empty entry: {row!r}")
 
 
 def _align(word_ids: list[int | None], tags: list[int]) -> list[int]:

@@ -22,7 +22,7 @@ import redpeft
 from redpeft.adapters.card import write_card
 from redpeft.adapters.files import ADAPTER, RECIPE, TASK, find_adapter, find_run, read_adapter, write_atomically
 from redpeft.errors import UserError
-from redpeft.tasks import TASKS, Task, read_splits
+from redpeft.tasks import Task, read_data
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
 from redpeft.training.encoding import by_length, encode
@@ -93,9 +93,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
     """What the recipe's data asks for, and the data by split. UserError: data that is missing or wrong."""
-    splits = read_splits(recipe.data, recipe.seed)
     chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
-    task = TASKS[recipe.task].from_splits(splits, recipe.data, **chosen)
+    task, splits = read_data(recipe.task, recipe.data, recipe.seed, **chosen)
     if recipe.init_from is not None:
         _check_labels(task, recipe.init_from)
     return task, splits

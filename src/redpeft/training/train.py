@@ -50,6 +50,8 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     bars_on_terminals_only()
     task, splits = read_task(recipe)
     say(f"columns: {', '.join(f'{key} = {value}' for key, value in task.columns.items())}")
+    for line in task.describe(splits["train"]):
+        say(line)
     set_seed(recipe.seed)
     run = prepare(recipe, folder, task, splits, build_learner(recipe, task))
     for note in run.notes:

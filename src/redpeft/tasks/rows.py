@@ -1,0 +1,137 @@
+"""Which rows of a user's data are learned from, and which are scored on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset
+
+from redpeft.errors import UserError
+from redpeft.tasks.columns import find_column, first_of, is_missing, require_columns, source, values
+from redpeft.tasks.data import SPLIT_NAMES, DataConfig
+
+logger = logging.getLogger(__name__)
+
+DOCUMENTS = ["document_id", "doc_id", "docid", "document", "doc"]
+"""Columns that say which document a row is from."""
+
+
+def leave_out_missing(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
+    """The rows that have something in each of a task's columns, but for "input", which may be empty."""
+    needed = [name for key, names in columns.items() if key != "input" for name in np.atleast_1d(names).tolist()]
+    require_columns(dataset, needed)
+    empty = {index for name in needed for index, value in enumerate(values(dataset, name)) if _lacks(value)}
+    if not empty:
+        return dataset
+    if len(empty) == len(dataset):
+        raise UserError(f"{source(dataset)}: no row has something in each of the columns {', '.join(needed)}")
+    logger.warning("left out, since a text or a label is missing: %s", first_of(dataset, sorted(empty)))
+    return dataset.select([index for index in range(len(dataset)) if index not in empty])
+
+
+def _lacks(value: Any) -> bool:
+    return any(map(is_missing, value)) if isinstance(value, list) else is_missing(value)
+
+
+def choose_rows(splits: dict[str, Dataset], task: Any, config: DataConfig, seed: int) -> dict[str, Dataset]:
+    """The splits with no more rows than their limits, and a validation split made of training rows if there is none.
+
+    Rows that ask the same (`task.groups`: one meaning representation, one text), or are of one group of `data.group`,
+    are never parted: no answer to a validation row is seen in training, and no limit cuts references away. The rows
+    are drawn by the seed, and of each class (`task.strata`) its share.
+
+    Raises:
+        UserError: one row, or one group, where a validation split is to be taken.
+    """
+    splits = dict(splits)
+    if "validation" not in splits:
+        splits["train"], splits["validation"] = _split_off(splits["train"], task, config, seed)
+    limits = {"train": config.max_train_rows, "validation": config.max_eval_rows, "test": config.max_eval_rows}
+    for name, limit in limits.items():
+        if limit is not None and name in splits and limit < len(splits[name]):
+            splits[name] = _at_most(splits[name], limit, task, config, seed)
+    return {name: splits[name] for name in SPLIT_NAMES if name in splits}
+
+
+def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows without, and with only, the rows that become the validation split."""
+    if len(train) < 2:
+        raise UserError(f"{source(train)} has one row: too few to take a validation split from it")
+    what, groups = _groups(train, task, config)
+    if groups.max() == 0:
+        if config.group:
+            raise UserError(f"{source(train)}: all rows have one {what}: give a validation split as data.validation")
+        logger.warning("%s: all rows have one %s, and are parted nevertheless", source(train), what)
+        what, groups = "row", np.arange(len(train))
+    strata = task.strata(train) if task.strata else None
+    rows = min(max(1, round(config.validation_fraction * len(train))), len(train) - 1)
+    chosen = _draw(groups, strata, rows, seed, leave_singles=True)
+    logger.warning(
+        "no validation split: %d of %d rows of %s are taken for it (seed %d%s%s)",
+        len(chosen), len(train), source(train), seed,
+        ", of each class its share" if strata else "",
+        f"; rows with the same {what} stay together" if groups.max() + 1 < len(train) else "",
+    )  # fmt: skip
+    rest = np.setdiff1d(np.arange(len(train)), chosen)
+    return train.select(rest), train.select(chosen)
+
+
+def _at_most(dataset: Dataset, limit: int, task: Any, config: DataConfig, seed: int) -> Dataset:
+    what, groups = _groups(dataset, task, config)
+    chosen = _draw(groups, task.strata(dataset) if task.strata else None, limit, seed)
+    if groups.max() + 1 < len(dataset):
+        logger.warning(
+            "%s: %d of %d rows are taken, the limit being %d; rows with the same %s stay together",
+            source(dataset), len(chosen), len(dataset), limit, what,
+        )  # fmt: skip
+    return dataset.select(chosen)
+
+
+def _groups(dataset: Dataset, task: Any, config: DataConfig) -> tuple[str, np.ndarray]:
+    """What the rows of a group have in common, and the number of each row's group, from 0."""
+    if config.group:
+        require_columns(dataset, [config.group])
+        return config.group, _number(values(dataset, config.group))
+    document = find_column(dataset, DOCUMENTS, without=task.columns.values())
+    if document:
+        groups = _number(values(dataset, document))
+        if 0 < groups.max() < len(dataset) - 1:
+            return document, groups
+    return task.group, _number(task.groups(dataset))
+
+
+def _number(keys: list[Hashable]) -> np.ndarray:
+    """Equal keys get equal numbers, from 0; each missing one a number of its own."""
+    seen: dict[Hashable, int] = {}
+    return np.array(
+        [seen.setdefault((index,) if is_missing(key) else key, len(seen)) for index, key in enumerate(keys)]
+    )
+
+
+def _draw(
+    groups: np.ndarray, strata: list[int] | None, rows: int, seed: int, leave_singles: bool = False
+) -> np.ndarray:
+    """Sorted numbers of at most `rows` rows, in whole groups; where no group is small enough, those of the smallest.
+
+    The groups come in random order, in which each class is spread evenly, and with `leave_singles` a class's only
+    group comes last.
+    """
+    random = np.random.default_rng(seed)
+    sizes, firsts = np.bincount(groups), np.unique(groups, return_index=True)[1]
+    order = random.permutation(len(sizes))
+    classes = np.zeros(len(order), dtype=int) if strata is None else np.asarray(strata)[firsts[order]]
+    before = pd.Series(order).groupby(classes).cumcount().to_numpy()
+    counts = np.bincount(classes)[classes]
+    place = (before + random.random(classes.max() + 1)[classes]) / counts
+    if leave_singles:
+        place[counts == 1] = 1
+    taken, total = [], 0
+    for group in order[np.argsort(place, kind="stable")]:
+        if total + sizes[group] <= rows:
+            taken.append(group)
+            total += sizes[group]
+    return np.flatnonzero(np.isin(groups, taken or [sizes.argmin()]))
