@@ -54,7 +54,7 @@ class DataConfig(BaseModel):
     label: str | list[str] | None = Field(
         None,
         description="Classification: the label's column. Several labels a row: a column of lists, or the names of "
-        "several columns of 0 and 1. Regression: a column of numbers.",
+        "several columns of 0 and 1, or texts with a separator. Regression: a column of numbers.",
     )
     label_separator: str | None = Field(
         None,
