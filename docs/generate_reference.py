@@ -70,12 +70,12 @@ def config_fields() -> str:
 
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
-    from redpeft import adapters
+    from redpeft import adapters, tasks
     from redpeft.adapters import card, compose, expression, listing, pack, packing, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.reproduce import command, generate, language_model, lm_harness, plan
     from redpeft.runs import fleet, on_ray, runner, sweep
-    from redpeft.tasks import data, e2e_files, e2e_metrics, files
+    from redpeft.tasks import e2e_files, e2e_metrics, files
     from redpeft.training import methods, predict, recipe, train
 
     shown = {
@@ -106,7 +106,7 @@ def signatures() -> str:
         "redpeft.runs.on_ray": [on_ray.run_on_ray],
         "redpeft.reproduce.command": [command.reproduce, command.show_plan],
         "redpeft.reproduce.plan": [plan.Request],
-        "redpeft.tasks.data": [data.read_splits],
+        "redpeft.tasks": [tasks.read_data],
         "redpeft.tasks.files": [files.read_file],
         "redpeft.tasks.e2e_metrics": [e2e_metrics.score, e2e_metrics.nist],
         "redpeft.tasks.e2e_files": [e2e_files.score_files],
