@@ -23,6 +23,7 @@ def write_rows(path: Path, rows: list[dict]) -> str:
         ".jsonl": lambda: path.write_text("".join(json.dumps(row) + "\n" for row in rows)),
         ".json": lambda: path.write_text(json.dumps(rows)),
         ".parquet": lambda: frame.to_parquet(path, index=False),
+        ".xlsx": lambda: frame.to_excel(path, index=False),
     }
     writers[path.suffix]()
     return str(path)

@@ -7,7 +7,8 @@ import pytest
 
 from redpeft.errors import UserError
 from redpeft.tasks.columns import ROW
-from redpeft.training.stream import batched, read_lines
+from redpeft.tasks.files import read_file
+from redpeft.training.stream import batched, read_stream
 
 
 @pytest.fixture
@@ -18,15 +19,29 @@ def pipe():
         yield end.write, stream
 
 
+class Pipe(io.BytesIO):
+    """A stream that cannot be read whole, and brings a few bytes at a time."""
+
+    def seekable(self):
+        return False
+
+    def read1(self, size=-1):
+        return super().read1(7)
+
+
 def of(text):
     return io.BytesIO(text if isinstance(text, bytes) else text.encode())
+
+
+def rows(stream, *columns, **options):
+    return [row for batch in read_stream(stream, 32, columns, **options) for row in batch]
 
 
 @pytest.mark.timeout(60)
 def test_lines_are_answered_as_they_come(pipe):
     """Nothing here waits for the writer, who has not come to the end."""
     write, stream = pipe
-    batches = read_lines(stream, 32)
+    batches = read_stream(stream, 32, ["text"])
     write(b"one\n")
     assert next(batches) == ["one"]
     write(b"two\nthree\nfo")
@@ -35,32 +50,113 @@ def test_lines_are_answered_as_they_come(pipe):
     assert next(batches) == ["four"]
 
 
+@pytest.mark.timeout(60)
+def test_records_of_a_table_are_answered_as_they_come(pipe):
+    write, stream = pipe
+    batches = read_stream(stream, 32, ["text"])
+    write(b"id,text\n1,one\n")
+    assert next(batches) == [{"id": "1", "text": "one", ROW: 1}]
+    write(b'2,"two,\nstill two"\n3,thr')
+    assert next(batches) == [{"id": "2", "text": "two,\nstill two", ROW: 2}]
+    write(b"ee\n")
+    assert next(batches) == [{"id": "3", "text": "three", ROW: 3}]
+
+
 def test_a_fast_source_fills_its_batches():
     text = "".join(f"line {number}\n" for number in range(1000)) + "the end"
-    sizes = [len(batch) for batch in read_lines(of(text), 32)]
+    sizes = [len(batch) for batch in read_stream(of(text), 32)]
     assert sum(sizes) == 1001
     assert sizes.count(32) >= 1000 // 32
-    assert [row for batch in read_lines(of(text), 7) for row in batch] == text.split("\n")
+    assert rows(of(text)) == rows(Pipe(text.encode())) == text.split("\n")
 
 
 def test_objects_keep_the_number_of_their_line():
-    [batch] = read_lines(of('\n{"text": "é"}\r\n \n  plain, with blanks \n'), 32)
-    assert batch == [{"text": "é", ROW: 2}, "  plain, with blanks "]
-    assert list(read_lines(of(""), 32)) == []
+    text = '\n{"text": "é"}\r\n \n  plain, with blanks \n'
+    for stream in (of(text), Pipe(text.encode())):
+        assert rows(stream, "text") == [{"text": "é", ROW: 2}, "  plain, with blanks "]
+    assert list(read_stream(of(""), 32)) == []
+
+
+TABLES = {
+    "commas": 'id,text\n1,"hello, ""you"""\n2,bad\n',
+    "quoted line ends": 'text,id\r\n"two\r\nlines",1\r\nbad,2\r\n',
+    "semicolons": "text;label\nhello, you;good\nbad;bad",
+    "tabs": "id\ttext\n1\thello, you\n",
+    "an old Mac": "id,text\r1,hello\r2,bad\r",
+    "one column": 'text\nhello, you\n"quoted, too"\n',
+    "missing cells": "id,text\n,hello\n2,NA\n",
+    "a header alone": "id,text\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_gives_what_its_file_gives(tmp_path, name, encoding):
+    content = TABLES[name].encode(encoding)
+    (tmp_path / "a.csv").write_bytes(content)
+    expected = [] if name == "a header alone" else list(read_file(tmp_path / "a.csv"))
+    assert rows(of(content), "text") == expected
+    assert rows(Pipe(content), "text") == expected
+
+
+def test_other_encodings_are_found_out():
+    text = "très bien\nun café crème\ndéjà vu à l'hôtel\n".encode("cp1252")
+    assert rows(of(text)) == ["très bien", "un café crème", "déjà vu à l'hôtel"]
+    assert rows(Pipe(b"only later\n" * 3 + text))[:3] == ["only later"] * 3
+    characters = "日本語 é 😀\n" * 3
+    assert rows(Pipe(characters.encode())) == characters.split("\n")[:-1]  # cut within characters
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "expected"),
+    [
+        ("hello, you\nbad, too\n", ["text"], ["hello, you", "bad, too"]),
+        ("message,label\nhello\n", ["text"], ["message,label", "hello"]),
+        ("text,label\nhello,x\n", ["text", "other"], ["text,label", "hello,x"]),
+        ("[sarcasm] great\n", ["text"], ["[sarcasm] great"]),
+        ('[{"text": "a"},\n {"text": "b"}]', ["text"], [{"text": "a", ROW: 1}, {"text": "b", ROW: 2}]),
+        ("Text,id\nhello,1\n", ["text"], [{"Text": "hello", "id": "1", ROW: 1}]),
+    ],
+)
+def test_the_first_line_decides(text, columns, expected):
+    assert rows(of(text), *columns) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "expected"),
+    [
+        ("text,label\nhello,x\n", {"form": "lines"}, ["text,label", "hello,x"]),
+        ('{"text": "a"}\n', {"form": "lines"}, ['{"text": "a"}']),
+        ("a;b\nhello, you;x\n", {"form": "csv"}, [{"a": "hello, you", "b": "x", ROW: 1}]),
+        ("a,b\tc\nd\te\n", {"form": "tsv"}, [{"a,b": "d", "c": "e", ROW: 1}]),
+        ("hello,x\n", {"form": "csv", "header": "none"}, [{"column_1": "hello", "column_2": "x", ROW: 1}]),
+    ],
+)
+def test_a_format_that_is_named_decides(text, options, expected):
+    assert rows(of(text), "text", **options) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('good\n\n{"text": \n', r"^line 3 of standard input is broken JSON \("),
-        ("good\nnext\ncafé\n".encode("latin-1"), "^line 3 of standard input is not UTF-8"),
-        (b"good\nnext\n\xff", "^line 3 of standard input is not UTF-8"),
+        ('[{"text": "a"},\n', "^standard input is broken JSON"),
+        ('id,text\n1,a\n2,b,c\n', "^standard input, row 2: it has 3 cells, and the first row has 2"),
+        ('id,text\n1,"a\n2,b\n', "^standard input, row 1: a quotation mark is opened and never closed"),
+        ("id,text\n1,a\nid,text\n", "^standard input, row 2: it is the header again"),
+        (b"PK\x03\x04....", "^standard input is no text: it is an Excel workbook"),
     ],
-)
-def test_what_cannot_be_read(text, message):
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [of, lambda text: Pipe(text if isinstance(text, bytes) else text.encode())])
+def test_what_cannot_be_read(text, message, kind):
     with pytest.raises(UserError, match=message) as caught:
-        list(read_lines(of(text), 1))
+        rows(kind(text), "text")
     assert "\n" not in str(caught.value)
+
+
+def test_json_lines_that_are_asked_for_are_objects():
+    with pytest.raises(UserError, match="line 2 of standard input is broken JSON"):
+        rows(of('{"text": "a"}\nplain\n'), "text", form="jsonl")
 
 
 def test_batched():

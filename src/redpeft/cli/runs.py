@@ -76,21 +76,31 @@ def evaluate(
 @command("echo 'Where is my card?' | redpeft predict runs/demo/red/seed-0 -")
 def predict(
     run: RunFolder,
-    file: Annotated[str, typer.Argument(help="A data file, or - for lines (text or JSON) of standard input.")],
+    file: Annotated[str, typer.Argument(help="A data file, or - for standard input: a table, JSON lines, or lines.")],
+    format: Annotated[
+        Literal["csv", "tsv", "jsonl", "json", "lines"] | None,
+        typer.Option(help="What the input is, whatever its extension or first line says."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the rows with their answers to this .csv, .tsv or .jsonl file.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, Any]] | Answer:
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
-    from redpeft.tasks import read_file
-    from redpeft.tasks.columns import source
-    from redpeft.training.predict import BATCH, open_run, predict_batches
-    from redpeft.training.stream import batched, read_lines
+    from redpeft.training.predict import open_run, predict_batches, read_rows, rounded, save_answers
 
+    if out is not None and out.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
+        raise UserError(f"--out {out}: the extension decides the format, and .csv, .tsv and .jsonl are known")
+    if out is not None and file != "-" and out.resolve() == Path(file).resolve():
+        raise UserError(f"--out {out} is the file that is read: choose another name")
     opened = open_run(find_run(run), base)
-    if file == "-":
-        return predict_batches(opened, read_lines(sys.stdin.buffer, BATCH), source="standard input")
-    rows = read_file(file)
-    return predict_batches(opened, batched(rows, BATCH), total=len(rows), source=source(rows))
+    batches, total, name = read_rows(opened, file, format)
+    answers = map(rounded, predict_batches(opened, batches, total=total, source=name, whole=out is not None))
+    if out is None:
+        return iter(answers)
+    written = save_answers(out, answers)
+    return Answer({"out": out, "rows": written}, [f"Wrote {written:,} rows with their answers to {out}"])
 
 
 @command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")

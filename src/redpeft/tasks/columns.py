@@ -177,12 +177,26 @@ def rows_to_dataset(
         if not isinstance(row, dict):
             raise UserError(f"row {number}: expected an object with {', '.join(map(repr, required))}, found {row!r}")
         number = row.get(ROW, number)
-        missing = [column for column in required if column not in row]
+        fields = {column: _field(row, column) for column in (*required, *optional)}
+        missing = [column for column in required if fields[column] is _NONE]
         if missing:
             seen = ", ".join(repr(name) for name in row if name != ROW)
             raise UserError(f"row {number} has no {missing[0]!r}; it has {seen or 'nothing'}")
-        found.append({column: row.get(column) for column in (*required, *optional)} | {ROW: number})
+        found.append({name: None if value is _NONE else value for name, value in fields.items()} | {ROW: number})
     try:
         return Dataset.from_list(found)
     except (ValueError, TypeError) as error:  # pyarrow's: rows of different types
         raise UserError(f"the rows do not hold the same types: {first_line(error)}") from None
+
+
+_NONE = object()
+
+
+def _field(row: dict, column: str) -> Any:
+    """A row's value in a column: by its name in any case, or by a dotted one in objects within objects."""
+    if column in row:
+        return row[column]
+    if len(alike := [name for name in row if name.lower() == column.lower()]) == 1:
+        return row[alike[0]]
+    outer, dot, inner = column.partition(".")
+    return _field(row[outer], inner) if dot and isinstance(row.get(outer), dict) else _NONE

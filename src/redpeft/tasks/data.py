@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from redpeft.errors import UserError, first_line
 from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing, source, values
-from redpeft.tasks.files import READERS, SHARD, read_file, read_parts, with_rows
+from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_text, with_rows
 from redpeft.tasks.glue import glue_splits
 from redpeft.tasks.labels import label_name
 
@@ -33,16 +33,23 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         None,
-        description="A data set's name on the Hugging Face hub, a folder with train, validation and test files, or "
-        "one file (.csv, .tsv, .jsonl, .json, .parquet) that holds the training rows.",
+        description="A data set's name on the Hugging Face hub, a folder (train, validation and test files, a folder "
+        "of texts for each class, or what save_to_disk wrote), or one file (.csv, .tsv, .jsonl, .json, .parquet, "
+        ".xlsx) that holds the training rows.",
     )
     config_name: str | None = Field(
         None,
         description="The hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; of a folder, one inside.",
     )
-    train: str | None = Field(None, description="File of training rows; goes before `path`.")
-    validation: str | None = Field(None, description="File of validation rows; goes before `path`.")
-    test: str | None = Field(None, description="File of test rows; goes before `path`.")
+    train: str | None = Field(None, description="File of training rows; overrides those of `path`.")
+    validation: str | None = Field(None, description="File of validation rows; overrides those of `path`.")
+    test: str | None = Field(None, description="File of test rows; overrides those of `path`.")
+    header: Literal["first", "none"] | None = Field(
+        None,
+        description="Tables (.csv, .tsv, .xlsx): first, the first row holds the names of the columns; none, there are "
+        "no names, and the columns are called column_1, column_2, ... When not given, the first row holds them, and "
+        "one that looks like data is refused.",
+    )
     protocol: Literal["glue", "glue-t5"] | None = Field(
         None,
         description="GLUE's own test sets have no public labels: make the test split as the RED paper does, of the "
@@ -119,8 +126,8 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     Raises:
         UserError: data that is missing, empty or unreadable.
     """
-    splits = _read_path(config.path, config.config_name, config.label) if config.path else {}
-    splits |= {name: read_file(file) for name in SPLIT_NAMES if (file := getattr(config, name))}
+    splits = _read_path(config.path, config.config_name, config.label, config.header) if config.path else {}
+    splits |= {name: read_file(file, config.header) for name in SPLIT_NAMES if (file := getattr(config, name))}
     if "train" not in splits:
         raise UserError(f"{config.path} has no training split; it has {', '.join(splits)}. Give the file as `train`.")
     if config.protocol:
@@ -129,9 +136,9 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     return {name: splits[name] for name in SPLIT_NAMES if name in splits}
 
 
-def read_evaluation(path: str, config_name: str | None = None) -> Dataset:
+def read_evaluation(path: str, config_name: str | None = None, header: str | None = None) -> Dataset:
     """All rows of a file; of a folder or hub data set the test split, or where it has none the validation split."""
-    splits = _read_path(path, config_name)
+    splits = _read_path(path, config_name, header=header)
     for name in ("test", "validation", "train"):
         if name in splits:
             return splits[name]
@@ -141,15 +148,17 @@ def read_evaluation(path: str, config_name: str | None = None) -> Dataset:
 # --- a folder or a name on the hub ----------------------------------------------------------------------------------
 
 
-def _read_path(path: str, config_name: str | None, label: str | list[str] | None = None) -> dict[str, Dataset]:
+def _read_path(
+    path: str, config_name: str | None, label: str | list[str] | None = None, header: str | None = None
+) -> dict[str, Dataset]:
     local = Path(path).expanduser()
     if local.is_file():
-        return {"train": read_file(local)}
+        return {"train": read_file(local, header)}
     if local.is_dir() and config_name:
-        return _read_path(str(local / config_name), None, label)
+        return _read_path(str(local / config_name), None, label, header)
     if is_local(path) and not local.is_dir():
         raise UserError(f"no such file or folder: {path}")
-    splits = _read_folder(local) if local.is_dir() else _read_hub(path, config_name)
+    splits = _read_folder(local, header) if local.is_dir() else _read_hub(path, config_name)
     if "test" in splits and _is_unlabelled(splits["test"], splits.get("train"), label):
         logger.warning("%s has no labels and is left out", source(splits.pop("test")))
     return splits
@@ -198,20 +207,54 @@ def splits_in(folder: Path) -> dict[str, list[Path]]:
 def _data_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in READERS:
-            files.setdefault(SHARD.sub("", file.stem.lower()), []).append(file)
+        if extension(file) in READERS and file.is_file():
+            stem = file.name.lower().removesuffix(".gz").removesuffix(extension(file))
+            files.setdefault(SHARD.sub("", stem), []).append(file)
     return files
 
 
-def _read_folder(folder: Path) -> dict[str, Dataset]:
+def _read_folder(folder: Path, header: str | None) -> dict[str, Dataset]:
+    if saved := _read_saved(folder):
+        return saved
     files = _data_files(folder)
     chosen = _named_splits(files)
     if chosen:
-        return {name: read_parts(parts) for name, parts in chosen.items()}
+        return {name: read_parts(parts, header) for name, parts in chosen.items()}
     if (folder / "data").is_dir():  # as in a snapshot of the Hub
-        return _read_folder(folder / "data")
+        return _read_folder(folder / "data", header)
+    inside = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
+    if by_class := {name: _read_classes(child) for name, child in _named_splits(inside).items()}:
+        if found := {name: rows for name, rows in by_class.items() if rows is not None}:
+            return found
+    elif (rows := _read_classes(folder)) is not None:
+        return {"train": rows}
     seen = ", ".join(file.name for parts in files.values() for file in parts) or "no data file"
-    raise UserError(f"{folder} holds no train, validation or test file ({', '.join(READERS)}); it holds {seen}")
+    raise UserError(
+        f"{folder} holds no train, validation or test file ({', '.join(READERS)}), and no folders of .txt files named "
+        f"after classes; it holds {seen}"
+    )
+
+
+def _read_saved(folder: Path) -> dict[str, Dataset]:
+    """The splits that `save_to_disk` wrote, of a data set or of several; none where it did not."""
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return {}
+    try:
+        found = load_from_disk(str(folder), keep_in_memory=True)
+    except Exception as error:  # of datasets, pyarrow and json
+        raise UserError(f"cannot read {folder}, which save_to_disk wrote: {first_line(error)}") from None
+    splits = found if isinstance(found, DatasetDict) else {"train": found}
+    named = _named_splits({str(name).lower(): rows for name, rows in splits.items()})
+    return {name: with_rows(rows, f"{folder.name} ({name})") for name, rows in named.items()}
+
+
+def _read_classes(folder: Path) -> Dataset | None:
+    """The texts in folders that are named after their classes, `pos/1.txt`; None where it is no such folder."""
+    files = sorted(folder.glob("*/*.txt"))
+    if len({file.parent for file in files}) < 2:
+        return None
+    rows = {"text": [read_text(file) for file in files], "label": [file.parent.name for file in files]}
+    return with_rows(Dataset.from_dict(rows), folder.name)
 
 
 def _named_splits(found: dict) -> dict:

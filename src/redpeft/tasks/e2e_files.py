@@ -9,7 +9,7 @@ from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
 from redpeft.tasks.e2e import E2ETask
 from redpeft.tasks.e2e_metrics import require_scorers, score
-from redpeft.tasks.files import READERS, existing, read_file, read_text
+from redpeft.tasks.files import READERS, existing, extension, read_file, read_text
 
 
 def score_files(references: str | Path, predictions: str | Path) -> dict[str, float | None]:
@@ -30,7 +30,7 @@ def score_files(references: str | Path, predictions: str | Path) -> dict[str, fl
 
 def read_predictions(path: str | Path) -> list[str]:
     """One text a line, or the texts of rows as `redpeft predict` writes them (.jsonl), which may be empty."""
-    if existing(path).suffix.lower() not in READERS:
+    if extension(existing(path)) not in READERS:
         return _lines(path)
     rows = read_file(path)
     cols.require_columns(rows, ["text"])
@@ -44,7 +44,7 @@ def read_predictions(path: str | Path) -> list[str]:
 def read_references(path: str | Path) -> list[list[str]]:
     """Groups of lines with an empty line after each, or a table of meaning representations and references, where the
     references of one meaning representation make a group, in the order of its first row."""
-    if existing(path).suffix.lower() in READERS:
+    if extension(existing(path)) in READERS:
         rows = read_file(path)
         task = E2ETask(E2ETask.find_columns(rows))
         task.check(rows)
