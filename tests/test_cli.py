@@ -16,6 +16,7 @@ from transformers import AutoModel
 
 from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
+from redpeft.tasks import read_file
 from redpeft.training import loop
 
 
@@ -437,6 +438,34 @@ def test_predict_writes_a_json_line_a_row(redpeft, trained, data_folder, monkeyp
     assert again == pytest.approx([row["probabilities"]["yes"] for row in rows[:2]], rel=1e-4)
 
 
+def test_predict_reads_standard_input_as_it_reads_the_file(redpeft, trained, tmp_path, monkeypatch):
+    content = 'number;text;label\r\n1;"the film, good";yes\r\n2;the film is bad;no\r\n'
+    (tmp_path / "rows.csv").write_bytes(content.encode("utf-16"))
+    code, of_file, _ = redpeft("predict", trained[0], tmp_path / "rows.csv")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content.encode("utf-16"))))
+    assert redpeft("predict", trained[0], "-")[:2] == (code, of_file)
+    assert [json.loads(line)["text"] for line in of_file.splitlines()] == ["the film, good", "the film is bad"]
+    standard_input(monkeypatch, "text,label\nthe film, good\n")
+    code, out, _ = redpeft("predict", trained[0], "-", "--format", "lines")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["text,label", "the film, good"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.jsonl"])
+def test_predict_writes_rows_with_their_answers(redpeft, trained, tmp_path, name):
+    (tmp_path / "rows.csv").write_text("number,text,label\n007,the film is good,x\n2,the film is bad,\n")
+    code, out, _ = redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / name)
+    assert (code, out) == (0, f"Wrote 2 rows with their answers to {tmp_path / name}\n")
+    rows = read_file(tmp_path / name)
+    assert (rows["number"], rows["label"]) == (["007", "2"], ["x", None])
+    assert set(rows["predicted_label"]) <= {"yes", "no"}
+    probability = rows["probabilities.yes" if name.endswith("jsonl") else "probability yes"][0]
+    assert len(str(probability).lstrip("0.")) <= 4
+    code, _, err = redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / "rows.csv")
+    assert code == 2
+    assert "is the file that is read" in err
+    assert "known" in redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / "out.txt")[2]
+
+
 def test_predict_names_a_broken_line(redpeft, trained, tmp_path, monkeypatch):
     (tmp_path / "ask.jsonl").write_text('{"text": "the film"}\n{"text": " "}\n')
     code, _, err = redpeft("predict", trained[0], tmp_path / "ask.jsonl")
@@ -600,7 +629,7 @@ def test_score_prints_a_table(redpeft, tmp_path, monkeypatch):
         ("e2e", "", "pred.txt is empty"),
         ("e2e", "One.\n\nTwo.\n", "pred.txt, line 2: the line is empty"),
         ("e2e", None, "no such file: "),
-        ("e2e", "Caf\udce9\n", "pred.txt is not UTF-8"),
+        ("e2e", "a\0b\n", "pred.txt is no text: it holds NUL bytes"),
         ("e3e", "One.\n", "'e3e' is not"),
     ],
 )

@@ -60,3 +60,11 @@ def test_rows_to_dataset():
 def test_rows_that_cannot_be_predicted(rows, plain, message):
     with pytest.raises(UserError, match=message):
         cols.rows_to_dataset(rows, ["text"], plain)
+
+
+def test_columns_that_nobody_reads_are_named():
+    dataset = Dataset.from_list(
+        [{"chat": [{"role": "user", "content": "x", "weight": 0}], "system": "be kind", "__row__": 1}]
+    )
+    assert cols.unread_columns(dataset, {"messages": "chat"}) == ["system", "chat.weight"]
+    assert cols.unread_columns(dataset, {"text": "system", "label": ["chat"]}) == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -57,6 +57,16 @@ def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] =
     """The first of `names` (in lower case) that is a column, whatever its case, and not one of those in `without`."""
     present = {name.lower(): name for name in reversed(column_names(dataset)) if name not in without}
     return next((present[name] for name in names if name in present), None)
+
+
+def unread_columns(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
+    """The user's columns that are none of a task's `columns`; of a column of chats also the fields of its messages
+    that are neither role nor content, such as `messages.weight`."""
+    read = {name for names in columns.values() for name in ([names] if isinstance(names, str) else names)}
+    unread = [name for name in column_names(dataset) if name not in read]
+    fields = value_feature(dataset, columns["messages"]) if "messages" in columns else {}
+    inner = [name for name in fields if name not in ("role", "content")] if isinstance(fields, dict) else []
+    return unread + [f"{columns['messages']}.{name}" for name in inner]
 
 
 def require_columns(dataset: Dataset, columns: Iterable[str]) -> None:

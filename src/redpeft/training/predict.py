@@ -169,8 +169,8 @@ QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
 
 
 def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
-    """The rows of a file, or with "-" of standard input, in the lists in which they are answered; their number if it is
-    known.
+    """The rows of a file, or with "-" of standard input, in lists as they are answered; their number if it is known;
+    and what errors call them.
 
     `form` is one of `stream.FORMATS`, and overrides the file's extension. A .txt file holds a text a line. Raises
     `UserError` as `read_file` and `read_stream` do.

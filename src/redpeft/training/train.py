@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import set_seed
 
+from redpeft.errors import some
+from redpeft.tasks.columns import unread_columns
 from redpeft.training.generating import answer_scores
 from redpeft.training.loop import (
     attach,
@@ -49,7 +51,9 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     bars_on_terminals_only()
     task, splits = read_task(recipe)
-    say(f"columns: {', '.join(f'{key} = {value}' for key, value in task.columns.items())}")
+    unread = unread_columns(splits["train"], task.columns)
+    said = ", ".join(f"{key} = {value}" for key, value in task.columns.items())
+    say(f"columns: {said}{'; not read: ' + some(unread, 8) if unread else ''}")
     for line in task.describe(splits["train"]):
         say(line)
     set_seed(recipe.seed)
