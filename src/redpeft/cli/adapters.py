@@ -104,7 +104,7 @@ def compose(
     rows = inspect.summarize(made)
     kept = made.config["base_fingerprint"]
     data = {"adapter": out, "expression": expression, "base_fingerprint": kept, "head": whose, "sites": rows}
-    shown = [inspect.summary_table(rows, expression)]
+    shown: list[Any] = [inspect.summary_table(rows, expression)]
     if not kept:
         shown.append("No fingerprint of the base model: none was made for exactly these sites.")
     if whose:
