@@ -167,6 +167,14 @@ def input_limit(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int 
     return min(limits, key=lambda limit: limit.tokens)
 
 
+def known_tokens(model: Any) -> int | None:
+    """How many tokens have an embedding; None for a model such as CANINE, which reads characters by their digests."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        return None
+
+
 def positions(model: Any, decoder: bool = False) -> Limit | None:
     """How many tokens of a row have a position in the model, as its configuration and its table of positions say;
     None where positions are relative. Virtual tokens of prompts and prefixes take some of them.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from redpeft.errors import UserError
 from redpeft.tasks import Task
 from redpeft.tasks import columns as cols
-from redpeft.tasks.base_model import Limit, input_limit, positions
+from redpeft.tasks.base_model import Limit, input_limit, known_tokens, positions
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.recipe import Recipe
 
@@ -90,15 +90,14 @@ def _encode(
     continues = task.task_type == "CAUSAL_LM" and not with_labels  # a prompt is not cut: its answer stands behind it
     limit = input_limit(model, tokenizer, None if continues else recipe.max_length)
     rows = task.encode(dataset, tokenizer, limit.tokens, with_labels)
-    known = model.get_input_embeddings().weight.shape[0]
-    if (
-        len(tokenizer) > known
-        and (most := max(max(ids, default=0) for ids in cols.values(rows, "input_ids"))) >= known
-    ):
-        raise UserError(
-            f"{cols.source(dataset)} has the token {tokenizer.convert_ids_to_tokens(most)!r}, number {most}, and the "
-            f"base model has {known}: its tokenizer is another model's"
-        )
+    known = known_tokens(model)
+    if known is not None and len(tokenizer) > known:
+        most = max(max(ids, default=0) for ids in cols.values(rows, "input_ids"))
+        if most >= known:
+            raise UserError(
+                f"{cols.source(dataset)} has the token {tokenizer.convert_ids_to_tokens(most)!r}, number {most}, and "
+                f"the base model has {known}: its tokenizer is another model's"
+            )
     if task.task_type == "SEQ_CLS" and model.config.is_encoder_decoder:
         _check_ends(rows, dataset, model, tokenizer)
     return Encoded(rows.remove_columns(cols.CUT), cols.values(rows, cols.CUT), limit)
