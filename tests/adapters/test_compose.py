@@ -53,8 +53,8 @@ def made(folder, expression, **options):
 def close(adapter, expected, rtol=1e-5, atol=1e-4):
     assert adapter.edits.keys() == expected.keys()
     for site, (scale, bias) in expected.items():
-        torch.testing.assert_close(adapter.edits[site].scale, scale.float(), rtol=rtol, atol=atol)
-        torch.testing.assert_close(adapter.edits[site].bias, bias.float(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(adapter.edits[site].scale, scale.double(), rtol=rtol, atol=atol)
+        torch.testing.assert_close(adapter.edits[site].bias, bias.double(), rtol=rtol, atol=atol)
 
 
 def of(folder, name):

@@ -25,9 +25,8 @@ def test_reads_effective_edits_units_and_head(tmp_path):
     adapter = read_adapter(write_folder(tmp_path / "a", tensors, modules_to_save=["classifier"]))
     assert list(adapter.edits) == SITES
     for site in SITES:
-        torch.testing.assert_close(adapter.edits[site].scale, tensors[key(site, "scale")])
-        torch.testing.assert_close(adapter.edits[site].bias, 0.25 * tensors[key(site, "bias")])
-        assert adapter.edits[site].scale.dtype == adapter.edits[site].bias.dtype == torch.float32
+        torch.testing.assert_close(adapter.edits[site].scale, tensors[key(site, "scale")].double())
+        torch.testing.assert_close(adapter.edits[site].bias, 0.25 * tensors[key(site, "bias")].double())
         assert adapter.units[site] == 0.25
     assert list(adapter.head) == ["classifier.weight"]
     assert adapter.config["revision"] == "abc123"
@@ -216,8 +215,8 @@ def test_reads_what_peft_writes(tmp_path, encoder):
     assert sorted(adapter.edits) == SITES
     for site, edit in adapter.edits.items():
         layer = encoder.get_submodule(site).redpeft_edit["default"]
-        torch.testing.assert_close(edit.scale, layer.scale.data)
-        torch.testing.assert_close(edit.bias, 0.5 * layer.bias.data)
+        assert torch.equal(edit.scale, 1 + layer.offset.data.double())
+        assert torch.equal(edit.bias, 0.5 * layer.bias.data.double())
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_fingerprint"]
 
 
@@ -237,7 +236,7 @@ def test_writes_what_it_reads(adapter):
     assert again.units == adapter.units == dict.fromkeys(SITES, 0.25)
     for site in SITES:
         assert torch.equal(again.edits[site].scale, adapter.edits[site].scale)
-        torch.testing.assert_close(again.edits[site].bias, adapter.edits[site].bias)
+        assert torch.equal(again.edits[site].bias, adapter.edits[site].bias)
     assert again.head.keys() == adapter.head.keys()
     assert all(torch.equal(again.head[key], tensor) for key, tensor in adapter.head.items())
     assert again.head["classifier.weight"].dtype == torch.bfloat16
@@ -267,7 +266,7 @@ def test_what_is_written_loads_in_peft(adapter, encoder):
     model = PeftModel.from_pretrained(encoder, adapter.folder)
     for site in SITES:
         edit = model.get_base_model().get_submodule(site).redpeft_edit["default"]
-        torch.testing.assert_close(edit.shift.data, adapter.edits[site].bias)
+        torch.testing.assert_close(edit.effective[1].data, adapter.edits[site].bias.float())
 
 
 def test_refuses_to_write(adapter, tmp_path):

@@ -69,7 +69,7 @@ def fleet_of(make, slots=4, **options):
             for edit in fleet.edits:
                 for vector in edit.parameters():
                     vector.copy_(torch.randn_like(vector) * 2)
-                edit.scale[:2] = torch.tensor([-64.0, 74.0]) if edit.scale.requires_grad else 1.0
+                edit.offset[:2] = torch.tensor([-64.0, 74.0]) if edit.offset.requires_grad else 0.0
             for head in fleet.heads:
                 for weight in head.trained:
                     weight.copy_(torch.randn_like(weight))

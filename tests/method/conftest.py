@@ -132,8 +132,8 @@ def far(model: nn.Module, adapter: str = "default", seed: int = 0) -> nn.Module:
     """Set an adapter's edits far from the identity: negative and large scales, large biases, a unit that is not 1."""
     generator = torch.Generator().manual_seed(seed)
     for edit in edits(model, adapter):
-        edit.set_unit(0.5)
-        edit.scale.copy_(2 * torch.randn(edit.scale.shape, generator=generator))
+        edit.express(unit=0.5)
+        edit.offset.copy_(2 * torch.randn(edit.offset.shape, generator=generator) - edit.origin)
         edit.bias.copy_(3 * torch.randn(edit.bias.shape, generator=generator))
     return model
 

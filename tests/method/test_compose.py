@@ -14,16 +14,17 @@ from redpeft.method.compose import combine_configs, combine_heads, inverse, sequ
 from redpeft.method.edit import Edit, apply_edit
 
 WIDTH = 4
-IDENTITY = (torch.ones(WIDTH).double(), torch.zeros(WIDTH).double())
+IDENTITY = (torch.zeros(WIDTH).double(), torch.zeros(WIDTH).double())
 
 
-def vectors(low, high, smallest=0.0):
-    values = st.floats(low, high, allow_nan=False, width=32).filter(lambda value: abs(value) >= smallest)
+def vectors(low, high, zero=None):
+    """Values of fp32, none of them near `zero`."""
+    values = st.floats(low, high, allow_nan=False, width=32).filter(lambda x: zero is None or abs(x - zero) >= 0.01)
     return st.lists(values, min_size=WIDTH, max_size=WIDTH).map(lambda values: torch.tensor(values).double())
 
 
-edits = st.tuples(vectors(-64, 74), vectors(-147, 147))
-invertible = st.tuples(vectors(-64, 74, smallest=0.01), vectors(-147, 147))
+edits = st.tuples(vectors(-65, 73), vectors(-147, 147))  # differences: scales from -64 to 74
+invertible = st.tuples(vectors(-65, 73, zero=-1), vectors(-147, 147))
 weights = st.floats(-2, 2, width=32)
 hiddens = vectors(-50, 50)
 every_edit = settings(max_examples=60, deadline=None)
@@ -34,6 +35,10 @@ def close(left, right):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-6)
 
 
+def apply(hidden, edit):
+    return apply_edit(hidden, 1 + edit[0], edit[1])
+
+
 def in_sequence(*edits):
     return sequence(edits, [1.0] * len(edits))
 
@@ -41,7 +46,7 @@ def in_sequence(*edits):
 @every_edit
 @given(a=edits, b=edits, c=edits, hidden=hiddens)
 def test_a_sequence_is_running_one_after_another(a, b, c, hidden):
-    close([apply_edit(hidden, *in_sequence(a, b, c))], [apply_edit(apply_edit(apply_edit(hidden, *a), *b), *c)])
+    close([apply(hidden, in_sequence(a, b, c))], [apply(apply(apply(hidden, a), b), c)])
 
 
 @every_edit
@@ -65,8 +70,8 @@ def test_an_inverse_undoes_from_both_sides(a, b):
 @every_edit
 @given(a=edits, b=edits, u=weights, v=weights, hidden=hiddens)
 def test_a_weighted_sum_adds_what_the_edits_change(a, b, u, v, hidden):
-    changes = [apply_edit(hidden, *edit) - hidden for edit in (a, b)]
-    close([apply_edit(hidden, *weighted_sum([a, b], [u, v]))], [hidden + u * changes[0] + v * changes[1]])
+    changes = [apply(hidden, edit) - hidden for edit in (a, b)]
+    close([apply(hidden, weighted_sum([a, b], [u, v]))], [hidden + u * changes[0] + v * changes[1]])
 
 
 @every_edit
@@ -89,15 +94,15 @@ def test_strengths_0_and_1_and_the_average(a, b):
     close(weighted_sum([a, weighted_sum([a], [-1.0])], [1.0, 1.0]), IDENTITY)
 
 
-def test_averages_keep_small_scales_in_fp32():
+def test_sums_keep_small_changes_in_fp32():
     small = (torch.full((WIDTH,), 1e-9), torch.ones(WIDTH))
-    torch.testing.assert_close(weighted_sum([small, small], [0.3, 0.7])[0], small[0])
+    torch.testing.assert_close(weighted_sum([small, small], [3.0, 0.7])[0], 3.7 * small[0])
 
 
 def test_weights_are_strengths_in_a_sequence():
-    a, b = (torch.tensor([2.0]), torch.tensor([10.0])), (torch.tensor([3.0]), torch.tensor([4.0]))
-    scale, bias = sequence([a, b], [0.5, -1.0])  # h -> 1.5 h + 5 -> -(1.5 h + 5) - 4
-    assert (scale.item(), bias.item()) == (-1.5, -9.0)
+    a, b = (torch.tensor([1.0]), torch.tensor([10.0])), (torch.tensor([2.0]), torch.tensor([4.0]))
+    d, bias = sequence([a, b], [0.5, -1.0])  # h -> 1.5 h + 5 -> -(1.5 h + 5) - 4
+    assert (d.item(), bias.item()) == (-2.5, -9.0)
 
 
 def test_configurations():
@@ -159,7 +164,7 @@ def llama(tiny):
     tiny.far(model, "a", seed=1)
     tiny.far(model, "b", seed=2)
     for edit in tiny.edits(model, "b"):
-        edit.set_unit(0.125)
+        edit.express(unit=0.125)
     return model
 
 
@@ -179,7 +184,7 @@ def by_formula(model, weights):
             for adapter, weight in weights.items():
                 if adapter in layer.redpeft_edit:
                     edit = layer.redpeft_edit[adapter]
-                    scale = scale + weight * (edit.scale - 1)
+                    scale = scale + weight * edit.offset  # counted from 1
                     bias = bias + weight * edit.unit * edit.bias
             found[name] = (scale, bias)
     return found
@@ -192,8 +197,7 @@ def test_add_weighted_adapter_by_formula(llama, tiny):
     assert llama.active_adapters == ["a"]
     for name, (scale, bias) in by_formula(llama, {"a": -0.4, "b": 0.7}).items():
         edits = llama.get_submodule(name).redpeft_edit
-        torch.testing.assert_close(edits["mix"].scale, scale, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(edits["mix"].shift, bias, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(edits["mix"].effective, (scale, bias), rtol=1e-5, atol=1e-5)
         assert edits["mix"].unit == (edits["b"].unit if "b" in edits else edits["a"].unit)
     assert llama.peft_config["mix"].target_modules == llama.peft_config["a"].target_modules
 
@@ -248,7 +252,7 @@ def test_strength_counts_in_compositions_and_is_not_saved(llama, tiny, tmp_path)
     for name, (scale, _) in expected.items():
         edits = llama.get_submodule(name).redpeft_edit
         if "b" in edits:
-            torch.testing.assert_close(edits["quarter"].scale, scale, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(edits["quarter"].effective[0], scale, rtol=1e-5, atol=1e-5)
             assert edits["quarter"].strength == 1.0
             assert copy.deepcopy(edits["b"]).strength == 0.5
     llama.save_pretrained(tmp_path, selected_adapters=["b"])
@@ -257,14 +261,13 @@ def test_strength_counts_in_compositions_and_is_not_saved(llama, tiny, tmp_path)
     torch.testing.assert_close(logits(again, tiny), logits(llama, tiny, "b"))
 
 
-def test_full_strength_costs_nothing():
+def test_strength_scales_the_gradient_too():
     edit = Edit(4)
-    assert edit.acting[0] is edit.scale
     edit.strength = 0.5
     edit.reset(identity=False)
     upstream, hidden = torch.randn(3, 4), torch.randn(3, 4)
     edit(hidden).backward(upstream)
-    torch.testing.assert_close(edit.scale.grad, 0.5 * (upstream * hidden).sum(0))
+    torch.testing.assert_close(edit.offset.grad, 0.5 * (upstream * hidden).sum(0))
 
 
 def test_refusals_leave_the_model_as_it_was(llama):

@@ -59,7 +59,7 @@ def test_one_edit_acts_on_the_sum_of_experts_that_a_block_makes_itself(family, t
     assert model.get_nb_trainable_parameters()[0] == 2 * 32
 
     total = (base["experts"] + base["shared"]).double()
-    scale, bias = edit.acting
+    scale, bias = edit.effective
     residual = base["block"].double() - 0.5 * total
     expected = residual + 0.5 * (scale.double() * total + bias.double())
     edited = parts(model.get_base_model(), ids)["block"]
@@ -120,7 +120,7 @@ def shared_linear(tiny) -> nn.Module:
 def test_a_linear_that_blocks_share_is_edited_wherever_it_is_used(tiny, tmp_path):
     ids, model = tiny.tokens(), tiny.with_edits(shared_linear(tiny))
     [edit] = tiny.edits(model)
-    scale, bias = edit.acting
+    scale, bias = edit.effective
     naive = tiny.llama()
     linear = naive.model.layers[0].mlp.down_proj
     for layer in naive.model.layers:
@@ -155,7 +155,7 @@ def test_an_edit_acts_in_torchs_own_encoder_in_evaluation(tiny, masked, layers):
     naive = encoder().train()  # no fused kernel; there is no dropout
     edited = naive.layers if layers is None else [naive.layers[1]]
     for layer, edit in zip(edited, tiny.edits(model), strict=True):
-        layer.linear2.register_forward_hook(lambda _, __, output, edit=edit: edit.acting[0] * output + edit.acting[1])
+        layer.linear2.register_forward_hook(lambda _, __, output, edit=edit: edit.effective[0] * output + edit.effective[1])
     with torch.no_grad():
         real = ~padding if masked else torch.ones_like(padding)
         torch.testing.assert_close(model(**inputs)[real], naive(**inputs)[real])

@@ -17,15 +17,15 @@ def edits(width=6, names=("a", "b")):
         torch.manual_seed(seed)
         made[name] = Edit(width)
         made[name].reset(identity=False)
-        made[name].set_unit(0.3)
+        made[name].express(unit=0.3)
         with torch.no_grad():
-            made[name].scale.mul_(30)
+            made[name].offset.mul_(30)
     return made
 
 
 def one_by_one(edits, names, hidden):
     rows = [
-        apply_edit(hidden[i], edits[name].scale, edits[name].shift) if name in edits else hidden[i]
+        apply_edit(hidden[i], *edits[name].effective) if name in edits else hidden[i]
         for i, name in enumerate(names)
     ]
     return torch.stack(rows).detach()

@@ -146,7 +146,7 @@ def test_files_hold_fp32_edits_and_nothing_else(tiny, tmp_path):
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     sites = [f"model.layers.{i}.mlp.shared_expert.down_proj" for i in range(2)]
-    names = {"scale": (32,), "bias": (32,), "unit": (1,)}
+    names = {"scale_offset": (32,), "bias": (32,), "unit": (1,)}
     expected = {
         f"base_model.model.{site}.redpeft_edit.{name}": shape for site in sites for name, shape in names.items()
     }
@@ -193,12 +193,12 @@ def test_missing_and_left_over_keys_are_errors(tiny, llama_folders, tmp_path, lo
     folder = shutil.copytree(llama_folders[1], tmp_path / "damaged")
     tensors = load_file(folder / "adapter_model.safetensors")
     start = "base_model.model.model.layers"
-    tensors[f"{start}.7.mlp.down_proj.redpeft_edit.scale"] = tensors.pop(f"{start}.0.mlp.down_proj.redpeft_edit.scale")
+    tensors[f"{start}.7.mlp.down_proj.redpeft_edit.bias"] = tensors.pop(f"{start}.0.mlp.down_proj.redpeft_edit.bias")
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     message = (
         r"the file of adapter 'default' does not fit this model; "
-        rf"keys missing: {start}.0.mlp.down_proj.redpeft_edit.default.scale; "
-        rf"left over: {start}.7.mlp.down_proj.redpeft_edit.scale. Load it on the base model that it was trained on"
+        rf"keys missing: {start}.0.mlp.down_proj.redpeft_edit.default.bias; "
+        rf"left over: {start}.7.mlp.down_proj.redpeft_edit.bias. Load it on the base model that it was trained on"
     )
     with pytest.raises(UserError, match=message):
         PeftModel.from_pretrained(tiny.llama(), folder, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -245,7 +245,7 @@ def test_status_and_requires_grad(tiny):
         return {name.split("layers.")[1] for name, p in model.named_parameters() if p.requires_grad}
 
     def names(adapter: str, *blocks: int) -> set[str]:
-        return {f"{i}.mlp.down_proj.redpeft_edit.{adapter}.{name}" for i in blocks for name in ("scale", "bias")}
+        return {f"{i}.mlp.down_proj.redpeft_edit.{adapter}.{name}" for i in blocks for name in ("scale_offset", "bias")}
 
     status = model.get_model_status()
     assert status.adapter_model_type == "RedModel"
@@ -381,7 +381,7 @@ def test_mixture_of_experts_cannot_be_merged(tiny):
 
 def test_a_merge_that_is_not_finite_is_refused(tiny):
     model = tiny.with_edits(tiny.llama())
-    tiny.edits(model)[0].scale.data[3] = float("inf")
+    tiny.edits(model)[0].offset.data[3] = float("inf")
     with pytest.raises(
         UserError, match="^model.layers.0.mlp.down_proj: NaNs .* adapter default seems to be broken, or goes beyond"
     ):
@@ -471,7 +471,7 @@ def test_changes_of_an_adapter_are_seen_at_once(tiny, mixed, tmp_path):
     model.save_pretrained(tmp_path)
     check(lambda: None)
     check(lambda: tiny.far(model, "b", seed=7))
-    check(lambda: [edit.scale.data.mul_(-1.5) for edit in tiny.edits(model, "b")])
+    check(lambda: [edit.offset.data.mul_(-1.5) for edit in tiny.edits(model, "b")])
     check(lambda: [setattr(edit.bias, "data", torch.randn(32)) for edit in tiny.edits(model, "b")])
     check(reload)
     check(add_again)

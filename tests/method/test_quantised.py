@@ -165,7 +165,7 @@ def test_a_few_steps_learn_the_same(case, quantiser, tiny):
     assert losses[-1] < losses[0]
     assert tiny.dtypes(model) == {torch.float32}
     for edit, other in zip(tiny.edits(model), tiny.edits(twin), strict=True):
-        assert_near(edit.scale.detach(), other.scale.detach(), 1e-4)
+        assert_near(edit.offset.detach(), other.offset.detach(), 1e-4)
         assert_near(edit.bias.detach(), other.bias.detach(), 1e-4)
     assert all(torch.equal(numbers(model.get_submodule(name)), base[name]) for name in base)
 

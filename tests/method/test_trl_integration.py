@@ -135,11 +135,11 @@ def load_in_4_bit(tiny_decoder_folder):
     )
 
 
-def test_sft_on_a_4_bit_base_undoes_the_cast_of_the_edits(tiny, load_in_4_bit, tokenizer, tmp_path):
+def test_edits_on_a_4_bit_base_are_trained_in_fp32(tiny, load_in_4_bit, tokenizer, tmp_path):
     trainer = sft(load_in_4_bit(), tokenizer, tmp_path, peft_config=config(), bf16=True)
     trainer.train()
     assert tiny.dtypes(trainer.model) == {torch.float32}
-    assert all((edit.scale != 1).any() and edit.bias.any() for edit in tiny.edits(trainer.model))
+    assert all(edit.offset.any() and edit.bias.any() for edit in tiny.edits(trainer.model))
     trainer.save_model(tmp_path / "adapter")
     assert {t.dtype for t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values()} == {torch.float32}
 
@@ -147,4 +147,5 @@ def test_sft_on_a_4_bit_base_undoes_the_cast_of_the_edits(tiny, load_in_4_bit, t
     expected = tiny.values(model)
     trainer = sft(model, tokenizer, tmp_path, bf16=True, learning_rate=0.0)
     trainer.train()
-    tiny.assert_same(tiny.values(model), expected)
+    assert tiny.dtypes(model) == {torch.float32}
+    torch.testing.assert_close(tiny.values(model), expected, rtol=2**-8, atol=0)  # TRL has rounded them once

@@ -39,7 +39,7 @@ def test_red_on_glue_has_the_papers_values(model):
         found = (recipe.learning_rate, recipe.epochs, recipe.warmup, recipe.weight_decay)
         assert found == (rate, epochs, warmup, decay), task
         assert (recipe.batch_size, recipe.max_length, recipe.schedule) == (32, 256, "linear")
-        assert recipe.method_options == {"unit": 1}
+        assert recipe.method_options == {"unit": 1, "scale_origin": 0}
         assert recipe.metric == {"cola": "matthews", "stsb": "pearson"}.get(task, "accuracy")
         assert recipe.data.protocol == ("glue-t5" if model == "t5-base" else "glue")
         assert (recipe.data.path, recipe.data.config_name) == ("nyu-mll/glue", task)
@@ -88,9 +88,9 @@ def test_a_task_that_the_paper_has_not_takes_no_rate_of_another():
 
 def test_changes_go_last_and_leave_the_values_alone():
     recipe = recipe_for("roberta-base", "red", "cola", "paper", {"method_options.sites": "qkv", "epochs": 1})
-    assert recipe.method_options == {"unit": 1, "sites": "qkv"}
+    assert recipe.method_options == {"unit": 1, "scale_origin": 0, "sites": "qkv"}
     assert recipe.epochs == 1
-    assert row_values("roberta-base", "red", "cola")["method_options"] == {"unit": 1}
+    assert row_values("roberta-base", "red", "cola")["method_options"] == {"unit": 1, "scale_origin": 0}
 
 
 def test_every_row_of_every_table_has_a_recipe_and_a_source():

@@ -134,7 +134,7 @@ def test_what_each_method_trains_beside_the_head():
 
 def test_options_reach_the_configuration():
     model = apply_method(bert(), recipe("red", method_options={"sites": "red+", "unit": 1}))
-    assert sum(".scale" in name for name in trained(model)) == 5 * 2
+    assert sum(".scale_offset" in name for name in trained(model)) == 5 * 2
     model = apply_method(bert(), recipe("lora", method_options={"r": 3, "modules_to_save": ["bert.pooler.dense"]}))
     assert any(parameter.shape[0] == 3 for parameter in model.parameters())
     assert {"pooler", "classifier"} <= {part for name in trained(model) for part in name.split(".")}

@@ -53,7 +53,7 @@ def inverse(adapter: Adapter) -> Adapter:
         raise UserError(
             f"{adapter.folder} has no inverse: a scale is 0 at {some(zero)}. Its negation, a weight of -1, exists"
         )
-    return _each(adapter, lambda edit: Edit(*method.inverse(edit)))
+    return _each(adapter, lambda edit: _edit(method.inverse(_difference(edit))))
 
 
 def keep_scale(adapter: Adapter) -> Adapter:
@@ -138,12 +138,20 @@ def _combine(
     edits = {}
     for site in dict.fromkeys(site for adapter in adapters for site in adapter.edits):
         pairs = zip(adapters, weights, strict=True)
-        there = [(adapter.edits[site], weight) for adapter, weight in pairs if site in adapter.edits]
-        edits[site] = Edit(*combination(*zip(*there, strict=True)))
+        there = [(_difference(adapter.edits[site]), weight) for adapter, weight in pairs if site in adapter.edits]
+        edits[site] = _edit(combination(*zip(*there, strict=True)))
     names, heads = [str(adapter.folder) for adapter in adapters], [adapter.head for adapter in adapters]
     head = method.combine_heads(names, heads, weights if averaging else None)
     owner = next((adapter for adapter in adapters if adapter.head), adapters[0])
     return _with_head(_derived(adapters, edits), owner, head)
+
+
+def _difference(edit: Edit) -> method.Difference:
+    return edit.scale - 1, edit.bias
+
+
+def _edit(difference: method.Difference) -> Edit:
+    return Edit(1 + difference[0], difference[1])
 
 
 def _with_head(adapter: Adapter, owner: Adapter, head: method.Head) -> Adapter:
@@ -158,8 +166,10 @@ def _each(adapter: Adapter, function: Callable[[Edit], Edit]) -> Adapter:
 def _derived(adapters: Sequence[Adapter], edits: Mapping[str, Edit]) -> Adapter:
     """The first adapter with other edits, and what its configuration then says."""
     configs = [{**adapter.config, "target_modules": list(adapter.edits)} for adapter in adapters]
-    units = {site: next(a.units[site] for a in adapters if site in a.units) for site in edits}
     config = adapters[0].config | method.combine_configs(configs, edits.keys())
+    units = dict.fromkeys(edits, 1.0)
+    if config["unit_measured"] or config.get("unit") != "auto":
+        units = {site: next(a.units[site] for a in adapters if site in a.units) for site in edits}
     return replace(adapters[0], config=config, edits=dict(edits), units=units)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from redpeft.adapters import compose as functions
-from redpeft.adapters.files import TASK, Adapter, Edit, find_adapter, find_run, read_adapter, write_adapter
+from redpeft.adapters.files import TASK, Adapter, find_adapter, find_run, read_adapter, write_adapter
 from redpeft.errors import UserError
 from redpeft.method.compose import combine_configs, same_tensors
 
@@ -74,7 +74,7 @@ def _labels(name: str) -> list[str] | None:
 
 
 def _read(name: str, others: Sequence[Adapter]) -> Adapter:
-    """An adapter of the same base as the others, in fp64, with the full names of its sites.
+    """An adapter of the same base as the others, with the full names of its sites.
 
     The base gets the name that the first one has for it: from here on nothing can be compared but names."""
     adapter = read_adapter(find_adapter(Path(name).expanduser()))
@@ -82,8 +82,7 @@ def _read(name: str, others: Sequence[Adapter]) -> Adapter:
     first = others[0] if others else adapter
     config = {"base_model_name_or_path": first.config.get("base_model_name_or_path")}
     config |= {"target_modules": list(adapter.edits)}
-    edits = {site: Edit(edit.scale.double(), edit.bias.double()) for site, edit in adapter.edits.items()}
-    return replace(adapter, config=adapter.config | config, edits=edits)
+    return replace(adapter, config=adapter.config | config)
 
 
 class _Reader:

@@ -1,7 +1,7 @@
 """The one reader of adapter folders, and the one writer beside PEFT's own.
 
     adapter_config.json         what was edited and on which base model
-    adapter_model.safetensors   base_model.model.<module path>.redpeft_edit.scale | bias | unit, and the head's tensors
+    adapter_model.safetensors   base_model.model.<module path>.redpeft_edit.scale_offset | bias | unit, and the head's
 
 Whatever needs a trained edit (inspect, model card, fold, serve) reads it here, so all of them refuse the same folders
 with the same words. Only safetensors is read, never a pickle.
@@ -26,6 +26,8 @@ from torch import nn
 
 from redpeft.errors import UserError, some
 from redpeft.method.compiled import compile_in_place, plain_name
+from redpeft.method.config import FORMAT, check_format
+from redpeft.method.edit import ORIGINS, effective_edit, name_of_scale
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import output_width
 
@@ -35,11 +37,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 RECIPE, TASK, RESULT, ADAPTER, MODEL = "recipe.yaml", "task.json", "result.json", "adapter", "model"
 PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."
-PARTS = ("scale", "bias", "unit")
 
 
 class Edit(NamedTuple):
-    """One site's edit in the output's own size, `h' = scale * h + bias`: fp32 vectors of shape (width,)."""
+    """One site's edit in the output's own size, `h' = scale * h + bias`: vectors of shape (width,).
+
+    What is read from a folder is in fp64, in which it is exact, so that writing it gives the same numbers again.
+    """
 
     scale: torch.Tensor
     bias: torch.Tensor
@@ -88,6 +92,8 @@ def parse_config(content: bytes, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path}: no peft_type, so this is not an adapter's configuration")
+    if config["peft_type"] == "REDPEFT":
+        check_format(config.get("format") or 1, f"{path}: ")
     fingerprint = config.get("base_fingerprint")
     if fingerprint is not None and not (isinstance(fingerprint, dict) and {"shapes", "samples"} <= fingerprint.keys()):
         raise UserError(f"{path}: base_fingerprint is not one that redpeft wrote; set it to null to go without")
@@ -117,39 +123,44 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
         name = plain_name(key).removeprefix(PREFIX)
         site, is_edit, part = name.rpartition(EDIT)
         if is_edit:
-            parts.setdefault(site, {})[part] = tensor.float()
+            parts.setdefault(site, {})[part] = tensor.double()
         else:
             head[name] = tensor
     config = _with_plain_names(config)
-    _check_keys(folder, config.get("target_modules"), parts)
-    for site, tensors_there in parts.items():
-        _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", **tensors_there)
-    return Adapter(
-        folder=folder,
-        config=config,
-        edits={site: Edit(part["scale"], part["unit"] * part["bias"]) for site, part in parts.items()},
-        units={site: part["unit"].item() for site, part in parts.items()},
-        head=head,
-    )
+    name = _check_keys(folder, config.get("target_modules"), parts)
+    for site, part in parts.items():
+        _check_tensors(f"{folder / WEIGHTS_NAME}: {site}", part)
+    units = {site: part["unit"].item() for site, part in parts.items()}
+    config = {**config, "format": FORMAT, "scale_origin": abs(ORIGINS[name])}
+    if "unit_measured" not in config:
+        config["unit_measured"] = config.get("unit") == "auto" and any(unit != 1 for unit in units.values())
+    edits = {
+        site: Edit(*effective_edit(part[name], part["bias"], part["unit"], ORIGINS[name]))
+        for site, part in parts.items()
+    }
+    return Adapter(folder, config, edits, units, head)
 
 
 def write_adapter(adapter: Adapter) -> None:
     """Write `adapter` into `adapter.folder`, where `read_adapter` and `PeftModel.from_pretrained` read it back.
 
-    The configuration is `adapter.config`, with the sites of the edits as its `target_modules`. Scales and biases are
-    rounded to fp32, a bias after division by its unit; the head is written as it is. Raises `UserError` for a folder
-    that is there and not empty or cannot be written, for no edits, shapes that disagree and values not finite in fp32;
-    nothing is left behind then.
+    The configuration is `adapter.config`, with the sites of the edits as its `target_modules`. Vectors are rounded to
+    fp32: the scale after subtraction of its origin, the bias after division by its unit; the head is written as it is.
+    Raises `UserError` for a folder that is there and not empty or cannot be written, for no edits, shapes that
+    disagree and values not finite in fp32; nothing is left behind then.
     """
     if not adapter.edits:
         raise UserError(f"{adapter.folder}: no site is left to edit, so there is nothing to write")
     tensors = {f"{PREFIX}{key}": tensor.contiguous().clone() for key, tensor in adapter.head.items()}
+    name = name_of_scale(adapter.config.get("scale_origin", 1.0))
     for site, edit in adapter.edits.items():
-        unit = torch.tensor([adapter.units[site]])
-        part = {"scale": edit.scale.float(), "bias": (edit.bias / unit).float(), "unit": unit}
-        _check_tensors(f"{adapter.folder}: {site}", **part)
+        unit = adapter.units[site]
+        part = {name: edit.scale - abs(ORIGINS[name]), "bias": edit.bias / unit, "unit": torch.tensor([unit])}
+        part = {key: tensor.float() for key, tensor in part.items()}
+        _check_tensors(f"{adapter.folder}: {site}", part)
         tensors |= {f"{PREFIX}{site}{EDIT}{name}": tensor.contiguous().clone() for name, tensor in part.items()}
-    config = {**adapter.config, "peft_type": "REDPEFT", "target_modules": sorted(adapter.edits), "resolved": True}
+    config = {**adapter.config, "peft_type": "REDPEFT", "format": FORMAT, "resolved": True}
+    config |= {"target_modules": sorted(adapter.edits), "scale_origin": abs(ORIGINS[name])}
     with new_folder(adapter.folder) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -219,20 +230,24 @@ def _with_plain_names(config: dict[str, Any]) -> dict[str, Any]:
     return config if names == targets else {**config, "target_modules": names, "base_fingerprint": None}
 
 
-def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Every target has a site, every site is one that a target names, and every site has its three tensors."""
+def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Tensor]]) -> str:
+    """Every target has a site, every site is one that a target names, and every site has its three tensors. Returns
+    the name of the scale's, one for all: files of version 1 are known by it."""
     if not targets or not isinstance(targets, list):
         raise UserError(f"{folder / CONFIG_NAME}: target_modules is not a list of the edited modules' names")
+    name = next((name for name in ORIGINS if any(name in part for part in parts.values())), "scale_offset")
+    expected = {name, "bias", "unit"}
     missing = [target for target in targets if not any(_matches(target, site) for site in parts)]
-    missing += [f"{site}{EDIT}{name}" for site, part in parts.items() for name in PARTS if name not in part]
+    missing += [f"{site}{EDIT}{each}" for site, part in parts.items() for each in sorted(expected - part.keys())]
     left_over = [site for site in parts if not any(_matches(target, site) for target in targets)]
-    left_over += [f"{site}{EDIT}{name}" for site, part in parts.items() for name in part if name not in PARTS]
+    left_over += [f"{site}{EDIT}{each}" for site, part in parts.items() for each in sorted(part.keys() - expected)]
     for what, names in (
         ("has no tensors for", missing),
         (f"has tensors that {CONFIG_NAME} does not name:", left_over),
     ):
         if names:
             raise UserError(f"{folder / WEIGHTS_NAME}: {what} {some(names)}; the folder is damaged or was mixed up")
+    return name
 
 
 def _matches(target: str, site: str) -> bool:
@@ -240,12 +255,14 @@ def _matches(target: str, site: str) -> bool:
     return site == target or site.endswith(f".{target}")
 
 
-def _check_tensors(where: str, scale: torch.Tensor, bias: torch.Tensor, unit: torch.Tensor) -> None:
-    if scale.ndim != 1 or bias.shape != scale.shape or unit.shape != (1,):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (scale, bias, unit))
-        raise UserError(f"{where}: scale, bias and unit should be of shapes (width,), (width,), (1,), not {shapes}")
-    for name, tensor in (("scale", scale), ("bias", bias), ("unit", unit)):
-        if not tensor.isfinite().all():
+def _check_tensors(where: str, part: dict[str, torch.Tensor]) -> None:
+    """`part`: the scale, the bias and the unit by name."""
+    bias, unit = part["bias"], part["unit"]
+    if bias.ndim != 1 or unit.shape != (1,) or any(part[name].shape != bias.shape for name in part if name in ORIGINS):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in part.values())
+        raise UserError(f"{where}: {', '.join(part)} should be of shapes (width,), (width,), (1,), not {shapes}")
+    for name, tensor in part.items():
+        if not tensor.float().isfinite().all():
             raise UserError(f"{where}: {name} has values that are not finite (NaN, or too large for fp32)")
     if unit <= 0:
         raise UserError(f"{where}: the unit is {unit.item():g}, and a unit is a positive number")

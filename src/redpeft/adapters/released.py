@@ -98,6 +98,7 @@ def import_released(path: str | Path, base: str, out: str | Path) -> Imported:
     config = RedConfig(
         sites=sites,
         unit=1.0,
+        scale_origin=0.0,
         task_type=task,
         modules_to_save=[CLASSIFIER.rstrip(".")] if head else None,
         base_model_name_or_path=base,

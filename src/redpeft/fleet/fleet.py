@@ -25,6 +25,7 @@ from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates, adamw, clip
 from redpeft.fleet.heads import Groups, StackedHead
 from redpeft.fleet.losses import row_loss
+from redpeft.method.edit import effective_edit
 from redpeft.method.mixed import EditTable, RowIndex
 from redpeft.method.model import red_layers
 
@@ -179,11 +180,12 @@ class Fleet:
         units = self.state.units[used]
         try:
             for number, (layer, edit) in enumerate(zip(self.layers, self.edits, strict=True)):
-                scale, bias = (
+                offset, bias = (
                     next(parts) if vector.requires_grad else vector.expand(len(live), -1)
-                    for vector in (edit.scale, edit.bias)
+                    for vector in (edit.offset, edit.bias)
                 )
-                layer.mix(RowIndex(index), EditTable(torch.stack((scale, units[:, number, None] * bias), dim=1)))
+                effective = effective_edit(offset, bias, units[:, number, None], edit.origin)
+                layer.mix(RowIndex(index), EditTable(torch.stack(effective, dim=1)))
             groups = Groups(index, len(live))
             for wrapper, head in zip(self.wrappers, self.heads, strict=True):
                 wrapper.forward = partial(head, [next(parts) for _ in head.trained], groups)

@@ -1,9 +1,9 @@
-"""The arithmetic of whole edits. An edit of a site is an affine map of each channel, `h' = scale * h + bias`, so what
-edits make together is again one edit, exactly:
+"""The arithmetic of whole edits, as differences from the identity: `h' = h + d * h + b` at each channel. What edits
+make together is again one edit, exactly:
 
-    sequence       B after A                  scale = sB * sA                    bias = sB * bA + bB
-    weighted sum   of w_i (edit_i - identity) scale = 1 + sum of w_i (s_i - 1)   bias = sum of w_i b_i
-    inverse        undoes an edit after it    scale = 1 / s                      bias = -b / s
+    weighted sum   of w_i times each difference   d = sum of w_i d_i      b = sum of w_i b_i
+    sequence       B after A                      d = dA + dB + dA dB     b = (1 + dB) bA + bB
+    inverse        undoes an edit after it        d = -d / (1 + d)        b = -b / (1 + d)
 
 A weighted sum with weights that sum to 1 is the plain average, with one weight it is the strength of an edit (0 the
 identity, 1 the edit, -1 its negation). The bias is in the output's own size, never in units.
@@ -20,30 +20,27 @@ import torch
 
 from redpeft.errors import UserError
 
-Affine = tuple[torch.Tensor, torch.Tensor]  # scale (width,), bias (width,)
-Combination = Callable[[Sequence[Affine], Sequence[float]], Affine]
+Difference = tuple[torch.Tensor, torch.Tensor]  # d = scale - 1 and the bias, both (width,)
+Combination = Callable[[Sequence[Difference], Sequence[float]], Difference]
 Head = Mapping[str, torch.Tensor]
 
 
-def weighted_sum(edits: Sequence[Affine], weights: Sequence[float]) -> Affine:
+def weighted_sum(edits: Sequence[Difference], weights: Sequence[float]) -> Difference:
     """The weighted sum of the edits' differences from the identity. At least one edit, a weight for each."""
-    rest = 1 - math.fsum(weights)  # an average loses nothing: 1 + (s - 1) would round a small s away
-    pairs = list(zip(edits, weights, strict=True))
-    return sum(weight * scale for (scale, _), weight in pairs) + rest, sum(
-        weight * bias for (_, bias), weight in pairs
-    )
+    parts = [(weight * d, weight * bias) for (d, bias), weight in zip(edits, weights, strict=True)]
+    return reduce(lambda left, right: (left[0] + right[0], left[1] + right[1]), parts)
 
 
-def sequence(edits: Sequence[Affine], weights: Sequence[float]) -> Affine:
+def sequence(edits: Sequence[Difference], weights: Sequence[float]) -> Difference:
     """The edits one after another, in this order, each with its weight as its strength."""
-    each = [weighted_sum([edit], [weight]) for edit, weight in zip(edits, weights, strict=True)]
-    return reduce(lambda first, second: (second[0] * first[0], second[0] * first[1] + second[1]), each)
+    each = [(weight * d, weight * bias) for (d, bias), weight in zip(edits, weights, strict=True)]
+    return reduce(lambda a, b: (a[0] + b[0] + a[0] * b[0], (1 + b[0]) * a[1] + b[1]), each)
 
 
-def inverse(edit: Affine) -> Affine:
+def inverse(edit: Difference) -> Difference:
     """The edit that undoes `edit`. Not finite where a scale is 0."""
-    scale, bias = edit
-    return 1 / scale, -bias / scale
+    d, bias = edit
+    return -d / (1 + d), -bias / (1 + d)
 
 
 COMBINATIONS: dict[str, Combination] = {"linear": weighted_sum, "sequence": sequence}
@@ -53,13 +50,16 @@ def combine_configs(configs: Sequence[Mapping[str, Any]], sites: Collection[str]
     """The fields in which the configuration of a composition that edits `sites` differs from its first adapter's.
 
     What was asked for and the fingerprint of the base describe a set of sites: they are those of an adapter with the
-    same sites, if there is one. `configs` give the full names of theirs as `target_modules`.
+    same sites, if there is one. `configs` give the full names of theirs as `target_modules`. The units of the biases
+    count as measured where all of them are.
     """
     same = [config for config in configs if set(config["target_modules"]) == set(sites)]
     like = max(same, key=lambda config: config.get("base_fingerprint") is not None, default={})
     return {
         **{name: like.get(name) for name in ("sites", "layers_to_transform", "base_fingerprint")},
         **{name: any(config.get(name, True) for config in configs) for name in ("use_scale", "use_bias")},
+        "scale_origin": max(config.get("scale_origin", 0.0) for config in configs),
+        "unit_measured": all(config.get("unit_measured") or config.get("unit") != "auto" for config in configs),
         "target_modules": sorted(sites),
         "resolved": True,
         "exclude_modules": None,  # the names are all there: it could only take some of another adapter's away

@@ -15,10 +15,14 @@ from redpeft.method.compiled import plain_name
 from redpeft.method.register import REDPEFT
 from redpeft.method.sites import KINDS, RED_PLUS
 
+FORMAT = 2  # of adapter folders: docs/reference/adapter-format.md
+
 
 @dataclass
 class RedConfig(PeftConfig):
     """Configuration of RED, Representation EDiting (arXiv 2402.15179): `h' = scale * h + unit * bias` at each site.
+
+    The scale is learned as `scale_origin + scale_offset`.
 
     Raises `UserError` for choices that contradict each other or leave nothing to learn.
     """
@@ -57,6 +61,13 @@ class RedConfig(PeftConfig):
             "to, measured in the first training forward; a number: that number (1 is the paper's own rule)."
         },
     )
+    scale_origin: float = field(
+        default=1.0,
+        metadata={
+            "help": "What the scale is counted from: 1, so that weight decay leads to the identity, or 0, the paper's "
+            "own rule (for its weight decay, and for optimisers that scale a step by a parameter's size)."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train in full and save beside the edits, such as a new head."}
     )
@@ -72,17 +83,30 @@ class RedConfig(PeftConfig):
         default=None,
         metadata={"help": "Set by redpeft: tells the base model's weights from others of the same shape."},
     )
+    unit_measured: bool = field(
+        default=False, metadata={"help": "Set by redpeft: the units of an automatic `unit` have been measured."}
+    )
+    format: int | None = field(
+        default=None, metadata={"help": "Set by redpeft: the version of the adapter's files, 2 for those of today."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = REDPEFT
         if isinstance(self.sites, str) and "," in self.sites:
             self.sites = [kind.strip() for kind in self.sites.split(",")]
+        if self.format is None:  # version 1 did not say, but that its modules are named in full
+            self.format = 1 if self.resolved else FORMAT
+        check_format(self.format)
+        if self.format == 1:
+            self.scale_origin = 0.0
         self._check_where()
         if not (self.use_scale or self.use_bias):
             raise UserError("use_scale and use_bias are both False: nothing would be learned; set one of them")
         if self.unit != "auto" and not _is_positive_number(self.unit):
             raise UserError(f"unit must be 'auto' or a positive number, not {self.unit!r}")
+        if self.scale_origin not in (0, 1):
+            raise UserError(f"scale_origin must be 1, or 0 for the paper's own rule, not {self.scale_origin!r}")
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             names = {plain_name(name) for name in self.target_modules}
             if self.resolved and names != set(self.target_modules):
@@ -135,6 +159,14 @@ class RedConfig(PeftConfig):
             self.sites = "ffn"
         if self.sites is not None:
             _check_sites(self.sites)
+
+
+def check_format(version: Any, where: str = "") -> None:
+    """Raise `UserError`, which begins with `where`, for the files of a later version. `version`: `format` in them."""
+    if not isinstance(version, int) or version > FORMAT:
+        raise UserError(
+            f"{where}an adapter of format {version}, and this redpeft reads formats up to {FORMAT}: upgrade redpeft"
+        )
 
 
 def _check_sites(sites: str | Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """The edit itself: two vectors per site, and the arithmetic `h' = scale * h + bias`, written once.
 
-        h (..., width) ──── * scale (width,) ──── + unit * bias (width,) ────> h' (..., width)
+        h (..., width) ──── * (origin + scale_offset) ──── + unit * bias ────> h' (..., width)
 
-Everything else in redpeft that applies an edit (the PEFT layer, mixed batches, folding) calls this module.
+Everything else in redpeft that applies an edit (the PEFT layer, mixed batches, fleets, folding) calls this module.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from redpeft.method.compose import Affine, weighted_sum
+from redpeft.errors import UserError
+from redpeft.method.compose import Difference
 
+Affine = tuple[torch.Tensor, torch.Tensor]  # scale and bias (width,), the bias in the output's own size
 HALF = (torch.float16, torch.bfloat16)
-DEEPSPEED = ("ds_id", "_hp_mapping")  # what DeepSpeed's ZeRO leaves on the parameters that it manages
+# What the scale is learned and stored as tells what it is counted from. To add -0.0 changes no bit of any number.
+ORIGINS = {"scale_offset": 1.0, "scale": -0.0}
 
 
 def apply_edit(hidden: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -41,16 +44,33 @@ def fold_edit(
     return folded, edit_bias if bias is None else bias.to(scale.dtype) * scale + edit_bias
 
 
-class Edit(nn.Module):
-    """One adapter's edit at one site: `scale` (width,), `bias` (width,) in units, `unit` (1,).
+def effective_edit(
+    offset: torch.Tensor, bias: torch.Tensor, unit: torch.Tensor, origin: float | torch.Tensor
+) -> Affine:
+    """The scale and the bias that act, from what is learned: `origin + offset` and `unit * bias`, at least in fp32.
 
-    A step of the bias is measured in `unit`, the typical size of the output that it is added to, so that one learning
-    rate serves every model. The vectors are fp32 (fp64 on an fp64 base) whatever the base's dtype: near a scale of 1
-    an Adam step of 1e-3 rounds away in bf16 (the released Llama-2 checkpoint has every scale at exactly 1.0).
-    A vector that is not learned is a buffer, since PEFT sets `requires_grad` on every parameter of an active adapter.
+    Shapes: offset and bias (..., width), unit and origin anything that broadcasts against them.
+    """
+    wide = torch.promote_types(offset.dtype, torch.float32)
+    return offset.to(wide) + origin, unit * bias.to(wide)
+
+
+def name_of_scale(origin: float) -> str:
+    """The name under which a scale that is counted from `origin` is learned and stored."""
+    return next(name for name, value in ORIGINS.items() if value == origin)
+
+
+class Edit(nn.Module):
+    """One adapter's edit at one site, learned as `scale_offset` (width,), `bias` (width,) and with a `unit` (1,).
+
+    The scale is `origin + scale_offset`, so that weight decay leads to the identity and small changes survive 16 bits.
+    With an origin of 0 the vector is the scale itself, and is called `scale`: the paper's rule, released checkpoints,
+    and files of version 1. A step of the bias is measured in `unit`, the typical size of the output that it is added
+    to, so that one learning rate serves every model; "auto" is 1 until it is measured. The vectors are fp32 (fp64 on
+    an fp64 base) whatever the base's dtype. A vector that is not learned is a buffer, since PEFT sets `requires_grad`
+    on every parameter of an active adapter.
     """
 
-    scale: torch.Tensor
     bias: torch.Tensor
     unit: torch.Tensor
 
@@ -59,6 +79,8 @@ class Edit(nn.Module):
         width: int,
         *,
         unit: float | str = "auto",
+        unit_measured: bool = False,
+        origin: float = 1.0,
         use_scale: bool = True,
         use_bias: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -66,8 +88,9 @@ class Edit(nn.Module):
     ) -> None:
         super().__init__()
         kind = {"dtype": dtype, "device": device}
+        self.scale_name = name_of_scale(origin)
         for name, vector, learned in (
-            ("scale", torch.ones(width, **kind), use_scale),
+            (self.scale_name, torch.full((width,), 1.0 - origin, **kind), use_scale),
             ("bias", torch.zeros(width, **kind), use_bias),
         ):
             if learned:
@@ -78,70 +101,112 @@ class Edit(nn.Module):
         self.strength = 1.0  # of a live edit (RedLayer.set_scale); neither learned nor saved
         self.auto_unit = unit == "auto" and use_bias
         self.unit_known = not self.auto_unit
-        self._uncast: dict[str, torch.Tensor] | None = None
-        self._remember()
-
-    def reset(self, identity: bool = True) -> None:
-        """Set the identity (scale 1, bias 0), or for tests random vectors far from it, of those that are learned."""
-        with torch.no_grad():
-            self.scale.fill_(1.0)
-            self.bias.zero_()
-            for vector in self.parameters() if not identity else ():
-                vector.add_(torch.randn_like(vector))
-        self._remember()
+        self.unit_measured = unit_measured  # of values that are yet to be loaded, as the configuration says
+        self.from_elsewhere = False  # when it is trained on, the scale is counted from 1
+        self.awaits_values = False  # of a file of version 1
 
     @property
-    def shift(self) -> torch.Tensor:
-        """What is added to the output: `unit * bias` (width,), in the output's own size."""
-        return self.unit * self.bias
+    def origin(self) -> float:
+        return ORIGINS[self.scale_name]
 
     @property
-    def acting(self) -> Affine:
-        """Scale and bias (width,) as they act at this strength; the bias in the output's own size."""
-        edit = (self.scale, self.shift)
-        return edit if self.strength == 1.0 else weighted_sum([edit], [self.strength])
+    def offset(self) -> torch.Tensor:
+        """What is learned of the scale, (width,): `scale_offset`, or `scale`."""
+        return getattr(self, self.scale_name)
+
+    @property
+    def learned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The offset and the bias (width,), and the bias's unit (1,). `UserError`: there are no values yet."""
+        if self.awaits_values:
+            self._check_values()
+        return self.offset, self.bias, self.unit
+
+    @property
+    def effective(self) -> Affine:
+        """Scale and bias (width,) as they act at this strength."""
+        if self.strength == 1.0:
+            return effective_edit(*self.learned, self.origin)
+        d, bias = self.difference
+        return 1 + d, bias
+
+    @property
+    def difference(self) -> Difference:
+        """What differs from the identity at this strength: `scale - 1` and the bias."""
+        d, bias = effective_edit(*self.learned, self.origin - 1)
+        return (d, bias) if self.strength == 1.0 else (self.strength * d, self.strength * bias)
+
+    @property
+    def trainable(self) -> bool:
+        return self.offset.requires_grad or self.bias.requires_grad
 
     @property
     def unit_pending(self) -> bool:
-        """Whether the unit is still to be measured: an automatic unit of exactly 1, so that the state needs no second
-        buffer. The tensor is asked until it is known, since transformers loads adapters by replacing tensors."""
+        """Whether the unit is still to be measured. The tensor is asked until it is known: values that are loaded into
+        an edit, also by transformers, which replaces tensors, bring the unit that they were learned in."""
         if not self.unit_known and not self.unit.is_meta:
             self.unit_known = bool(self.unit != 1.0)
         return not self.unit_known
 
-    @property
-    def trainable(self) -> bool:
-        return self.scale.requires_grad or self.bias.requires_grad
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., width) -> (..., width), in hidden's dtype."""
-        if self.scale.dtype in HALF or self.bias.dtype in HALF:
-            self._meet_cast()
-        if self.training and self.trainable:
-            self._uncast = None  # from here on the vectors learn
-        return apply_edit(hidden, *self.acting)
+        return apply_edit(hidden, *self.effective)
 
     @torch.no_grad()
-    def set_unit(self, unit: float | torch.Tensor) -> None:
-        """Measure the bias in `unit` from now on; what is added to the output stays what it was.
+    def reset(self, identity: bool = True) -> None:
+        """Set the identity (scale 1, bias 0), or for tests random vectors far from it, of those that are learned."""
+        self.offset.fill_(1.0 - self.origin)
+        self.bias.zero_()
+        for vector in self.parameters() if not identity else ():
+            vector.add_(torch.randn_like(vector))
 
-        A bias that is not zero is expressed in the new unit. Where its values are one rank's view of a sharded
-        parameter that would be lost, so `redpeft.calibrate` has to come before the wrapping: RuntimeError.
+    @torch.no_grad()
+    def express(self, unit: float, origin: float | None = None) -> None:
+        """Count the bias in `unit`, and the scale from `origin`, from now on; the edit stays what it was.
+
+        The bias changes by rounding alone, a scale by at most 2^-24 * max(1, |scale - 1|). Raises `UserError` for another
+        origin of vectors that FSDP or DeepSpeed manage: these go by name.
         """
-        if bool(self.bias.any()):
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                raise RuntimeError(
-                    "the unit of a bias that is not zero cannot be measured in a distributed run: "
-                    "call redpeft.calibrate(model) before the model is wrapped"
-                )
-            self.bias.mul_(self.unit / unit)
-        self.unit.copy_(torch.as_tensor(unit))
+        self.bias.mul_(float(self.unit) / unit)
+        self.unit.fill_(unit)
         self.unit_known = True
+        if origin is None or origin == self.origin:
+            return
+        if _is_managed(self.offset):
+            raise UserError(
+                "an adapter that was trained elsewhere cannot begin to learn in a model that is sharded already: "
+                "call redpeft.calibrate(model) before the model is wrapped"
+            )
+        self.offset.add_(self.origin - origin)
+        self._count_from(origin)
 
-    # Precision: PEFT (`add_adapter`), `.to(bfloat16)`, TRL (trainable parameters of a 4-bit base) and DeepSpeed cast
-    # adapters to the base's dtype. Module-wide casts are refused where they happen; casts of `.data` are undone when
-    # training starts, as long as nothing was lost for good. FSDP and DeepSpeed keep the fp32 values to themselves and
-    # lend the module a rounded copy: to put anything in its place would cut the edit off from its optimiser.
+    def _count_from(self, origin: float) -> None:
+        """Give the scale's vector the name that goes with another origin, in its place: optimisers go by the order."""
+        old, new = self.scale_name, name_of_scale(origin)
+        vectors = self._parameters if old in self._parameters else self._buffers
+        renamed = {new if name == old else name: vector for name, vector in vectors.items()}
+        vectors.clear()
+        vectors.update(renamed)
+        self.scale_name, self.from_elsewhere = new, False
+
+    @torch.no_grad()
+    def await_values(self) -> None:
+        """Be an error until values are loaded: transformers only logs that a file had none for this edit."""
+        self.offset.fill_(torch.nan)
+        self.awaits_values = True
+
+    @torch.compiler.disable
+    def _check_values(self) -> None:
+        if self.offset.is_meta or bool(self.offset.isnan().all()):
+            raise UserError(
+                "this adapter's configuration is of format 1 and its values were never loaded: load the folder with "
+                "PeftModel.from_pretrained, and save it again to convert it"
+            )
+        self.awaits_values = False
+
+    # Precision: PEFT (`add_adapter`), `.to(bfloat16)`, TRL (trainable parameters of a quantised base) and DeepSpeed
+    # cast adapters to the base's dtype. Module-wide casts are refused where they happen; vectors whose `.data` were
+    # cast are fp32 again when training starts. FSDP and DeepSpeed keep fp32 values to themselves and lend the module a
+    # rounded copy: to put anything in its place would cut the edit off from its optimiser.
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Edit:
         def keep_precision(tensor: torch.Tensor) -> torch.Tensor:
@@ -152,41 +217,29 @@ class Edit(nn.Module):
 
     def train(self, mode: bool = True) -> Edit:
         super().train(mode)
-        if mode and self.trainable:  # before DDP builds its buckets by dtype, as Trainer calls it
-            self._undo_cast()
+        if mode and self.trainable and not _is_managed(self.offset):  # before DDP builds its buckets by dtype
+            for vector in (*self.parameters(), *self.buffers()):
+                if vector.dtype in HALF:
+                    vector.data = vector.data.float()
         return self
 
-    def _vectors(self) -> dict[str, torch.Tensor]:
-        return {"scale": self.scale, "bias": self.bias, "unit": self.unit}
-
-    def _remember(self) -> None:
-        """Keep what was set or loaded until training starts, to undo a cast in between without loss."""
-        self._uncast = {name: tensor.detach().clone() for name, tensor in self._vectors().items()}
-
-    def _undo_cast(self) -> None:
-        if self._uncast is None or any(hasattr(self.scale, mark) for mark in DEEPSPEED):
-            return
-        for name, tensor in self._vectors().items():
-            kept = self._uncast[name].to(tensor.device)
-            if tensor.dtype in HALF and torch.equal(kept.to(tensor.dtype), tensor.data):
-                tensor.data = kept.clone()
-
-    def _meet_cast(self) -> None:
-        """A forward pass with vectors of 16 bits."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            self._uncast = None  # a copy that is lent: what was ours to undo, `train` has undone before the wrapping
-            return
-        if not (self.training and self.trainable):
-            return
-        self._undo_cast()
-        if self.scale.dtype in HALF or self.bias.dtype in HALF:
-            raise RuntimeError(
-                f"a RED edit was cast to {self.scale.dtype} after it had learned something, which rounds small edits "
-                "away: cast the base model only, and load the adapter again"
-            )
-
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Values whose scale is counted from another origin than this one's are counted anew; those of an adapter from
+        elsewhere that was trained on since bring their own."""
+        own, given = self.scale_name, next((name for name in ORIGINS if prefix + name in state_dict), None)
+        if given is not None and given != own and self.from_elsewhere:
+            self._count_from(ORIGINS[given])
+        elif given is not None and given != own:
+            vector = state_dict.pop(prefix + given)
+            state_dict[prefix + own] = vector + (ORIGINS[given] - self.origin)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if any(f"{prefix}{name}" in state_dict for name in self._vectors()):
-            self.unit_known = not self.auto_unit
-            self._remember()
+        if given is not None:
+            self.awaits_values = False
+        if f"{prefix}unit" in state_dict:
+            self.unit_known = not self.auto_unit or self.unit_measured
+
+
+def _is_managed(parameter: torch.Tensor) -> bool:
+    """Whether FSDP (1 by a mark, 2 by a DTensor) or DeepSpeed's ZeRO hold a parameter's values."""
+    marks = ("_fsdp_flattened", "placements", "ds_id", "_hp_mapping")
+    return any(hasattr(parameter, mark) for mark in marks)

@@ -45,7 +45,7 @@ def output_width(module: nn.Module, model: nn.Module) -> int:
 class RedLayer(nn.Module, BaseTunerLayer):
     """Edits the output of `base_layer`, whose last dimension is `width`.
 
-    Parameters are named `redpeft_edit.<adapter>.scale` and `.bias`. A base layer that returns a tuple (some
+    Parameters are named `redpeft_edit.<adapter>.scale_offset` and `.bias`. A base layer that returns a tuple (some
     mixture-of-experts blocks) has its first element edited. Several active adapters act one after another.
     """
 
@@ -76,6 +76,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         edit = Edit(
             self.width,
             unit=config.unit,
+            unit_measured=config.unit_measured,
+            origin=config.scale_origin,
             use_scale=config.use_scale,
             use_bias=config.use_bias,
             dtype=torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32,
@@ -83,7 +85,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         )
         measured = next((e for e in self._edits() if e.auto_unit and not e.unit_pending), None)
         if edit.unit_pending and measured is not None and not edit.bias.is_meta:
-            edit.set_unit(measured.unit)
+            edit.express(unit=float(measured.unit))
         if not config.init_weights:
             edit.reset(identity=False)
         self.redpeft_edit[adapter_name] = edit
@@ -111,7 +113,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         device = device or self._device()
         if adapter_name in self.redpeft_edit and device is not None:
             edit = self.redpeft_edit[adapter_name]
-            if not edit.scale.is_meta:
+            if not edit.bias.is_meta:
                 edit.to(device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -125,15 +127,18 @@ class RedLayer(nn.Module, BaseTunerLayer):
     def combine(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination: Combination
     ) -> None:
-        """Fill the edit of `adapter_name` with a combination of those of other adapters, in the first one's unit."""
+        """Fill the edit of `adapter_name` with a combination of those of other adapters, in the first one's unit, or 1
+        where not all of them have been measured."""
         weighted = [
             (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.redpeft_edit
         ]
         if weighted:
             edits = [self.redpeft_edit[name] for name, _ in weighted]
-            scale, bias = combination([edit.acting for edit in edits], [weight for _, weight in weighted])
-            unit = edits[0].unit
-            self.redpeft_edit[adapter_name].load_state_dict({"scale": scale, "bias": bias / unit, "unit": unit})
+            d, bias = combination([edit.difference for edit in edits], [weight for _, weight in weighted])
+            unit = torch.ones_like(edits[0].unit) if any(edit.unit_pending for edit in edits) else edits[0].unit
+            combined = self.redpeft_edit[adapter_name]
+            offset = d + (1 - combined.origin)
+            combined.load_state_dict({combined.scale_name: offset, "bias": bias / unit, "unit": unit})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
@@ -179,7 +184,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if self._to_measure(active):
             self._measure(added)
         for edit in active:
-            scale, bias = edit.acting
+            scale, bias = edit.effective
             added = apply_edit(added, scale, torch.zeros_like(bias))
         return added
 
@@ -196,7 +201,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
             return
         unit = typical_size(hidden, self.site)
         for edit in pending:
-            edit.set_unit(unit)
+            edit.express(float(unit))
 
     def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
         """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""
@@ -253,7 +258,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         rows, bias = weight.T if transposed else weight, own_bias
         for name in names:
             edit: Edit = self.redpeft_edit[name]
-            rows, bias = fold_edit(rows, bias, *edit.acting)
+            rows, bias = fold_edit(rows, bias, *edit.effective)
         folded = (rows.T if transposed else rows).to(weight.dtype).contiguous()
         if bias is None or (own_bias is None and not bias.any()):
             return folded, None  # scales alone: the layer still needs no bias

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from redpeft.errors import UserError
-from redpeft.method.edit import Edit, apply_edit
+from redpeft.method.edit import Edit, apply_edit, effective_edit
 
 BASE = "__base__"
 
@@ -78,17 +78,18 @@ class EditTable:
         Nothing is kept from one call to the next: to find out whether an edit has changed costs as much as stacking
         it.
         """
-        like = next(iter(edits.values())).scale
-        rows = like.new_zeros(len(adapters) + 1, 2, len(like))
+        like = next(iter(edits.values())).bias
+        rows = like.new_zeros(len(adapters) + 1, 2, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
         rows[:, 0] = 1.0
         slots = [slot for slot, name in enumerate(adapters) if name in edits]
         if slots:
             used = [edits[adapters[slot]] for slot in slots]
-            rows[slots, 0] = torch.stack([edit.scale for edit in used])
-            rows[slots, 1] = torch.stack([edit.bias for edit in used]) * torch.stack([edit.unit for edit in used])
-        for slot in slots:  # a table by `acting` alone would be twice the small operations
+            learned = map(torch.stack, zip(*(edit.learned for edit in used), strict=True))
+            origins = rows.new_tensor([[edit.origin] for edit in used])
+            rows[slots] = torch.stack(effective_edit(*learned, origins), dim=1)
+        for slot in slots:  # a table by `effective` alone would be twice the small operations
             if (edit := edits[adapters[slot]]).strength != 1.0:
-                rows[slot] = torch.stack(edit.acting)
+                rows[slot] = torch.stack(edit.effective)
         return cls(rows)
 
     def without_bias(self) -> EditTable:

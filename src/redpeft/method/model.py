@@ -22,7 +22,8 @@ from redpeft.errors import UserError, some
 from redpeft.method.biases import add_biases
 from redpeft.method.compiled import compile_in_place, plain_name
 from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
-from redpeft.method.config import RedConfig
+from redpeft.method.config import FORMAT, RedConfig
+from redpeft.method.edit import ORIGINS
 from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
 from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
@@ -58,8 +59,12 @@ class RedModel(BaseTuner):
             leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Full names, also where PEFT was given endings: loading goes by these.
-        edited = {name for name, layer in red_layers(model).items() if adapter_name in layer.redpeft_edit}
-        config.resolve(target_modules=edited, resolved=True)
+        edits = {name: layer.redpeft_edit for name, layer in red_layers(model).items()}
+        edits = {name: of_site[adapter_name] for name, of_site in edits.items() if adapter_name in of_site}
+        if config.format == 1:
+            for edit in edits.values():
+                edit.await_values()
+        config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         _let_skip_calls(model, False)
         self._check_base(model, config, adapter_name)
 
@@ -111,15 +116,21 @@ class RedModel(BaseTuner):
         """An adapter file with keys missing or left over is an error, where PEFT would warn or say nothing."""
         state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        known = model.state_dict().keys()
+        for name in ORIGINS:  # an edit takes either, and PEFT finds the one that it has
+            for key in [key for key in remapped if key.endswith(f".redpeft_edit.{name}")]:
+                site = key.removesuffix(name)
+                remapped[f"{site}{adapter_name}.{name}"] = remapped.pop(key)
+        known = {_either_scale(key) for key in model.state_dict()}
+        given = {_either_scale(key): key for key in remapped}
+        given = {same if same in known else same.removeprefix(_PEFT_PREFIX): key for same, key in given.items()}
         edits = {  # of a layer that stands in several places, its edit in the first one: so it is saved
             f"{name}.redpeft_edit.{adapter_name}.{key}"
             for name, layer in red_layers(model).items()
             if adapter_name in layer.redpeft_edit
             for key in layer.redpeft_edit[adapter_name].state_dict()
         }
-        missing = sorted(edits - remapped.keys())
-        left_over = sorted(key for key in remapped if key not in known and key.removeprefix(_PEFT_PREFIX) not in known)
+        missing = sorted(key for key in edits if _either_scale(key) not in given)
+        left_over = sorted(key for same, key in given.items() if same not in known)
         if missing or left_over:
             raise UserError(
                 f"the file of adapter '{adapter_name}' does not fit this model; "
@@ -406,6 +417,11 @@ def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
 def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     heads = _head_modules(model, adapter).items()
     return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
+
+
+def _either_scale(key: str) -> str:
+    """The key of a tensor, the same for `scale_offset` and `scale`."""
+    return key.removesuffix("_offset")
 
 
 def red_layers(model: nn.Module) -> dict[str, RedLayer]:

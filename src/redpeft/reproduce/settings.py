@@ -13,7 +13,8 @@ from redpeft.training.recipe import Recipe, load_recipe, read_yaml
 SETTINGS = ("paper", "released", "default")
 """Whose values: as published, as in the authors' released scripts where they differ, or with this library's own
 learning rates and units for a base model that the published ones were not chosen for."""
-OWN = ("learning_rate", "head_lr")  # what `default` leaves to the method's default; of RED also the unit
+OWN = ("learning_rate", "head_lr")  # what `default` leaves to the method's default; of RED also
+PAPER_RULE = ("unit", "scale_origin")  # these options
 
 
 def recipes_folder() -> Path:
@@ -57,7 +58,8 @@ def row_values(model: str, row: str, task: str, settings: str = "paper") -> dict
     if settings == "default":
         found = {key: value for key, value in found.items() if key not in OWN}
         found["learning_rate"] = None
-        found["method_options"] = {key: value for key, value in found["method_options"].items() if key != "unit"}
+        options = found["method_options"].items()
+        found["method_options"] = {key: value for key, value in options if key not in PAPER_RULE}
     return found
 
 

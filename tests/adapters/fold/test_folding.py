@@ -160,7 +160,7 @@ def test_edits_as_large_as_trained_ones_are(tmp_path):
     with torch.no_grad():
         for name, tensor in adapted.state_dict().items():
             if "redpeft_edit" in name:
-                low, high = {"scale": (-64, 74), "bias": (-147, 147), "unit": (0.2, 3)}[name.rpartition(".")[2]]
+                low, high = {"scale_offset": (-65, 73), "bias": (-147, 147), "unit": (0.2, 3)}[name.rpartition(".")[2]]
                 tensor.uniform_(low, high)
     adapted.save_pretrained(tmp_path / "adapter")
     result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
@@ -298,9 +298,9 @@ def test_tensors_are_rounded_once_to_the_dtype_asked_for(dtype, base_dtype, tmp_
     base, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert {tensor.dtype for tensor in out.values()} == {to}
     for site, edit in read_adapter(tmp_path / "adapter").edits.items():
-        exact = edit.scale.double()[:, None] * base[f"{site}.weight"].double()
+        exact = edit.scale.float().double()[:, None] * base[f"{site}.weight"].double()
         assert torch.equal(out[f"{site}.weight"], exact.float().to(to))
-        assert torch.equal(out[f"{site}.bias"], edit.bias.to(to))
+        assert torch.equal(out[f"{site}.bias"], edit.bias.float().to(to))
     kept = base["model.embed_tokens.weight"]
     assert torch.equal(out["model.embed_tokens.weight"], kept.to(to))
     assert str(result.dtype) == str(to)
@@ -323,8 +323,8 @@ def test_small_edits_that_bf16_rounds_away_are_told_and_a_bundle_keeps_them(tmp_
     adapted = edited(model, CAUSAL)
     with torch.no_grad():
         for name, tensor in adapted.state_dict().items():
-            if name.endswith("scale"):
-                tensor.uniform_(1 - 2**-10, 1 + 2**-10)
+            if name.endswith("scale_offset"):
+                tensor.uniform_(-(2**-10), 2**-10)
             elif name.endswith("bias") and "redpeft" in name:
                 tensor.uniform_(-1e-4, 1e-4)
     adapted.save_pretrained(tmp_path / "adapter")
@@ -347,14 +347,14 @@ def test_a_bundle_keeps_the_sites_that_rounding_would_spoil_and_folds_the_rest(t
     small = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
         edit = adapted.get_submodule(f"base_model.model.{small}").redpeft_edit["default"]
-        edit.scale.uniform_(1 - 2**-10, 1 + 2**-10)
+        edit.offset.uniform_(-(2**-10), 2**-10)
         edit.bias.zero_()
     adapted.save_pretrained(tmp_path / "adapter")
     result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", bundle=True)
     assert result.notes == []
     kept = read_adapter(result.adapter).edits
     assert list(kept) == [small]
-    torch.testing.assert_close(kept[small].scale, edit.scale, rtol=0, atol=0)
+    torch.testing.assert_close(kept[small].scale, 1 + edit.offset.detach().double(), rtol=0, atol=0)
     out, base = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
     assert torch.equal(out[f"{small}.weight"], base[f"{small}.weight"])
     assert not out[f"{small}.bias"].any()

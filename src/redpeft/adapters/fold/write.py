@@ -123,6 +123,6 @@ def _changed(
     site = changes.scaled[key]
     assert site.scale is not None
     module = model.get_submodule(site.site)
-    scale = site.scale.to(torch.promote_types(tensor.dtype, site.scale.dtype))
+    scale = site.scale.to(torch.promote_types(tensor.dtype, torch.float32))
     folded, _ = fold_edit(rows(tensor, module), None, scale, torch.zeros_like(scale))
     return rows(folded, module).to(dtype)

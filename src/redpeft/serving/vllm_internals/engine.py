@@ -145,7 +145,8 @@ class RedModelManager(LRUCacheLoRAModelManager):
                 expected = self.widths[site]
                 raise UserError(f"{adapter.folder}: {path} has width {width}, and {expected} in this base model")
         self.base.check(adapter, sites)
-        return {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
+        here = {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
+        return {place: Edit(edit.scale.float(), edit.bias.float()) for place, edit in here.items()}
 
     def activate_adapter(self, lora_id: int) -> bool:
         held = list(self.lora_index_to_id)
