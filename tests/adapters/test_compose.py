@@ -358,7 +358,7 @@ def test_released_edits(tmp_path, model):
             site = key.removesuffix(".delta_vector.activation_scaling")
             bias = tensors[f"{site}.delta_vector.activation_bias"]
             edits[site] = Edit(tensors[key].flatten(), bias.flatten())
-    write_adapter(Adapter(tmp_path / "a", {}, edits, dict.fromkeys(edits, 1.0), {}))
+    write_adapter(Adapter(tmp_path / "a", {"scale_origin": 0}, edits, dict.fromkeys(edits, 1.0), {}))
     width = next(iter(edits.values())).scale.numel()
     identity = dict.fromkeys(edits, (torch.ones(width), torch.zeros(width)))
     close(made(tmp_path, "A >> inverse(A)"), identity, rtol=0, atol=1e-7)

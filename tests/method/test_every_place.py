@@ -155,7 +155,9 @@ def test_an_edit_acts_in_torchs_own_encoder_in_evaluation(tiny, masked, layers):
     naive = encoder().train()  # no fused kernel; there is no dropout
     edited = naive.layers if layers is None else [naive.layers[1]]
     for layer, edit in zip(edited, tiny.edits(model), strict=True):
-        layer.linear2.register_forward_hook(lambda _, __, output, edit=edit: edit.effective[0] * output + edit.effective[1])
+        layer.linear2.register_forward_hook(
+            lambda _, __, output, edit=edit: edit.effective[0] * output + edit.effective[1]
+        )
     with torch.no_grad():
         real = ~padding if masked else torch.ones_like(padding)
         torch.testing.assert_close(model(**inputs)[real], naive(**inputs)[real])

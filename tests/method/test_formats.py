@@ -1,5 +1,4 @@
-"""Adapter folders of version 1, of today and of a later version, through every door by which PEFT and transformers load.
-"""
+"""Adapter folders of version 1, of today and of a later version, by every door of PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 @pytest.fixture
 def folders(tiny, llama_folders, tmp_path) -> dict[int, Path]:
-    """The same adapter as version 1 wrote it and as it is written today. Scales and biases are far from the identity.
-    """
+    """The same adapter as version 1 wrote it and as it is written today, far from the identity."""
     new, old = llama_folders[1], shutil.copytree(llama_folders[1], tmp_path / "version_1")
     tensors = {key: tensor for key, tensor in load_file(new / WEIGHTS).items()}
     for key in [key for key in tensors if key.endswith("scale_offset")]:

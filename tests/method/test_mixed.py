@@ -25,8 +25,7 @@ def edits(width=6, names=("a", "b")):
 
 def one_by_one(edits, names, hidden):
     rows = [
-        apply_edit(hidden[i], *edits[name].effective) if name in edits else hidden[i]
-        for i, name in enumerate(names)
+        apply_edit(hidden[i], *edits[name].effective) if name in edits else hidden[i] for i, name in enumerate(names)
     ]
     return torch.stack(rows).detach()
 

@@ -245,7 +245,9 @@ def test_status_and_requires_grad(tiny):
         return {name.split("layers.")[1] for name, p in model.named_parameters() if p.requires_grad}
 
     def names(adapter: str, *blocks: int) -> set[str]:
-        return {f"{i}.mlp.down_proj.redpeft_edit.{adapter}.{name}" for i in blocks for name in ("scale_offset", "bias")}
+        return {
+            f"{i}.mlp.down_proj.redpeft_edit.{adapter}.{name}" for i in blocks for name in ("scale_offset", "bias")
+        }
 
     status = model.get_model_status()
     assert status.adapter_model_type == "RedModel"

@@ -163,8 +163,8 @@ class Edit(nn.Module):
     def express(self, unit: float, origin: float | None = None) -> None:
         """Count the bias in `unit`, and the scale from `origin`, from now on; the edit stays what it was.
 
-        The bias changes by rounding alone, a scale by at most 2^-24 * max(1, |scale - 1|). Raises `UserError` for another
-        origin of vectors that FSDP or DeepSpeed manage: these go by name.
+        The bias changes by rounding alone, a scale by at most 2^-24 * max(1, |scale - 1|). Raises `UserError` for
+        another origin of vectors that FSDP or DeepSpeed manage: these go by name.
         """
         self.bias.mul_(float(self.unit) / unit)
         self.unit.fill_(unit)
