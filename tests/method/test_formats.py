@@ -22,7 +22,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 def folders(tiny, llama_folders, tmp_path) -> dict[int, Path]:
     """The same adapter as version 1 wrote it and as it is written today, far from the identity."""
     new, old = llama_folders[1], shutil.copytree(llama_folders[1], tmp_path / "version_1")
-    tensors = {key: tensor for key, tensor in load_file(new / WEIGHTS).items()}
+    tensors = load_file(new / WEIGHTS)
     for key in [key for key in tensors if key.endswith("scale_offset")]:
         tensors[key.removesuffix("_offset")] = 1 + tensors.pop(key)
     save_file(tensors, old / WEIGHTS, metadata={"format": "pt"})

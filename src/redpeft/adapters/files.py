@@ -120,12 +120,12 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
     for key, tensor in sorted(read().items()):  # safetensors gives them in any order
-        name = plain_name(key).removeprefix(PREFIX)
-        site, is_edit, part = name.rpartition(EDIT)
+        plain = plain_name(key).removeprefix(PREFIX)
+        site, is_edit, vector = plain.rpartition(EDIT)
         if is_edit:
-            parts.setdefault(site, {})[part] = tensor.double()
+            parts.setdefault(site, {})[vector] = tensor.double()
         else:
-            head[name] = tensor
+            head[plain] = tensor
     config = _with_plain_names(config)
     name = _check_keys(folder, config.get("target_modules"), parts)
     for site, part in parts.items():

@@ -84,9 +84,9 @@ class EditTable:
         slots = [slot for slot, name in enumerate(adapters) if name in edits]
         if slots:
             used = [edits[adapters[slot]] for slot in slots]
-            learned = map(torch.stack, zip(*(edit.learned for edit in used), strict=True))
+            offsets, biases, units = map(torch.stack, zip(*(edit.learned for edit in used), strict=True))
             origins = rows.new_tensor([[edit.origin] for edit in used])
-            rows[slots] = torch.stack(effective_edit(*learned, origins), dim=1)
+            rows[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
         for slot in slots:  # a table by `effective` alone would be twice the small operations
             if (edit := edits[adapters[slot]]).strength != 1.0:
                 rows[slot] = torch.stack(edit.effective)
