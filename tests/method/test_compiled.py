@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from redpeft import RedConfig, find_sites
 from redpeft.adapters import load_adapter, read_adapter
 from redpeft.method.compiled import compile_in_place, plain_name
+from versions import keys_go_through_the_tuner
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -112,6 +113,7 @@ def test_injection_without_a_peft_model(tiny, saved, way):
     torch.testing.assert_close(logits(model, tiny), expected, atol=1e-6, rtol=1e-5)
 
 
+@keys_go_through_the_tuner
 def test_what_is_compiled_after_the_adapter_was_added(tiny, saved, tmp_path):
     folder, expected = saved
     model = PeftModel.from_pretrained(tiny.bert_classifier(), folder).eval()
@@ -127,6 +129,7 @@ def test_what_is_compiled_after_the_adapter_was_added(tiny, saved, tmp_path):
     assert not [key for key in own if "_orig_mod" in key]
 
 
+@keys_go_through_the_tuner
 def test_files_with_the_names_of_a_compiled_model_are_read(tiny, saved, tmp_path):
     folder, _ = saved
     expected = read_adapter(folder)

@@ -2,6 +2,7 @@
 and in an encoder that does not call its linears."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -38,8 +39,12 @@ def parts(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the first block's experts, its shared expert and the block itself give."""
     block, seen = model.model.layers[0], {}
     modules = {"experts": block.block_sparse_moe, "shared": block.shared_mlp, "block": block}
+
+    def keep(name: str, output: Any) -> None:  # older transformers adds to some the router's logits, or nothing
+        seen[name] = output[0] if isinstance(output, tuple) else output
+
     handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: seen.update({name: output}))
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
         for name, module in modules.items()
     ]
     model(input_ids=ids)
@@ -103,7 +108,9 @@ def test_both_parts_of_a_sum_are_trained_by_its_edit(tiny):
     base = granite("GraniteMoeShared")
     seen = parts(base, ids)
     total = (seen["experts"] + seen["shared"]).requires_grad_()
-    base.model.layers[0].block_sparse_moe.register_forward_hook(lambda *_: total)
+    base.model.layers[0].block_sparse_moe.register_forward_hook(
+        lambda _, __, output: (total, *output[1:]) if isinstance(output, tuple) else total
+    )
     base.model.layers[0].shared_mlp.register_forward_hook(lambda *_: torch.zeros_like(total))
     base(input_ids=ids, labels=ids).loss.backward()
     expected = (total.grad * total).sum((0, 1))

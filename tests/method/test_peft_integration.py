@@ -17,7 +17,6 @@ from peft import (
     get_peft_model,
 )
 from peft.helpers import rescale_adapter_scale
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,6 +24,7 @@ from transformers import AutoModelForSequenceClassification
 
 from redpeft import RedConfig
 from redpeft.errors import UserError
+from versions import keys_go_through_the_tuner
 
 TASKS = [
     ("bert_classifier", "SEQ_CLS", "modules_to_save.default"),
@@ -185,9 +185,7 @@ def test_names_of_many_sites_stay_whole(tiny, tmp_path):
     assert PeftModel.from_pretrained(Deep(), tmp_path).peft_config["default"].target_modules == set(names)
 
 
-@pytest.mark.skipif(
-    not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"), reason="older PEFT lets no tuner look at the keys"
-)
+@keys_go_through_the_tuner
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_missing_and_left_over_keys_are_errors(tiny, llama_folders, tmp_path, low_cpu_mem_usage):
     folder = shutil.copytree(llama_folders[1], tmp_path / "damaged")

@@ -438,6 +438,8 @@ def test_the_small_mlps_of_a_prediction_head_are_no_sites():
     ],
 )
 def test_a_doubt_lists_what_was_seen(family, sites, message):
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"no {family} in this transformers")
     with pytest.raises(UserError, match=re.escape(message)) as error:
         find_sites(build(family), sites)
     assert "\n" not in str(error.value)
