@@ -343,7 +343,7 @@ def parse_lines(path: Path, text: str) -> list[tuple[int, Any]]:
     for number, line in enumerate(lines_of(text), start=1):
         if line.strip():
             try:
-                rows.append((number, json.loads(line)))
+                rows.append((number, json.loads(line.rstrip("\r\n"))))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from None
     return rows
