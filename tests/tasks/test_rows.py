@@ -154,10 +154,12 @@ def test_the_smallest_data_to_split(tmp_path):
         read([{"mr": "a", "ref": "b"}], tmp_path, "e2e")
 
 
-def test_one_question_for_all_rows(tmp_path, caplog):
-    splits = read([{"prompt": "Tell a joke", "response": str(i)} for i in range(20)], tmp_path, "instruction")
+@pytest.mark.parametrize("questions", [1, 2])
+def test_one_question_or_two_for_all_rows(tmp_path, questions, caplog):
+    rows = [{"prompt": f"Tell joke {i % questions}", "response": str(i)} for i in range(20)]
+    splits = read(rows, tmp_path, "instruction")
     assert lengths(splits) == {"train": 18, "validation": 2}
-    assert "rows.jsonl: all rows have one prompt, and are parted nevertheless" in caplog.text
+    assert f"rows.jsonl: rows are parted though they share what they ask: prompt, {questions} in all" in caplog.text
 
 
 def test_limits_draw_rows_by_the_seed_and_keep_their_numbers(tmp_path):

@@ -62,10 +62,13 @@ def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tupl
     if len(train) < 2:
         raise UserError(f"{source(train)} has one row: too few to take a validation split from it")
     what, groups = _groups(train, task, config)
-    if groups.max() == 0:
-        if config.group:
-            raise UserError(f"{source(train)}: all rows have one {what}: give a validation split as data.validation")
-        logger.warning("%s: all rows have one %s, and are parted nevertheless", source(train), what)
+    number = groups.max() + 1
+    if number == 1 and config.group:
+        raise UserError(f"{source(train)}: all rows have one {what}: give a validation split as data.validation")
+    if number == 1 or (number == 2 and what == task.group):  # whole groups would leave nothing, or half, to learn
+        logger.warning(
+            "%s: rows are parted though they share what they ask: %s, %d in all", source(train), what, number
+        )
         what, groups = "row", np.arange(len(train))
     strata = task.strata(train) if task.strata else None
     rows = min(max(1, round(config.validation_fraction * len(train))), len(train) - 1)
