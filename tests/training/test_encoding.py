@@ -128,6 +128,18 @@ def test_rows_that_teach_nothing_are_left_out(base, run, capsys):
     assert f"validation.jsonl: {says}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_validation_rows_of_which_nothing_is_left_are_taken_anew(base, tmp_path, seed, capsys):
+    rows = [{"prompt": f"{index}{LONG if index % 4 else ''}", "response": "yes"} for index in range(16)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"base": base("LlamaForCausalLM", **SMALL), "data": str(tmp_path / "rows.jsonl"), "task": "instruction"}
+    values |= {"max_length": 60, "max_steps": 1, "batch_size": 2, "data.validation_fraction": 0.05, "seed": seed}
+    result = train(load_recipe(None, values), tmp_path / "run")
+    taken = "1 have nothing left to learn and are left out; 1 of the training rows are taken instead\n"
+    assert (taken in capsys.readouterr().err) is (result["rows_left_out"]["validation"] == 1)
+    assert result["validation"]["loss"] > 0
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_nothing_is_left_to_learn(base, run, packing):
     rows = [{"prompt": LONG, "response": "yes"}] * 8

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,24 +40,53 @@ def encode(
     Raises:
         UserError: as `task.encode`; no row is left; a token or a label for which the model has no place.
     """
+    return _with_rows(_teaching(recipe, task, dataset, model, tokenizer, split), dataset, split)
+
+
+def encode_splits(
+    recipe: Recipe, task: Task, splits: dict[str, Dataset], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Encoded]:
+    """`encode` for each split. Where the validation rows were taken from the training rows, and nothing is left of
+    them, some of the training rows of which something is left are taken instead."""
+    found = {name: _teaching(recipe, task, rows, model, tokenizer, name) for name, rows in splits.items()}
+    train, validation = found["train"], found["validation"]
+    ours = cols.source(splits["train"]) == cols.source(splits["validation"])
+    if ours and not len(validation.rows) and len(train.rows) > 1:
+        count = min(len(splits["validation"]), len(train.rows) - 1)
+        parts = train.rows.train_test_split(count, seed=recipe.seed)
+        note = f"{validation.note}; {count:,} of the training rows are taken instead"
+        found["train"] = replace(train, rows=parts["train"])
+        found["validation"] = replace(validation, rows=parts["test"], note=note)
+    return {name: _with_rows(each, splits[name], name) for name, each in found.items()}
+
+
+def _teaching(
+    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Encoded:
     whole = _encode(recipe, task, dataset, model, tokenizer, with_labels=True)
     _check_labels(whole.rows, dataset, model, task)
     kept = np.flatnonzero(_teaches(whole.rows, recipe.learn_prompt))
     total, cut, left_out = len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
-    place = f"{cols.source(dataset)}, {split}" if split else cols.source(dataset)
-    if not len(kept):
-        advice = ", or take more rows (data.validation_fraction)" if split == "validation" else ""
-        raise UserError(
-            f"{place}: cut at {whole.limit.source}, none of {total:,} rows has anything left to learn: raise "
-            f"max_length or shorten the rows{advice}"
-        )
     notes = []
     if cut:
         notes.append(f"{cut:,} of {total:,} rows are longer than {whole.limit.source}{task.own_limits} and are cut")
     if left_out:
         notes.append(f"{left_out:,}{'' if cut else f' of {total:,} rows'} have nothing left to learn and are left out")
-    note = f"{place}: {'; '.join(notes)}" if notes else None
+    note = f"{_place(dataset, split)}: {'; '.join(notes)}" if notes else None
     return Encoded(whole.rows.select(kept), whole.cut, whole.limit, left_out, note)
+
+
+def _with_rows(encoded: Encoded, dataset: Dataset, split: str) -> Encoded:
+    if not len(encoded.rows):
+        raise UserError(
+            f"{_place(dataset, split)}: cut at {encoded.limit.source}, none of {encoded.left_out:,} rows has anything "
+            "left to learn: raise max_length or shorten the rows"
+        )
+    return encoded
+
+
+def _place(dataset: Dataset, split: str) -> str:
+    return f"{cols.source(dataset)}, {split}" if split else cols.source(dataset)
 
 
 def encode_questions(

@@ -25,7 +25,7 @@ from redpeft.errors import UserError
 from redpeft.tasks import Task, read_data
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
-from redpeft.training.encoding import by_length, encode
+from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.loop import TIMES, say, to_json
 from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
 from redpeft.training.plots import plot_run
@@ -124,7 +124,7 @@ def _inside(modules: list[str]) -> tuple[str, ...]:
 def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> Run:
     """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
     tokenizer = learner.tokenizer
-    found = {name: encode(recipe, task, split, learner.model, tokenizer, name) for name, split in splits.items()}
+    found = encode_splits(recipe, task, splits, learner.model, tokenizer)
     encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
     rows_cut = {name: sum(each.cut) for name, each in found.items()}
     rows_left_out = {name: each.left_out for name, each in found.items()}
