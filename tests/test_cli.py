@@ -410,9 +410,18 @@ def test_evaluate_takes_a_run_or_its_adapter(redpeft, trained, data_folder):
     test = data_folder / "test.jsonl"
     code, found, _ = redpeft("evaluate", run / "adapter", test, "--json")
     assert code == 0
-    assert json.loads(found)["metrics"]["accuracy"] == json.loads(out)["test"]["accuracy"]
+    scores = json.loads(found)
+    accuracy = json.loads(out)["test"]["accuracy"]
+    assert scores["metrics"]["accuracy"] == accuracy
+    matrix = scores["confusion_matrix"]
+    assert matrix["true"] == matrix["predicted"] == ["no", "yes"]
+    assert [sum(counts) for counts in matrix["counts"]] == [4, 4]
+    assert (matrix["counts"][0][0] + matrix["counts"][1][1]) / 8 == accuracy
     _, out, err = redpeft("evaluate", run, test)
     assert "accuracy" in out
+    assert re.search(r"true label, as predicted\W+no\W+yes\W", out)
+    for name, counts in zip(("no", "yes"), matrix["counts"], strict=True):
+        assert re.search(rf"{name}\W+{counts[0]}\W+{counts[1]}\W", out)
     assert "eval_loss" not in err
     assert "it/s" not in err
 

@@ -92,7 +92,7 @@ def test_evaluate_scores_what_predict_answers(e2e, e2e_folder):
     assert scores == {name: result["test"][name] for name in OFFICIAL}
     dataset = read_file(e2e_folder / "testset_w_refs.csv")
     texts = [answer["text"] for answer in predict(run, list(dataset))]
-    official = score(texts, E2ETask.of_columns(dataset).references(dataset))
+    official = score(texts, E2ETask(E2ETask.find_columns(dataset)).references(dataset))
     assert scores == official
 
 
@@ -172,13 +172,12 @@ def t5_runs(make_recipe, words_folder, tiny_t5_folder, tmp_path_factory):
     """A run on labels and a run on numbers, every weight trained: {kind: (folder, result)}."""
     folder = tmp_path_factory.mktemp("t5_runs")
     changes = {"task": "text-to-text", "base": str(tiny_t5_folder), "method": "full", "epochs": 8, "batch_size": 8}
-    return {
-        kind: (
-            folder / kind,
-            train(make_recipe(**changes, data=str(words_folder / kind), learning_rate=1e-2), folder / kind),
-        )
-        for kind in ("classes", "numbers")
-    }
+    found = {}
+    for kind, problem_type in (("classes", None), ("numbers", "regression")):
+        data = str(words_folder / kind)
+        recipe = make_recipe(**changes, data=data, problem_type=problem_type, learning_rate=1e-2)
+        found[kind] = folder / kind, train(recipe, folder / kind)
+    return found
 
 
 def test_labels_are_learned_as_texts(t5_runs, words_folder):
@@ -189,7 +188,11 @@ def test_labels_are_learned_as_texts(t5_runs, words_folder):
     assert result["validation"]["accuracy"] == result["test"]["accuracy"] == 1
     assert result["test"]["unreadable"] == 0
     run = load_run(folder)
-    assert evaluate(run, words_folder / "classes") == pytest.approx(result["test"], rel=1e-3)
+    scores = evaluate(run, words_folder / "classes")
+    matrix = scores.pop("confusion_matrix")
+    assert scores == pytest.approx(result["test"], rel=1e-3)
+    assert (matrix["true"], matrix["predicted"]) == (["no", "yes"], ["no", "yes", None])
+    assert [count > 0 for counts in matrix["counts"] for count in counts] == [True, False, False, False, True, False]
     answers = list(predict(run, ["aaa", {"text": "bbbb", "id": 9}, "aa"], batch_size=2))
     assert answers == [
         {"text": "aaa", "label": "yes", "generated": "yes"},

@@ -88,6 +88,13 @@ def test_a_field_that_is_given_twice_in_a_file_is_refused(tmp_path, text):
         load_recipe(tmp_path / "recipe.yaml", ["base=m", "data=d"])
 
 
+@pytest.mark.parametrize("separator", ["|", "||", ";", ",", "/", "#", "&", "*", ":", "-", ">", "@", "%", "!"])
+def test_a_separator_is_taken_as_it_is_written(separator):
+    for written in (separator, f"'{separator}'"):
+        recipe = load_recipe(None, ["base=m", "data=d.csv", f"data.label_separator={written}"])
+        assert recipe.data.label_separator == separator
+
+
 def test_sites_may_be_listed_with_commas():
     assert RedConfig(sites="ffn, qkv").sites == ["ffn", "qkv"]
     with pytest.raises(UserError, match="unknown sites \\['fnn'\\]"):

@@ -17,11 +17,16 @@ from redpeft.adapters.files import read_adapter
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.training import loop
 from redpeft.training.methods import DEFAULT_RATES
-from redpeft.training.predict import evaluate, open_run, predict
+from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
 
 STEPS = 18  # of make_recipe: 3 epochs of 6
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
 
 
 def before_step(monkeypatch, action, at):
@@ -350,6 +355,35 @@ def test_an_adapter_out_of_its_run_says_no_labels(whole, make_recipe, tmp_path, 
     shutil.copytree(whole[0] / "adapter", tmp_path / "alone")
     train(make_recipe(init_from=str(tmp_path / "alone"), max_steps=1), tmp_path / "run")
     assert "alone lies in no run folder: its head is taken for the labels of this data" in capsys.readouterr().err
+
+
+def test_labels_of_one_format_are_scored_in_another(make_recipe, tmp_path, capsys):
+    rows = [(f"{'good' if index % 2 else 'bad'} {index}", index % 2) for index in range(24)]
+    lines = "text,label\n" + "".join(f"{text},{number}.0\n" for text, number in rows)
+    result = train(make_recipe(data=write(tmp_path / "rows.csv", lines), epochs=1), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "problem type: single_label_classification\nlabels: " in said
+    assert result["rows"] == {"train": 22, "validation": 2}
+    run = load_run(tmp_path / "run")
+    assert run.task.label_names == ["0.0", "1.0"]
+    files = [tmp_path / "rows.csv"]
+    for kind in (int, float):
+        lines = "".join(json.dumps({"text": text, "label": kind(number)}) + "\n" for text, number in rows)
+        files.append(write(tmp_path / f"{kind.__name__}.jsonl", lines))
+    scores = [evaluate(run, path) for path in files]
+    assert sum(map(sum, scores[0]["confusion_matrix"]["counts"])) == 24
+    assert scores[0] == scores[1] == scores[2]
+    with pytest.raises(UserError, match=r"odd.csv, row 1: the label '1' is not among .* \(0.0, 1.0\)"):
+        evaluate(run, write(tmp_path / "odd.csv", "text,label\na,1\n"))
+
+
+def test_rows_without_a_label_are_left_out_in_evaluation_too(make_recipe, tmp_path, caplog):
+    rows = "text,label\n" + "".join(f"text {index},{'ab'[index % 2]}\n" for index in range(12)) + "none,\nneither,\n"
+    recipe = make_recipe(data=write(tmp_path / "rows.csv", rows), data__drop_missing=True, epochs=1)
+    assert sum(train(recipe, tmp_path / "run")["rows"].values()) == 12
+    counts = evaluate(load_run(tmp_path / "run"), tmp_path / "rows.csv")["confusion_matrix"]["counts"]
+    assert sum(map(sum, counts)) == 12
+    assert caplog.text.count("rows.csv, row 13 (and 1 more of 14)") == 2
 
 
 @pytest.mark.parametrize(

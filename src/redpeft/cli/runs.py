@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from redpeft.cli.command import Answer, RunFolder, command, recipe_and_fields
 from redpeft.errors import RunError, UserError
+
+MATRIX = 20  # labels, of a confusion matrix that is shown
 
 
 @command("redpeft init my-recipe.yaml")
@@ -70,7 +73,10 @@ def evaluate(
     from redpeft.training.predict import evaluate, open_run
 
     metrics = evaluate(open_run(find_run(run), base), data, config)
-    return Answer({"run": run, "data": data, "metrics": metrics}, [_scores({data: metrics})])
+    matrix = metrics.pop("confusion_matrix", None)
+    found = {"run": run, "data": data, "metrics": metrics, **({"confusion_matrix": matrix} if matrix else {})}
+    small = matrix and len(matrix["true"]) <= MATRIX
+    return Answer(found, [_scores({data: metrics}), *([_confusion(matrix)] if small else [])])
 
 
 @command("echo 'Where is my card?' | redpeft predict runs/demo/red/seed-0 -")
@@ -152,6 +158,15 @@ def _scores(splits: dict[str, dict[str, Any]]) -> Table:
     table = Table("metric", *splits)
     for metric in next(iter(splits.values())):
         table.add_row(metric, *(_figure(scores.get(metric)) for scores in splits.values()))
+    return table
+
+
+def _confusion(matrix: dict[str, Any]) -> Table:
+    """How many rows of each label were given each label."""
+    columns = ["no label" if name is None else escape(name) for name in matrix["predicted"]]
+    table = Table("true label, as predicted", *columns)
+    for name, counts in zip(matrix["true"], matrix["counts"], strict=True):
+        table.add_row(escape(name), *map(str, counts))
     return table
 
 

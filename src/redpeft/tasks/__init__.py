@@ -11,6 +11,7 @@ encoded = task.encode(dataset, tokenizer, max_length)                        # w
                                                                              # the column CUT says which were too long
 task.collator(tokenizer)                                                     # None where TRL brings its own
 task.compute_metrics(prediction)                                             # None: the loss alone
+task.confusion                      # None, or a function of a prediction: how often each label was given which
 task.decode(predictions, dataset, encoded)                                   # one JSON-able dict a row
 task_from_dict(task.to_dict())                                               # the same task, without the data
 

@@ -48,7 +48,7 @@ METRICS = {
     MULTI: ["f1_micro", "f1_macro", "exact_match"],
     REGRESSION: ["pearson", "spearman", "mse"],
 }
-SCORES = {SINGLE: metrics.score_classes, MULTI: metrics.score_label_sets, REGRESSION: metrics.score_values}
+SCORES = {MULTI: metrics.score_label_sets, REGRESSION: metrics.score_values}
 TEXT_PAIRS = [
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -218,7 +218,18 @@ class ClassificationTask:
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """All scores of this problem type, `metric` among them."""
+        if self.confusion is not None:
+            return metrics.score_matrix(self.confusion(prediction))
         return SCORES[self.problem_type](self._logits(prediction.predictions), np.asarray(prediction.label_ids))
+
+    @property
+    def confusion(self) -> Callable[[EvalPrediction], np.ndarray] | None:
+        """Counts rows by their label, in the order of `label_names`, and the one predicted; None without classes."""
+        return self._confusion if self.problem_type == SINGLE else None
+
+    def _confusion(self, prediction: EvalPrediction) -> np.ndarray:
+        predicted = self._logits(prediction.predictions).argmax(-1)
+        return metrics.count_classes(np.asarray(prediction.label_ids), predicted, len(self.label_names))
 
     def decode(
         self, predictions: np.ndarray, dataset: Dataset | None = None, encoded: Dataset | None = None

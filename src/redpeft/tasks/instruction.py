@@ -57,6 +57,7 @@ class InstructionTask:
     generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
+    confusion: ClassVar[None] = None
     own_limits: ClassVar[str] = ""
     group: ClassVar[str] = "prompt"
     strata: ClassVar[None] = None

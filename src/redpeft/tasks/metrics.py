@@ -56,11 +56,6 @@ def score_matrix(matrix: np.ndarray) -> dict[str, float]:
     }
 
 
-def score_classes(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Single label. Shape: logits (rows, classes), labels (rows,)."""
-    return score_matrix(count_classes(labels, logits.argmax(-1), logits.shape[-1]))
-
-
 def score_label_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Several labels a row, each predicted where its logit is positive. Shape: both (rows, labels)."""
     predicted, labels = logits > 0, labels > 0.5

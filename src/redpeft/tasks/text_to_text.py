@@ -82,13 +82,20 @@ class TextToTextTask(ClassificationTask):
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """All scores of this problem type, `metric` among them, and "unreadable". Takes texts, not token ids."""
-        generated, expected = ([text.strip() for text in texts] for texts in prediction)
         if self.problem_type == REGRESSION:
+            generated, expected = ([text.strip() for text in texts] for texts in prediction)
             return _score_numbers(generated, np.array(expected, dtype=np.float64))
+        matrix = self._confusion(prediction)
+        return metrics.score_matrix(matrix) | {"unreadable": float(matrix[:, -1].sum() / matrix.sum())}
+
+    def _confusion(self, prediction: EvalPrediction) -> np.ndarray:
+        """As classification's, with one class more: texts that are no label."""
         ids = label_ids(self.label_names)
-        classes = np.array([ids.get(text, len(ids)) for text in generated])
-        scores = metrics.score_classes(np.eye(len(ids) + 1)[classes], np.array([ids[text] for text in expected]))
-        return scores | {"unreadable": float((classes == len(ids)).mean())}
+        expected, generated = (
+            np.array([ids.get(text.strip(), len(ids)) for text in texts])
+            for texts in (prediction.label_ids, prediction.predictions)
+        )
+        return metrics.count_classes(expected, generated, len(ids) + 1)
 
     def decode(
         self, predictions: Any, dataset: Dataset | None = None, encoded: Dataset | None = None

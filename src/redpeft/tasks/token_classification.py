@@ -47,6 +47,7 @@ class TokenClassificationTask:
     generation: ClassVar[dict[str, Any] | None] = None
     unanswered: ClassVar[None] = None
     score_answers: ClassVar[None] = None
+    confusion: ClassVar[None] = None
     own_limits: ClassVar[str] = ""
     group: ClassVar[str] = "words"
     strata: ClassVar[None] = None

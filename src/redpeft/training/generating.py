@@ -67,14 +67,18 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> lis
     return tokenizer.batch_decode(padded, skip_special_tokens=True)
 
 
+def as_scored(task: Task, tokenizer: PreTrainedTokenizerBase, prediction: Any) -> EvalPrediction:
+    """A Trainer's prediction as the task takes it to score: logits and labels, or texts if the task generates."""
+    found = EvalPrediction(prediction.predictions, prediction.label_ids)
+    return found if task.generation is None else EvalPrediction(*(decode_tokens(tokenizer, each) for each in found))
+
+
 def metrics_function(
     task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]] | None:
     """What Trainer calls after an evaluation: the task's `compute_metrics`, given texts if the task generates."""
     compute = task.compute_metrics
-    if compute is None or task.generation is None:
-        return compute
-    return lambda prediction: compute(EvalPrediction(*(decode_tokens(tokenizer, tokens) for tokens in prediction)))
+    return compute and (lambda prediction: compute(as_scored(task, tokenizer, prediction)))
 
 
 def answer_scores(trainer: Any, recipe: Recipe, task: Task, dataset: Dataset) -> dict[str, float | None]:

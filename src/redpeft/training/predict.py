@@ -23,13 +23,13 @@ from transformers import PreTrainedTokenizerBase
 from redpeft.adapters.files import ADAPTER, RECIPE, TASK, load_adapter, write_atomically
 from redpeft.console import Progress
 from redpeft.errors import UserError
-from redpeft.tasks import Task, read_evaluation, task_from_dict
+from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts
 from redpeft.tasks.columns import ROW, values, where
 from redpeft.tasks.files import existing, extension, read_file
 from redpeft.training.base import autocast, load_base
 from redpeft.training.encoding import by_length, encode, encode_questions
-from redpeft.training.generating import answer_scores, metrics_function, new_tokens
+from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
 from redpeft.training.loop import bars_on_terminals_only, no_bars, say, show_progress
 from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
@@ -121,12 +121,18 @@ def _put_back(model: torch.nn.Module, path: Path) -> None:
     model.load_state_dict(trained, strict=False)
 
 
-def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, float | None]:
+def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, Any]:
     """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set.
 
-    `config_name` is a hub data set's configuration. The rows are checked before the model is loaded.
+    Of rows with one label each there is also a "confusion_matrix": "counts" by the labels in "true" (first) and in
+    "predicted", which of generated labels ends with None, for texts that are no label.
+
+    `config_name` is a hub data set's configuration. The rows are checked before the model is loaded, and where the
+    recipe says so those that lack a text or label are left out.
     """
     dataset = read_evaluation(str(data), config_name, run.recipe.data.header)
+    if run.recipe.data.drop_missing:
+        dataset = leave_out_missing(dataset, run.task.columns)
     run.task.check(dataset)
     if run.task.score_answers is not None:
         run.task.questions(dataset)  # what they cannot be scored without is missed now
@@ -147,7 +153,16 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
         )
         show_progress(trainer)
         scores = answer_scores(trainer, recipe, run.task, dataset)
-        return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
+        if run.task.confusion is None:
+            return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
+        found = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
+        names, counts = run.task.label_names, run.task.confusion(as_scored(run.task, run.tokenizer, found))
+        matrix = {
+            "true": names,
+            "predicted": [*names, *[None] * (len(counts) - len(names))],
+            "counts": counts[: len(names)].tolist(),
+        }
+        return {**plain_scores(found.metrics, "eval_"), **scores, "confusion_matrix": matrix}
 
 
 def predict(

@@ -331,6 +331,8 @@ def parse_override(text: str) -> tuple[str, Any]:
     key = full_name(key.strip())
     if not equals or not key:
         raise UserError(f"{text!r} is not of the form key=value")
+    if value.strip() and not re.search(r"""[\w\[\]{}'"~]""", value):  # a separator, most of which mean much in YAML
+        return key, value.strip()
     try:
         return key, yaml.load(value, _Loader)
     except yaml.YAMLError:
