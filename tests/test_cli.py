@@ -506,7 +506,7 @@ def test_a_run_comes_out_of_a_pack_ready_to_use(redpeft, trained, data_folder, t
     run, _ = trained
     pack = tmp_path / "pack.safetensors"
     code, out, _ = redpeft("pack", run.parent, "--out", pack)
-    assert (code, out.splitlines()) == (0, [f"Packed 1 adapters ({pack.stat().st_size / 2**20:.1f} MiB): {pack}"])
+    assert (code, out.splitlines()) == (0, [f"Packed 1 adapter ({pack.stat().st_size / 2**20:.1f} MiB): {pack}"])
     code, out, _ = redpeft("unpack", pack, "--out", tmp_path / "out", "--only", "run", "--json")
     assert (code, json.loads(out)) == (0, {"out": str(tmp_path / "out"), "adapters": ["run"]})
     answers = [redpeft("predict", folder, data_folder / "test.jsonl") for folder in (run, tmp_path / "out" / "run")]
@@ -545,7 +545,7 @@ def test_list_shows_all_before_it_fails(redpeft, adapter, tmp_path):
     assert re.search(r"one .* ok", out)
     assert re.search(r"two .* damaged", out)
     assert f"two: {weights}: corrupt or truncated" in out
-    assert err == "redpeft: 1 of 2 adapters are damaged: two\n"
+    assert err == "redpeft: damaged: 1 of 2 adapters: two\n"
     code, out, _ = redpeft("list", tmp_path / "in", "--json")
     assert code == 1
     assert [row["status"] for row in json.loads(out)["adapters"]] == ["ok", "damaged"]

@@ -51,3 +51,13 @@ def in_words(seconds: float) -> str:
         return f"{math.ceil(seconds)} s"
     hours, minutes = divmod(math.ceil(seconds / 60), 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 job`, `2 jobs`, `1,000 jobs`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def rounded(number: float) -> str:
+    """A number of epochs and the like in a person's digits: 3, 2.5, 0.06."""
+    return f"{number:.2f}".rstrip("0").rstrip(".") if number >= 0.01 else f"{number:.1g}"

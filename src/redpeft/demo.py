@@ -15,6 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from redpeft import tasks
+from redpeft.console import counted
 from redpeft.errors import RunError, UserError
 from redpeft.runs.runner import jobs_of, run_jobs
 from redpeft.training.predict import load_run, predict
@@ -122,7 +123,7 @@ def _table(scores: Sequence[Score]) -> Table:
 
     table = Table(title="Support messages in 12 classes (beside full fine-tuning)")
     table.add_column("method")
-    for name in (f"accuracy, {scores[0].seeds} seeds", "trained parameters", "file", "seconds a step"):
+    for name in (f"accuracy, {counted(scores[0].seeds, 'seed')}", "trained parameters", "file", "seconds a step"):
         table.add_column(name, justify="right")
     for score in scores:
         spread = "" if score.spread is None else f" ± {score.spread:.1f}"

@@ -154,7 +154,7 @@ def test_slots_that_do_not_fit_are_refused(make_job, source_of, monkeypatch):
     monkeypatch.setattr("redpeft.fleet.memory.free_memory", lambda device: 3_000)
     source = source_of([make_job("a", "tiny"), make_job("b", "tiny")])
     with pytest.raises(
-        UserError, match=r"2 slots do not fit into memory: a slot takes .* ask for at most 0 \(--slots\)"
+        UserError, match=r"2 slots cannot fit into memory: a slot takes .* ask for at most 0 \(--slots\)"
     ):
         train_fleets(source, slots=2)
     assert source.results == {}

@@ -60,7 +60,7 @@ def test_the_same_call_answers_at_once_for_all_that_lies_there(done, capsys, mon
     code, text, err = call(capsys, *SMOKE[:-1], "stsb", "--rows", "red", "--seeds", "42", "--out", done, "--json")
     assert code == 0, err
     assert list(json.loads(text)["rows"]) == ["red", "head"]
-    assert "1 runs (1 methods, 1 data sets, 1 seeds), 1 of them done; about 0 s for the others" in err
+    assert "1 run (1 method, 1 data set, 1 seed), 1 of them done; about 0 s for the others" in err
     assert (done / "glue-roberta-base.md").is_file()
 
 
@@ -82,7 +82,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_probe):
     monkeypatch.setattr(runner, "train", train)
     code, text, err = call(capsys, *asked)
     assert code == 0, err
-    assert "2 runs (1 methods, 2 data sets, 1 seeds), 1 of them done" in err
+    assert "2 runs (1 method, 2 data sets, 1 seed), 1 of them done" in err
     assert "job 1 of" not in err  # one job is left
     assert "Report: " in text
 
@@ -98,7 +98,7 @@ def test_a_failed_run_is_a_failed_cell_and_exit_code_1(tmp_path, capsys, monkeyp
     code, text, err = call(capsys, *asked)
     assert code == 1
     assert "failed / -" in text
-    assert err.strip().splitlines()[-1].startswith("redpeft: 1 runs failed: ")
+    assert err.strip().splitlines()[-1].startswith("redpeft: 1 run failed: ")
     assert "the loss is not finite at step 2" in (tmp_path / "out" / "glue-roberta-base.md").read_text()
     monkeypatch.setattr(runner, "train", train)
     assert call(capsys, *asked)[0] == 0  # done again, and the other is kept
@@ -142,7 +142,7 @@ def test_a_plan_without_the_hub_says_why_there_is_no_estimate(capsys, tmp_path, 
         capsys, "reproduce", "glue-roberta-base", "--rows", "red", "--plan", "--out", tmp_path / "out"
     )
     assert code == 0
-    assert "48 runs (1 methods, 8 data sets, 15 seeds), 0 of them done; no estimate of the time: no file or" in text
+    assert "48 runs (1 method, 8 data sets, 15 seeds), 0 of them done; no estimate of the time: no file or" in text
 
 
 def test_the_list_names_every_table(capsys):

@@ -99,14 +99,14 @@ def test_what_is_finished_is_not_done_again_and_more_joins_it(fake_fleets, call,
     trained = fake_fleets(by_rate)
     code, out, err = call(*sweep)
     assert (code, trained) == (0, [])
-    assert "6 of 6 jobs are done already" in err
+    assert "6 of 6 jobs done already" in err
     assert "best" in out
     after = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert after == before
     sweep[sweep.index("2")] = "3"
     code, _, err = call(*sweep)
     assert (code, len(trained)) == (0, 3)
-    assert "6 of 9 jobs are done already" in err
+    assert "6 of 9 jobs done already" in err
     more = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert (more["totals"]["examples"], more["totals"]["began"]) == (72, before["totals"]["began"])
     assert more["totals"]["seconds"] > before["totals"]["seconds"]
@@ -115,12 +115,12 @@ def test_what_is_finished_is_not_done_again_and_more_joins_it(fake_fleets, call,
 def test_an_interrupt_leaves_a_report_on_what_is_done(fake_fleets, call, sweep, tmp_path):
     def stops(recipe):
         if recipe.learning_rate == 0.1:
-            raise Stopped("stopped with 1 jobs under way; run the same command again to go on from there")
+            raise Stopped("stopped with 1 job under way; run the same command again to go on from there")
         return by_rate(recipe)
 
     fake_fleets(stops)
     code, _, err = call(*sweep)
-    assert (code, err.splitlines()[-1].startswith("redpeft: stopped with 1 jobs")) == (1, True)
+    assert (code, err.splitlines()[-1].startswith("redpeft: stopped with 1 job")) == (130, True)
     assert "6: 2 done, 0 failed, 4 not finished" in (tmp_path / "out" / "report.md").read_text()
     trained = fake_fleets(by_rate)
     assert call(*sweep)[0] == 0

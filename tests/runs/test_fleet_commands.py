@@ -97,7 +97,7 @@ def test_the_same_call_trains_nothing_again(call, asked, customers, monkeypatch)
     assert len(stamps) >= 12
     code, out, err = call(*asked)
     assert code == 0, err
-    assert "6 of 6 jobs are done already" in err
+    assert "6 of 6 jobs done already" in err
     assert "6: 6 done" in out
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from redpeft.adapters.files import Adapter, read_adapter, read_config
+from redpeft.console import counted
 
 PAPER = "https://arxiv.org/abs/2402.15179"
 AUTO_CLASS = {
@@ -75,11 +76,13 @@ def write_folded_card(
     changed = f" Its configuration got {listed}." if changes else ""
     parts = [
         f"# {name} with a RED adapter folded into it",
-        f"The edits of {sites} sites (RED, [{PAPER.rpartition('/')[2]}]({PAPER})) are part of the weights.{changed}",
+        f"The edits of {counted(sites, 'site')} (RED, [{PAPER.rpartition('/')[2]}]({PAPER})) are part of the "
+        f"weights.{changed}",
     ]
     load = f'model = {auto_class}.from_pretrained("path/to/this/folder")'
     if left:
-        parts += [f"What has no place in a plain checkpoint is a RED adapter in `adapter/` ({len(left)} sites)."]
+        where = f"a RED adapter in `adapter/` ({counted(len(left), 'site')})"
+        parts += [f"What has no place in a plain checkpoint is {where}."]
         load = f"import redpeft  # registers RED with PEFT\nfrom peft import PeftModel\n\n{load}\n"
         load += 'model = PeftModel.from_pretrained(model, "path/to/this/folder/adapter")'
     parts += [f"```python\nfrom transformers import {auto_class}\n{load}\n```"]

@@ -16,6 +16,7 @@ from rich.table import Table
 from redpeft.adapters.files import RECIPE, RESULT, WEIGHTS_NAME, Adapter, read_adapter, read_config
 from redpeft.adapters.pack import Pack, open_pack, within
 from redpeft.adapters.search import Found, find_adapters
+from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.method.fingerprint import difference
 
@@ -160,7 +161,7 @@ def _of_adapter(adapter: Adapter, prints: _Prints) -> Facts:
         "base": config.get("base_model_name_or_path"),
         "task": config.get("task_type"),
         "method": "red",
-        "sites": ",".join(asked) if isinstance(asked, list) else asked or f"{len(adapter.edits)} modules",
+        "sites": ",".join(asked) if isinstance(asked, list) else asked or counted(len(adapter.edits), "module"),
         "parameters": sum(edit.scale.numel() + edit.bias.numel() for edit in adapter.edits.values()),
         "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
         "fingerprint": prints.short(config.get("base_fingerprint")),

@@ -31,6 +31,7 @@ from redpeft.adapters.released_files import (
     read_released,
     write_released,
 )
+from redpeft.console import counted
 from redpeft.errors import UserError, some
 from redpeft.method.config import RedConfig
 from redpeft.method.sites import RED_PLUS, find_sites
@@ -136,7 +137,7 @@ def import_table(found: Imported) -> Table:
     heads = f"{found.head_parameters:,} ({found.num_labels} labels)" if found.num_labels else "none"
     for row in (
         ("base model's class", found.architecture),
-        ("sites", f"{found.sites}: {found.modules} modules in {found.layers} layers"),
+        ("sites", f"{found.sites}: {counted(found.modules, 'module')} in {counted(found.layers, 'layer')}"),
         ("parameters of the edits", f"{found.parameters:,}"),
         ("parameters of the head", heads),
         ("dtype", found.dtype),

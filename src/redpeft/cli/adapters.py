@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from redpeft.cli.command import Answer, RunFolder, command
+from redpeft.console import counted
 from redpeft.errors import RunError, UserError, some
 
 
@@ -148,7 +149,7 @@ def list_(
     rows = list_adapters(path)
     damaged = [row for row in rows if row.status == "damaged"]
     names = some([row.name for row in damaged])
-    error = RunError(f"{len(damaged)} of {len(rows)} adapters are damaged: {names}") if damaged else None
+    error = RunError(f"damaged: {len(damaged)} of {counted(len(rows), 'adapter')}: {names}") if damaged else None
     reasons = [f"{row.name}: {row.reason}" for row in damaged]
     return Answer({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)
 
@@ -162,7 +163,7 @@ def pack(
     from redpeft.adapters import pack_adapters
 
     packed = pack_adapters(folder, out)
-    shown = [f"Packed {packed.adapters} adapters ({packed.bytes / 2**20:.1f} MiB): {out}"]
+    shown = [f"Packed {counted(packed.adapters, 'adapter')} ({packed.bytes / 2**20:.1f} MiB): {out}"]
     if packed.unfinished:
         shown.append(f"Left out, not finished: {some(packed.unfinished)}")
     if packed.left_out:
@@ -180,7 +181,7 @@ def unpack(
     from redpeft.adapters import unpack_adapters
 
     names = unpack_adapters(file, out, only or ())
-    return Answer({"out": out, "adapters": names}, [f"Unpacked {len(names)} adapters: {out}"])
+    return Answer({"out": out, "adapters": names}, [f"Unpacked {counted(len(names), 'adapter')}: {out}"])
 
 
 @command("redpeft serve models/llama --adapters runs/teams -- --port 8000")

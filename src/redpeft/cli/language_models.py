@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from redpeft.cli.command import Answer, command
+from redpeft.console import counted
 
 
 @command("redpeft generate alpaca-eval runs/chat --questions alpaca_eval.json --out answers/chat.json")
@@ -42,7 +43,7 @@ def generate(
     done = generate(
         benchmark, model, questions, out, adapter=adapter, name=name, decoding=decoding, batch_size=batch_size
     )
-    return Answer(done, [f"{done['questions']} answers of {done['model']}: {out}"])
+    return Answer(done, [f"{counted(done['questions'], 'answer')} of {done['model']}: {out}"])
 
 
 @command("redpeft lm-eval meta-llama/Llama-2-7b-hf --adapter runs/red --tasks open-llm-leaderboard --out scores.json")

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from redpeft.cli.command import Answer, command
+from redpeft.console import counted
 from redpeft.errors import RunError, UserError
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _report(report: Report) -> Answer:
     return Answer(
         data={**as_data(report), "report": page},
         shown=[shown, f"Report: {page}" + (" (it says what is left to do)" if report.left else "")],
-        error=RunError(f"{len(report.failed)} runs failed: {failed}") if failed else None,
+        error=RunError(f"{counted(len(report.failed), 'run')} failed: {failed}") if failed else None,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from redpeft.console import counted
 from redpeft.errors import RunError, Stopped
 from redpeft.fleet.fleet import Fleet
 from redpeft.fleet.member import Answer, Member, Work
@@ -213,9 +214,8 @@ class Crew:
         for aboard in self.aboard.values():
             aboard.member.save()
             aboard.lock.close()
-        raise Stopped(
-            f"stopped with {len(self.aboard)} jobs under way; run the same command again to go on from there"
-        )
+        jobs = counted(len(self.aboard), "job")
+        raise Stopped(f"stopped with {jobs} under way; run the same command again to go on from there")
 
 
 def _full_batch(run: Run, tokens: int) -> tuple[dict[str, Any], int]:

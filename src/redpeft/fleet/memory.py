@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
@@ -44,7 +45,7 @@ class MemoryPlan:
         slots = min(jobs, asked or jobs, max(1, self.fits))
         if self.fits < 1 or (asked is not None and min(asked, jobs) > self.fits):
             raise NoRoom(
-                f"{min(jobs, asked or 1)} slots do not fit into memory: {self}; "
+                f"{counted(min(jobs, asked or 1), 'slot')} cannot fit into memory: {self}; "
                 f"ask for at most {self.fits} (--slots), or for smaller passes (--tokens)"
             )
         return slots

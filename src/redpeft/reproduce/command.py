@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from redpeft.console import in_words
+from redpeft.console import counted, in_words
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
 from redpeft.reproduce.probe import count_rows, estimate
@@ -36,11 +36,11 @@ class Plan:
 
     def line(self) -> str:
         rows, tasks, seeds = ({getattr(run, key) for run in self.runs} for key in ("row", "task", "seed"))
-        counts = f"{len(rows)} methods, {len(tasks)} data sets, {len(seeds)} seeds"
+        counts = f"{counted(len(rows), 'method')}, {counted(len(tasks), 'data set')}, {counted(len(seeds), 'seed')}"
         time = f"no estimate of the time: {self.problem}"
         if self.seconds is not None:
             time = f"about {in_words(self.seconds)} for the others"
-        return f"{len(self.runs)} runs ({counts}), {self.done} of them done; {time}"
+        return f"{counted(len(self.runs), 'run')} ({counts}), {self.done} of them done; {time}"
 
 
 def show_plan(request: Request) -> Plan:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from redpeft.console import rounded
 from redpeft.reproduce.aggregate import Done, sampling_error
 from redpeft.reproduce.plan import Request
 from redpeft.reproduce.published import Column
@@ -132,9 +133,9 @@ def _run_row(report: Report, row: str, task: str, run: Done) -> list[Inline]:
         [Link(f"{row}, {task}, seed {run.seed}", _relative(report, run.folder))],
         [test],
         [f"{number(best and best * (1 if result['metric'] == 'loss' else unit), 2)} ({result['metric']})"],
-        [f"{result['best_epoch']:g}"],
+        [rounded(result["best_epoch"])],
         [f"{result['learning_rate']:g}"],
-        [f"{result['epochs']:g}"],
+        [rounded(result["epochs"])],
         [f"{result['trainable_parameters']:,}"],
         [f"{result['seconds'] / 60:.1f}"],
     ]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from redpeft.console import counted
 from redpeft.errors import RunError, UserError, some
 from redpeft.fleet.mould import why_alone
 from redpeft.fleet.source import Report
@@ -80,10 +81,15 @@ class Row:
     result: dict[str, Any] | None
     error: str | None = None
 
+    @property
+    def metric(self) -> str:
+        """The job's own; empty where it has no result."""
+        return self.result["metric"] if self.result else ""
+
     def score(self, split: str) -> float | None:
         """On a split, by the job's own metric."""
         scores = self.result and self.result[split]
-        return scores.get(self.result["metric"]) if self.result and scores else None
+        return scores.get(self.metric) if scores else None
 
 
 def run_batch(
@@ -112,7 +118,7 @@ def run_batch(
         _note(batch, totals)
         tally = Tally({job.folder.resolve(): name for name, job in jobs}, batch.competing)
         if before:
-            say(f"{len(before)} of {len(jobs)} jobs are done already")
+            say(f"{len(before)} of {counted(len(jobs), 'job')} done already")
         left = len(before) < len(jobs)
         try:
             if left:
@@ -128,7 +134,7 @@ def run_batch(
 def failures(rows: Sequence[Row]) -> RunError | None:
     """The error of a batch in which jobs failed."""
     failed = [f"{row.name}: {row.error}" for row in rows if row.error]
-    return RunError(f"{len(failed)} of {len(rows)} jobs failed: {some(failed)}") if failed else None
+    return RunError(f"{len(failed)} of {counted(len(rows), 'job')} failed: {some(failed)}") if failed else None
 
 
 def _note(batch: Batch, totals: Totals) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from redpeft.adapters.files import write_atomically
-from redpeft.console import in_words
+from redpeft.console import counted, in_words, rounded
 from redpeft.runs import pages
 from redpeft.runs.batch import TOTALS, Batch, Row, Totals
 from redpeft.runs.machine import machine, versions_of
@@ -75,7 +75,7 @@ def facts(rows: Sequence[Row], totals: Totals) -> dict[str, str]:
         speed = f"{totals.examples / totals.seconds:,.0f} a second"
         found["examples in fleets, trained on or scored"] = f"{totals.examples:,}, {speed}"
     if totals.plan:
-        found["last fleet"] = f"{totals.slots} slots, passes of {totals.tokens} tokens"
+        found["last fleet"] = f"{counted(totals.slots or 0, 'slot')}, passes of {counted(totals.tokens or 0, 'token')}"
         found["its memory"] = totals.plan
     return found
 
@@ -111,7 +111,7 @@ def _cells(row: Row, out: Path) -> list[Inline]:
         [f"{result['metric']}"],
         [number(row.score("validation"), 4)],
         [number(row.score("test"), 4)],
-        [f"{result['best_epoch']:g}"],
+        [rounded(result["best_epoch"])],
         [f"{result['steps']:,}"],
         [f"{result['trainable_parameters']:,}"],
         [f"{result['seconds']:,.1f}"],

@@ -6,31 +6,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpeft.training.plots import new_figure
+from redpeft.runs.tally import goodness
+from redpeft.training.plots import new_figure, whole_numbers
 
 if TYPE_CHECKING:
     from redpeft.runs.batch import Row
 
 Curve = Sequence[tuple[float, float, float | None]]  # x, mean, standard deviation
+RATES = ("learning_rate", "head_lr", "weight_decay")
+NAMED, LONGEST = 30, 42  # jobs with names in a picture, characters of a name
 
 
 def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
-    """The scores of all jobs from the best to the worst, metric by metric. None, and no file, without any."""
-    series: dict[str, list[float]] = {}
-    for row in rows:
-        for split in ("validation", "test"):
-            if row.result and (score := row.score(split)) is not None:
-                series.setdefault(f"{split} {row.result['metric']}", []).append(score)
-    if not series:
+    """The scores of all jobs: up to 30 by name, the best first; of more the sorted scores, metric by metric. None, and
+    no file, without any."""
+    splits = ("validation", "test")
+    scored = [row for row in rows if row.result and row.score("validation") is not None]
+    if not scored:
         return None
-    figure, [[axes]] = new_figure(6, 3.6)
-    for label, scores in series.items():
-        axes.plot(range(1, len(scores) + 1), sorted(scores, reverse=True), marker=".", label=label)
-    axes.set(xlabel="jobs, each series sorted", ylabel="score")
+    named = len(scored) <= NAMED
+    scored.sort(key=lambda row: goodness(row.metric, row.score("validation") or 0.0))  # the last one is drawn on top
+    series: dict[str, list[tuple[int, float]]] = {}
+    for place, row in enumerate(scored):
+        for split in splits:
+            if (score := row.score(split)) is not None:
+                series.setdefault(f"{split} {row.metric}", []).append((place, score))
+    figure, [[axes]] = new_figure(6, 0.22 * len(scored) + 1.4 if named else 3.6)
+    for label, points in series.items():
+        places, scores = zip(*points, strict=True)
+        if named:
+            axes.plot(scores, places, "o", alpha=0.7, label=label)
+        else:
+            axes.plot(range(1, len(scores) + 1), sorted(scores, reverse=True), marker=".", label=label)
+    if named:
+        axes.set_yticks(range(len(scored)), [_short(row.name) for row in scored], fontsize="small")
+        axes.set(xlabel="score", ylim=(-0.6, len(scored) - 0.4))
+    else:
+        axes.set(xlabel="jobs, each series sorted", ylabel="score")
+        whole_numbers(axes.xaxis)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
     return path
+
+
+def _short(name: str) -> str:
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def plot_finished(seconds: Sequence[float], path: Path) -> Path | None:
@@ -41,24 +63,29 @@ def plot_finished(seconds: Sequence[float], path: Path) -> Path | None:
     figure, [[axes]] = new_figure(6, 3.6)
     axes.step([0.0, *minutes], range(len(minutes) + 1), where="post")
     axes.set(xlabel="minutes since the start, with pauses between calls", ylabel="jobs finished")
+    whole_numbers(axes.yaxis)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     return path
 
 
 def plot_grid(curves: Mapping[str, Curve], key: str, score: str, path: Path) -> Path | None:
-    """Mean scores over the values of `key`, a curve for each combination of the others; the bars are standard
-    deviations. The axis is logarithmic where the values span more than 10 times. None, and no file, without any."""
-    values = [x for curve in curves.values() for x, *_ in curve]
+    """Mean scores over the values of `key`, with a tick at each, a curve for each combination of the others; the bars
+    are standard deviations. The axis is logarithmic for rates, and where the values span 10 times and more. Two points
+    are not joined by a line: what lies between them is not known. None, and no file, without any."""
+    values = sorted({x for curve in curves.values() for x, *_ in curve})
     if not values:
         return None
     figure, [[axes]] = new_figure(6, 3.8)
     for label, curve in curves.items():
         x, means, deviations = zip(*sorted(curve), strict=True)
-        bars = [deviation or 0.0 for deviation in deviations]
-        axes.errorbar(x, means, yerr=bars, marker="o", capsize=3, label=label or None)
-    if min(values) > 0 and max(values) > 10 * min(values):
+        bars = [deviation or 0.0 for deviation in deviations] if any(deviations) else None
+        axes.errorbar(x, means, yerr=bars, fmt="o-" if len(x) > 2 else "o", capsize=3, label=label or None)
+    if values[0] > 0 and (key in RATES or values[-1] >= 10 * values[0]):
         axes.set_xscale("log")
+        axes.margins(x=0.1)
+    axes.set_xticks(values, [f"{value:g}" for value in values], rotation=90 if len(values) > 6 else 0)
+    axes.minorticks_off()
     axes.set(xlabel=key, ylabel=score)
     axes.grid(alpha=0.3)
     if len(curves) > 1:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from redpeft.console import Progress, say
+from redpeft.console import Progress, counted, say
 from redpeft.fleet.source import Report
 from redpeft.runs.pages import number
 from redpeft.runs.tally import Tally
@@ -75,7 +75,8 @@ def event_line(tally: Tally, event: Mapping[str, Any], before: Collection[str] =
     ended = f"{len(tally.finished) + len(tally.failed)} of {len(tally.names)}"
     match event["event"]:
         case "fleet":
-            return f"a fleet of {event['slots']} slots, passes of {event['tokens']} tokens: {event['plan']}"
+            slots, tokens = counted(event["slots"], "slot"), counted(event["tokens"], "token")
+            return f"a fleet of {slots}, passes of {tokens}: {event['plan']}"
         case "finished" if name not in before:
             metric, splits = event["metric"], [split for split in ("validation", "test") if event[split]]
             scores = ", ".join(f"{split} {number(event[split].get(metric), 4)}" for split in splits)

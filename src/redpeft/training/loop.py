@@ -23,7 +23,7 @@ import transformers
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from redpeft.console import Progress
+from redpeft.console import Progress, rounded
 from redpeft.console import is_first_process as is_first_process
 from redpeft.console import say as say
 from redpeft.errors import RunError, Stopped
@@ -181,7 +181,7 @@ class RunCallback(TrainerCallback):
         if self.writes and self.trainer.is_in_train:
             metrics = kwargs["metrics"].items()
             shown = ", ".join(f"{key[5:]} {value:.4f}" for key, value in metrics if _is_score(key))
-            say(f"epoch {state.epoch:g}, step {state.global_step}: {shown}")
+            say(f"epoch {rounded(state.epoch)}, step {state.global_step}: {shown}")
 
     def seconds_per_step(self) -> float | None:
         """Median of this process's steps, without the first few."""

@@ -73,7 +73,7 @@ class Run:
         result["rows"] = {name: len(split) for name, split in self.splits.items()}
         result |= {"rows_cut": self.rows_cut, "rows_left_out": self.rows_left_out}
         if plots:
-            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / "plots")
+            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / "plots", result["best_epoch"])
         _write_card(self, result)
         write_atomically(self.folder / RESULT, to_json(result, indent=2))
 
