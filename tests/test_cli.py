@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from transformers import AutoModel
 
 from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
+from redpeft.runs import closing
 from redpeft.tasks import read_file
 from redpeft.training import loop
+from redpeft.training.recipe import load_recipe
 
 
 @pytest.fixture
@@ -323,6 +326,65 @@ def test_train_prints_one_object(trained):
     assert (run / "adapter" / "adapter_config.json").is_file()
 
 
+def next_calls(shown):
+    """What `train` prints at its end to be called next, as (standard input, arguments)."""
+    for line in shown.partition("Next:\n")[2].splitlines():
+        said, _, call = line.strip().rpartition(" | ")
+        yield "".join(shlex.split(said)[1:]), shlex.split(call)[1:]
+
+
+def run_next(redpeft, monkeypatch, shown):
+    """Run what `train` prints at its end, as it is printed; the answers as data."""
+    answers = []
+    for typed, call in next_calls(shown):
+        standard_input(monkeypatch, typed)
+        code, out, err = redpeft(*call, *(["--json"] if call[0] == "evaluate" else []))
+        assert code == 0, err
+        answers.append([json.loads(line) for line in out.splitlines()])
+    assert len(answers) == 2
+    return answers
+
+
+def test_train_ends_with_what_was_and_what_comes_next(redpeft, trained, data_folder, tiny_encoder_folder, monkeypatch):
+    run, out = trained
+    result = json.loads(out)
+    recipe = run.parent / "recipe.yaml"
+    code, shown, _ = redpeft("train", recipe, "epochs=1", "batch_size=8", "--out", run)
+    assert code == 0
+    assert re.search(r"metric *┃ validation, best epoch \(1\) *┃ test", shown)
+    assert re.search(rf"accuracy *│ {result['validation']['accuracy']:.4f} *│ {result['test']['accuracy']:.4f}", shown)
+    assert re.search(r"^Best epoch by accuracy: 1 of 1\. Trained in \d+ s, [\d.e-]+ s a step\.$", shown, re.M)
+    assert "\nRows: train 24, validation 8, test 8; none was cut\n" in shown
+    [[scores], labels] = run_next(redpeft, monkeypatch, shown)
+    assert scores["metrics"] == result["test"]
+    assert [row["text"] for row in labels[:2]] == ["the film is good", "the film is bad"]
+
+
+def test_the_next_calls_fit_other_data_too(redpeft, tmp_path, tiny_encoder_folder, monkeypatch):
+    """Pairs of a data set that is in no file, seeds, names with blanks, and rows that were cut."""
+    rows = [{"question": "is the film good", "passage": "the film is very good " * 9}] * 3
+    rows = [{**row, "label": label} for label in ("yes", "no") for row in rows]
+    (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = [f"base={tiny_encoder_folder}", "batch_size=4", "max_steps=1", "max_length=32"]
+    code, shown, err = redpeft(
+        "train", *fields, f"data={tmp_path / 'my rows.jsonl'}", "--seeds", "3,4", "--out", tmp_path / "my run"
+    )
+    assert code == 0, err
+    assert "\nBest epoch by accuracy: 0.5 (seed 3), 0.5 (seed 4). Trained in " in shown
+    assert "\nRows: train 5 (5 cut), validation 1 (1 cut)\n" in shown
+    assert "redpeft predict '" in shown
+    _, [first, *_] = run_next(redpeft, monkeypatch, shown)
+    assert first["question"] == "is the film good"
+    run = tmp_path / "my run" / "seed-3"
+    recipe = load_recipe(run / "recipe.yaml", {"data.path": "nyu-mll/glue", "config_name": "mrpc"})
+    evaluate, predict = closing.next_calls(recipe, run)
+    assert evaluate.endswith("/my run/seed-3' nyu-mll/glue --config mrpc")
+    [(typed, call)] = next_calls(f"Next:\n{predict}")
+    standard_input(monkeypatch, typed)
+    code, out, err = redpeft(*call)
+    assert (code, json.loads(out)["passage"]) == (0, "another"), err
+
+
 def test_train_without_a_file_and_with_seeds(redpeft, tmp_path, tiny_encoder_folder, data_folder):
     call = ["train", f"base={tiny_encoder_folder}", f"data={data_folder}", "max_steps=1", "--seeds", "3,4"]
     code, out, _ = redpeft(*call, "--out", tmp_path / "run")
@@ -603,6 +665,11 @@ def test_data_to_text_from_training_to_scores(redpeft, tmp_path, tiny_gpt2_folde
     code, out, err = redpeft(*call, "--out", tmp_path / "run", "--json")
     assert code == 0, err
     trained = json.loads(out)["test"]
+    code, out, _ = redpeft(*call, "--out", tmp_path / "run")  # done already: its table has all that was scored
+    for name in ("loss", "bleu", "nist", "meteor", "rouge_l", "cider"):
+        score = "-" if trained[name] is None else f"{trained[name]:.4f}"
+        assert re.search(rf"^│ {name} +│ +[\d.-]+ +│ +{re.escape(score)} +│$", out, re.M), name
+    run_next(redpeft, monkeypatch, out)
     test = e2e_folder / "testset_w_refs.csv"
     code, out, _ = redpeft("predict", tmp_path / "run", test)
     rows = [json.loads(line) for line in out.splitlines()]

@@ -48,7 +48,7 @@ def made_up_result(recipe, score):
         "task": recipe.task, "base": recipe.base.model, "method": recipe.method, "seed": recipe.seed,
         "metric": metric, "learning_rate": recipe.learning_rate, "steps": 10, "epochs": recipe.epochs,
         "trainable_parameters": 194, "head_parameters": 66, "adapter_bytes": 99, "versions": {"redpeft": "0.1.0"},
-        "best_epoch": 2.0, "validation": {metric: score}, "test": {metric: score / 2},
+        "best_epoch": 2.0, "validation": {metric: score}, "test": {metric: score / 2, "bleu": 0.25},
         "seconds": 1.5, "seconds_per_step": 0.1, "rows": {"train": 8, "validation": 4},
     }  # fmt: skip
 

@@ -29,7 +29,7 @@ def test_a_sweep_gives_means_deviations_and_the_best(fake_fleets, call, sweep, t
     assert code == 0, err
     line = next(line for line in out.splitlines() if "learning_rate=0.01 " in line)
     assert [cell.strip() for cell in line.strip("│").split("│")] == [
-        "learning_rate=0.01", "accuracy", "0.8500 ± 0.0707", "0.4250 ± 0.0354", "2", "0", "best",
+        "learning_rate=0.01", "accuracy", "0.8500 ± 0.0707", "0.4250 ± 0.0354", "bleu 0.2500", "2", "0", "best",
     ]  # fmt: skip
     assert out.count(" best ") == 1
     assert f"Best on validation: learning_rate=0.01\nReport: {tmp_path}/out/report.html\n" in out
@@ -80,9 +80,16 @@ def test_failed_jobs_are_told_after_the_report_and_tried_again(fake_fleets, call
     assert err.splitlines()[-1].endswith("learning_rate=0.1/seed-1: the loss is not finite | at step 3")
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if "=0." in line]
     assert [row[2:] for row in rows[:3]] == [
-        ["0.5500 ± 0.0707", "0.2750 ± 0.0354", "2", "0", "best"],  # the others were not measured in full
-        ["0.8000", "0.4000", "1", "1", ""],
-        ["-", "-", "0", "2", ""],
+        [
+            "0.5500 ± 0.0707",
+            "0.2750 ± 0.0354",
+            "bleu 0.2500",
+            "2",
+            "0",
+            "best",
+        ],  # the others were not measured in full
+        ["0.8000", "0.4000", "bleu 0.2500", "1", "1", ""],
+        ["-", "-", "-", "0", "2", ""],
     ]
     page = (tmp_path / "out" / "report.md").read_text()
     assert "6: 3 done, 3 failed, 0 not finished" in page
@@ -191,8 +198,8 @@ def test_the_report_of_a_fleet(fake_fleets, call, fleet, tmp_path):
     assert code == 0, err
     page = (tmp_path / "out" / "report.md").read_text()
     assert page.startswith("# redpeft fleet\n")
-    assert r"| [a|b](<a|b>) | accuracy | 0.8000 | 0.4000 | 2 | 10 | 194 | 1.5 |" in page
-    assert "| [job-2](<job-2>) | f1_macro | 0.6000 | 0.3000 | 2 | 10 | 194 | 1.5 |" in page
+    assert r"| [a|b](<a|b>) | accuracy | 0.8000 | 0.4000 | bleu 0.2500 | 2 | 10 | 194 | 1.5 |" in page
+    assert "| [job-2](<job-2>) | f1_macro | 0.6000 | 0.3000 | bleu 0.2500 | 2 | 10 | 194 | 1.5 |" in page
     assert "| last fleet | 2 slots, passes of 99 tokens |" in page
     assert "| its memory | a slot takes nothing |" in page
     assert re.search(r"\| examples in fleets, trained on or scored \| 16, [\d,]+ a second \|", page)

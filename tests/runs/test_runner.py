@@ -20,7 +20,9 @@ def result(seed, accuracy, **more):
     return {
         "folder": f"seed-{seed}", "task": "classification", "base": "m", "method": "red", "metric": "accuracy",
         "learning_rate": 0.03, "trainable_parameters": 10, "head_parameters": 2, "adapter_bytes": 99, "seed": seed,
-        "validation": {"accuracy": accuracy, "loss": None}, "test": None, "seconds_per_step": 0.5, **more,
+        "validation": {"accuracy": accuracy, "loss": None}, "test": None, "best_epoch": 2.0, "seconds": 3.5,
+        "seconds_per_step": 0.5, "rows": {"train": 9}, "rows_cut": {"train": seed}, "rows_left_out": {},
+        **more,
     }  # fmt: skip
 
 
@@ -135,7 +137,8 @@ def test_the_summary_is_mean_and_standard_deviation():
     summary = summarise([result(0, 0.5), result(1, 0.9), {"folder": "x", "error": "failed", "seed": 2}])
     assert summary["validation"]["accuracy"] == pytest.approx({"mean": 0.7, "standard_deviation": 0.08**0.5})
     assert summary["validation"]["loss"] == {"mean": None, "standard_deviation": None}
-    assert summary["seconds_per_step"] == 0.5
+    assert (summary["seconds"], summary["seconds_per_step"]) == (7, 0.5)
+    assert (summary["seeds"], summary["best_epoch"], summary["rows_cut"]) == ([0, 1], [2, 2], {"train": 0})
     assert summarise([result(0, 0.5)])["validation"]["accuracy"]["standard_deviation"] is None
 
 

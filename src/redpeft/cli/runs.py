@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from redpeft.cli.command import Answer, RunFolder, command, recipe_and_fields
+from redpeft.console import rounded
 from redpeft.errors import RunError, UserError
 
 MATRIX = 20  # labels, of a confusion matrix that is shown
@@ -45,6 +46,7 @@ def train(
 ) -> Answer:
     """Train an adapter by a recipe. The same command again resumes a run, or shows what a finished one gave."""
     path, overrides = recipe_and_fields("train", arguments)
+    from redpeft.runs.closing import closing_lines
     from redpeft.runs.runner import run_recipe
     from redpeft.training.recipe import load_recipe
 
@@ -52,11 +54,12 @@ def train(
     overrides += [f"seeds=[{seeds}]"] if seeds else []
     recipe = load_recipe(path, overrides)
     result = run_recipe(recipe, recipe.run_folder())
-    scores = {split: result[split] for split in ("validation", "test") if result[split]}
+    best = "" if "seeds" in result else f", best epoch ({rounded(result['best_epoch'])})"
+    scores = {f"validation{best}": result["validation"], **({"test": result["test"]} if result["test"] else {})}
     failed = "; ".join(f"{folder}: {error}" for folder, error in result.get("failed", {}).items())
     return Answer(
         data={"run": recipe.run_folder(), **result},
-        shown=[_scores(scores), f"Run: {recipe.run_folder()}"],
+        shown=[_scores(scores), *closing_lines(recipe, result)],
         error=RunError(f"not all seeds came to an end: {failed}") if failed else None,
     )
 
@@ -156,7 +159,7 @@ def version() -> Answer:
 def _scores(splits: dict[str, dict[str, Any]]) -> Table:
     """Scores by split and metric: each a value, or its mean and standard deviation over seeds."""
     table = Table("metric", *splits)
-    for metric in next(iter(splits.values())):
+    for metric in dict.fromkeys(name for scores in splits.values() for name in scores):
         table.add_row(metric, *(_figure(scores.get(metric)) for scores in splits.values()))
     return table
 

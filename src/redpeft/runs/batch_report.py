@@ -20,7 +20,7 @@ from redpeft.runs.plots import plot_finished, plot_scores
 from redpeft.training.run_folder import RESULT
 
 PAGE = "report.html"
-HEAD = ["job", "metric", "validation", "test", "best epoch", "steps", "trained parameters", "seconds"]
+HEAD = ["job", "metric", "validation", "test", "other scores", "best epoch", "steps", "trained parameters", "seconds"]
 MOST = 50  # rows of a table on a terminal
 
 
@@ -111,11 +111,20 @@ def _cells(row: Row, out: Path) -> list[Inline]:
         [f"{result['metric']}"],
         [number(row.score("validation"), 4)],
         [number(row.score("test"), 4)],
+        [other_scores(result)],
         [rounded(result["best_epoch"])],
         [f"{result['steps']:,}"],
         [f"{result['trainable_parameters']:,}"],
         [f"{result['seconds']:,.1f}"],
     ]
+
+
+def other_scores(result: Mapping[str, Any]) -> str:
+    """What was scored beside the metric: of the test rows, or else of the validation rows. `result` may be a summary
+    of seeds, of which the means are shown."""
+    scores = {**(result["validation"] or {}), **(result["test"] or {})}
+    means = {name: score["mean"] if isinstance(score, dict) else score for name, score in scores.items()}
+    return ", ".join(f"{name} {number(mean, 4)}" for name, mean in means.items() if name != result["metric"]) or "-"
 
 
 def _failed(batch: Batch, rows: Sequence[Row]) -> list[pages.Block]:

@@ -147,16 +147,20 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (of the sample; None for one seed) of the scores of one recipe's seeds."""
+    """Mean and standard deviation (of the sample; None for one seed) of the scores of one recipe's seeds, whose best
+    epochs go by their order, and whose `seconds` are added up. What is said of rows is the first seed's."""
     done = [result for result in results if "error" not in result]
     first = done[0]
     same = ("task", "base", "method", "metric", "learning_rate", "trainable_parameters", "head_parameters")
     return {
         **{key: first[key] for key in same},
+        **{key: first[key] for key in ("rows", "rows_cut", "rows_left_out") if key in first},
         "seeds": [result["seed"] for result in done],
+        "best_epoch": [result["best_epoch"] for result in done],
         "validation": _spread([result["validation"] for result in done]),
         "test": _spread([result["test"] for result in done]) if first["test"] else None,
         "adapter_bytes": first["adapter_bytes"],
+        "seconds": sum(result["seconds"] for result in done),
         "seconds_per_step": _mean([result["seconds_per_step"] for result in done]),
         "failed": {result["folder"]: result["error"] for result in results if "error" in result},
     }

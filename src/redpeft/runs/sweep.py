@@ -12,7 +12,7 @@ from rich.table import Table
 from redpeft.fleet.source import Report
 from redpeft.runs import pages
 from redpeft.runs.batch import Batch, Row, Totals, run_batch
-from redpeft.runs.batch_report import PAGE, write_report
+from redpeft.runs.batch_report import PAGE, other_scores, write_report
 from redpeft.runs.grid import Point, jobs_of_grid, points_of
 from redpeft.runs.pages import Inline, Link, number
 from redpeft.runs.plots import plot_grid
@@ -33,6 +33,7 @@ class Score:
     metric: str | None = None
     validation: tuple[float | None, float | None] = (None, None)
     test: tuple[float | None, float | None] = (None, None)
+    others: str = "-"  # what was scored beside the metric
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ def sweep_table(sweep: Sweep) -> Table:
 
 
 def _grid(scores: Iterable[Score], best: str | None) -> pages.Grid:
-    head = ["point", "metric", "validation", "test", "seeds", "failed", ""]
+    head = ["point", "metric", "validation", "test", "other scores", "seeds", "failed", ""]
     rows: list[list[Inline]] = [
         [
             [Link(score.point.name, score.point.name)],
             [score.metric or "-"],
             [number(*_figures(score.validation))],
             [number(*_figures(score.test))],
+            [score.others],
             [str(len(score.seeds))],
             [str(score.failed)],
             ["best" if score.point.name == best else ""],
@@ -126,7 +128,7 @@ def _score(point: Point, rows: Iterable[Row]) -> Score:
     metric = summary["metric"]
     spreads = [(summary[split] or {}).get(metric) or {} for split in ("validation", "test")]
     validation, test = ((spread.get("mean"), spread.get("standard_deviation")) for spread in spreads)
-    return Score(point, summary["seeds"], failed, metric, validation, test)
+    return Score(point, summary["seeds"], failed, metric, validation, test, other_scores(summary))
 
 
 def _best(scores: Iterable[Score]) -> str | None:
