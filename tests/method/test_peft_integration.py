@@ -208,6 +208,23 @@ def test_missing_and_left_over_keys_are_errors(tiny, llama_folders, tmp_path, lo
 # What PEFT allows to LoRA alone
 
 
+def test_red_is_not_put_on_another_method(tiny):
+    lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))
+    message = (
+        r"cannot be mixed .* model.layers.0.self_attn.q_proj is a layer of another \(peft.tuners.lora.layer\): merge"
+    )
+    for model in (lora.base_model.model, lora.get_base_model()):
+        with pytest.raises(UserError, match=message):
+            get_peft_model(model, RedConfig())
+    for model in (lora, get_peft_model(tiny.llama(), RedConfig())):
+        with pytest.raises(
+            UserError, match=r"is a PeftModel: add to it by model.add_adapter\(name, config\), or give"
+        ):
+            get_peft_model(model, RedConfig())
+    assert lora.peft_config["default"].peft_type == "LORA"
+    assert len(tiny.layers(get_peft_model(lora.merge_and_unload(), RedConfig()))) == 2
+
+
 def test_what_only_lora_can_do_is_refused(tiny, llama_folders, tmp_path):
     model = tiny.with_edits(tiny.llama(), "CAUSAL_LM")
     lora = get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"]))
@@ -320,6 +337,40 @@ def test_merging_is_exact_up_to_rounding_and_unmerging_restores(tiny, name, dtyp
     assert not tiny.layers(merged)
     torch.testing.assert_close(merged(tiny.tokens()).logits, edited, atol=tolerance, rtol=0)
     assert {tensor.dtype for tensor in merged.state_dict().values()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_merged_moves_and_casts_with_the_model(tiny, name, copied):
+    base = getattr(tiny, name)()
+    own = copy.deepcopy(base).to(torch.bfloat16)
+    model = tiny.with_edits(base)
+    keys = model.state_dict().keys()
+    model.merge_adapter()
+    assert keys >= {key for key in model.state_dict() if not key.endswith("base_layer.bias")}
+    merged = model(tiny.tokens()).logits
+    model = copied(model).to(torch.bfloat16)
+    torch.testing.assert_close(model(tiny.tokens()).logits.float(), merged, atol=2e-2, rtol=2e-2)
+    model.unmerge_adapter()
+    restored = {key.replace(".base_layer", ""): value for key, value in model.get_base_model().state_dict().items()}
+    tiny.assert_same([*own.state_dict().values()], [restored[key] for key in own.state_dict()])
+    assert not model(tiny.tokens()).logits.isnan().any()
+
+
+def test_the_original_parameters_come_back(tiny):
+    """Those of a layer that shares them with another, say; they are trained or not as before."""
+    model = tiny.with_edits(tiny.gpt2())
+    linear = tiny.layers(model)[0].get_base_layer()
+    weight, bias = linear.weight, linear.bias
+    model.merge_adapter()
+    assert not linear.weight.requires_grad
+    model.merge_adapter(adapter_names=[])
+    model.unmerge_adapter()
+    assert linear.weight is weight
+    assert linear.bias is bias
+    assert not list(tiny.layers(model)[0].buffers(recurse=False))
 
 
 @pytest.mark.parametrize(

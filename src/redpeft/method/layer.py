@@ -61,7 +61,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
+            self.register_buffer(name, None, persistent=False)
         self._mixed: tuple[RowIndex, EditTable] | None = None
         self._added: RemovableHandle | None = None  # the hook on a module whose output is edited too
         self._first_part: torch.Tensor | None = None  # while the unit of a sum of two outputs is measured
@@ -238,16 +239,17 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if reason:
             raise UserError(f"cannot merge at {self.site}: {reason}; keep the adapter unmerged (its cost is one pass)")
         base = self.get_base_layer()
-        original = self._unmerged or (base.weight, base.bias)
-        weight, bias = self._folded(*original, names=[*self.merged_adapters, *names])
+        own = (self.original_weight, self.original_bias) if self.merged else (base.weight, base.bias)
+        weight, bias = self._folded(*own, names=[*self.merged_adapters, *names])
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise UserError(
                 f"{self.site}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 f"broken, or goes beyond the range of {weight.dtype}"
             )
-        self._unmerged = original
-        base.weight = nn.Parameter(weight, requires_grad=original[0].requires_grad)
-        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=original[0].requires_grad)
+        for name, original in zip(("original_weight", "original_bias"), own, strict=True):
+            self.register_buffer(name, original, persistent=False)
+        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=base.weight.requires_grad)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     @torch.no_grad()
@@ -266,11 +268,16 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Put the original weight and bias back, bit for bit: dividing by a scale near 0 could not."""
-        if self._unmerged is None:
+        if not self.merged:
             return
         base = self.get_base_layer()
-        base.weight, base.bias = self._unmerged
-        self._unmerged, self.merged_adapters = None, []
+        for name in ("weight", "bias"):
+            original = getattr(self, f"original_{name}")
+            if original is not None and not isinstance(original, nn.Parameter):  # it was moved or cast meanwhile
+                original = nn.Parameter(original.detach(), requires_grad=base.weight.requires_grad)
+            setattr(base, name, original)
+            self.register_buffer(f"original_{name}", None, persistent=False)
+        self.merged_adapters = []
 
     def __getattr__(self, name: str) -> Any:
         """What the model asks of the wrapped module (`in_features`, `gate`, `experts`, ...), that answers."""

@@ -13,14 +13,15 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, some
 from redpeft.method.biases import add_biases
-from redpeft.method.compiled import compile_in_place, plain_name
+from redpeft.method.compiled import compile_in_place, plain_name, unwrapped
 from redpeft.method.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.method.config import FORMAT, RedConfig
 from redpeft.method.edit import ORIGINS
@@ -28,7 +29,7 @@ from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
 from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.method.quantised import leave_unpacked
-from redpeft.method.register import PREFIX, REDPEFT
+from redpeft.method.register import PREFIX
 from redpeft.method.sites import find_sites, shared_expert
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class RedModel(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = RedLayer
     target_module_mapping: ClassVar[dict] = {}  # sites are found by structure
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _check_plain(model)  # before PEFT puts its configuration in the place of another's
+        super().__init__(model, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)  # PEFT until 0.20: model.forward, past what `model.compile()` has compiled
@@ -97,12 +102,6 @@ class RedModel(BaseTuner):
         found = BaseTuner._check_target_module_exists(config, key)
         # Full names are names: PEFT would take them as endings too, which modules of another tower may have.
         return key in (config.target_modules or ()) if found and config.resolved else found
-
-    def _check_new_adapter_config(self, config: RedConfig) -> None:
-        super()._check_new_adapter_config(config)
-        others = [name for name, other in self.peft_config.items() if other.peft_type != REDPEFT]
-        if others:
-            raise UserError(f"RED cannot be mixed with other methods in one model: delete {', '.join(others)} first")
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -422,6 +421,20 @@ def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
 def _either_scale(key: str) -> str:
     """The key of a tensor, the same for `scale_offset` and `scale`."""
     return key.removesuffix("_offset")
+
+
+def _check_plain(model: nn.Module) -> None:
+    if isinstance(unwrapped(model), PeftModel):
+        raise UserError(
+            "this model is a PeftModel: add to it by model.add_adapter(name, config), or give the base model, which "
+            "model.unload() or model.merge_and_unload() returns"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, RedLayer):
+            raise UserError(
+                f"RED cannot be mixed with other methods in one model, and {name} is a layer of another "
+                f"({type(module).__module__}): merge that adapter (merge_and_unload), or load the base model anew"
+            )
 
 
 def red_layers(model: nn.Module) -> dict[str, RedLayer]:
