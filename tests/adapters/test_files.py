@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from redpeft.adapters import Adapter, Edit, find_adapter, load_adapter, read_adapter, write_adapter
+from redpeft.adapters.files import new_folder
 from redpeft.errors import UserError
 from redpeft.method.fingerprint import fingerprint
 
@@ -249,8 +251,6 @@ def test_the_edits_say_which_modules(adapter, tmp_path):
     ones = torch.full((WIDTH,), 3.0, dtype=torch.float64)
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    (tmp_path / "empty.partial").mkdir()  # of a write that was killed
-    (tmp_path / "empty.partial" / "half").touch()
     write_adapter(
         Adapter(tmp_path / "link", {"base_model_name_or_path": None}, {"x.1": Edit(ones, ones)}, {"x.1": 2.0}, {})
     )
@@ -258,7 +258,25 @@ def test_the_edits_say_which_modules(adapter, tmp_path):
     assert written.config["target_modules"] == ["x.1"]
     assert written.config["resolved"] is True
     assert torch.equal(written.edits["x.1"].bias, ones.float())
-    assert not (tmp_path / "empty.partial").exists()
+
+
+def test_a_folder_has_one_writer_and_nothing_beside_it_is_touched(adapter, tmp_path):
+    theirs = tmp_path / "new.partial"
+    theirs.mkdir()
+    (theirs / "notes").touch()
+    (tmp_path / ".new.lock").touch()  # of a process that was killed: nobody holds it
+    with new_folder(tmp_path / "new") as first:
+        (first / "whole").touch()
+        with pytest.raises(UserError, match=f"another process is writing {tmp_path}/new: wait for it, or choose"):
+            write_adapter(dataclasses.replace(adapter, folder=tmp_path / "new"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["whole"]
+    with pytest.raises(ValueError, match="stops"), new_folder(tmp_path / "other"):
+        raise ValueError("stops")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "new", "new.partial"]
+    assert (theirs / "notes").exists()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_what_is_written_loads_in_peft(adapter, encoder):
@@ -280,7 +298,7 @@ def test_refuses_to_write(adapter, tmp_path):
     (tmp_path / "file").touch()
     for there in (tmp_path / "adapter", tmp_path / "file"):
         assert f"{there} is there already and is not an empty folder" in refusal(folder=there)
-    assert f"cannot write {tmp_path}/file/x: Not a directory" in refusal(folder=tmp_path / "file" / "x")
+    assert f"cannot write {tmp_path}/file/x: {tmp_path}/file is not a folder" in refusal(folder=tmp_path / "file" / "x")
     assert "no site is left to edit" in refusal(edits={})
     edit = adapter.edits[SITES[0]]
     for wrong in (Edit(edit.scale.double() * 1e39, edit.bias), Edit(edit.scale, edit.bias * float("nan"))):

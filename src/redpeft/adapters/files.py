@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -168,7 +170,7 @@ def write_adapter(adapter: Adapter) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file by a temporary one and a rename, so that it is never seen half written."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = beside(path)
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -177,21 +179,37 @@ def write_atomically(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` at the end and is removed after an error.
 
-    Raises `UserError` for a `path` that is there and not an empty folder, or cannot be written.
+    Raises `UserError` for a `path` that is there and not an empty folder, that another process is writing, or that
+    cannot be written.
     """
     final = path.resolve()
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise UserError(f"{path} is there already and is not an empty folder: choose another, or remove it")
-    temporary = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, lock = beside(final), FileLock(final.with_name(f".{final.name}.lock"), timeout=0)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, final)
+        if not (parent := next(parent for parent in final.parents if parent.exists())).is_dir():
+            raise UserError(f"cannot write {path}: {parent} is not a folder")
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with lock:  # the operating system drops it with its process, however that ends
+            try:
+                if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+                    raise UserError(
+                        f"{path} is there already and is not an empty folder: choose another, or remove it"
+                    )
+                temporary.mkdir()
+                yield temporary
+                os.replace(temporary, final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                with suppress(OSError):  # Windows removes it at the release
+                    Path(lock.lock_file).unlink()
+    except Timeout:
+        raise UserError(f"another process is writing {path}: wait for it, or choose another folder") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def beside(path: Path) -> Path:
+    """A name beside `path` for what becomes `path` when it is whole: nobody else's, so that nothing is overwritten."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def load_adapter(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from redpeft.adapters.compose import check_same_base
-from redpeft.adapters.files import RECIPE, RESULT, TASK, WEIGHTS_NAME, Adapter, read_adapter
+from redpeft.adapters.files import RECIPE, RESULT, TASK, WEIGHTS_NAME, Adapter, beside, read_adapter
 from redpeft.adapters.pack import FILES, METADATA, Content, Entry, Group, Index, digest, open_pack
 from redpeft.adapters.search import Found, files_of, find_adapters
 from redpeft.errors import RunError, UserError
@@ -159,7 +159,7 @@ def _write(out: Path, collected: _Collected) -> None:
     """Under a temporary name, which becomes `out` when all of it was read back."""
     index = collected.index()
     tensors = collected.tables() | {FILES: torch.frombuffer(collected.data, dtype=torch.uint8)}
-    temporary = out.with_name(f"{out.name}.partial")
+    temporary = beside(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={METADATA: index})
