@@ -229,6 +229,24 @@ def test_a_base_in_several_files_stays_in_several_files(tmp_path):
     assert relative(logits(load_folded(result), token_ids()), logits(adapted, token_ids())) <= EXACT
 
 
+def test_each_tensor_of_a_base_in_several_files_is_written_once(tmp_path):
+    """The base has a head of its own in the first files, and the adapter brings its own."""
+    model = tiny("RobertaForSequenceClassification", tiny_config("roberta", num_labels=5))
+    model.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    base = json.loads((tmp_path / "base" / "model.safetensors.index.json").read_text())
+    adapted = edited(model, LABELS)
+    for name, parameter in adapted.named_parameters():
+        parameter.data.add_(1 if "modules_to_save" in name else 0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert sorted(index["weight_map"]) == sorted(name for tensors in files.values() for name in tensors)
+    assert index["weight_map"] == base["weight_map"]
+    assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in files.values() for t in tensors.values())
+    assert relative(logits(load_folded(result), token_ids()), logits(adapted, token_ids())) <= EXACT
+
+
 def test_what_lies_beside_the_weights_comes_along(tmp_path, tiny_decoder_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_decoder_folder)
     edited(model, CAUSAL).save_pretrained(tmp_path / "adapter")
@@ -383,6 +401,36 @@ def test_fp16_overflow_of_the_base_itself_leaves_nothing_either(tmp_path):
     with pytest.raises(UserError, match=r"lm_head.weight of the base model has values beyond the range of .*float16"):
         fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", dtype="fp16")
     assert not list(tmp_path.glob("out*"))
+
+
+BESIDE = {
+    **{"modules.json": '[{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense"}]'},
+    **{"1_Pooling/config.json": "{}", "2_Dense/model.safetensors": "weights", "2_Dense/config.json": "{}"},
+    **{"config_sentence_transformers.json": "{}", "source.spm": "s", "qwen.tiktoken": "t", "bpe.codes": "c"},
+    **{"chat_templates/tool_use.jinja": "{}", "additional_chat_templates/rag.jinja": "{}", "modeling_own.py": "pass"},
+    **{"LICENSE": "Apache", "generation_config.json": "{}"},
+}
+NOT_BESIDE = {
+    **{"pytorch_model.bin": "", "tf_model.h5": "", "optimizer.pt": "", "onnx/model.onnx": "", "README.md": "base"},
+    **{"old/model.safetensors": "", ".gitattributes": "", "runs/x": ""},
+}
+
+
+def test_what_a_base_s_folder_needs_is_copied(folders):
+    for name, content in {**BESIDE, **NOT_BESIDE}.items():
+        (folders / "base" / name).parent.mkdir(exist_ok=True)
+        (folders / "base" / name).write_text(content)
+    fold(folders / "adapter", folders / "out", folders / "base")
+    found = {file.relative_to(folders / "out").as_posix() for file in (folders / "out").rglob("*") if file.is_file()}
+    assert found == {*BESIDE, "config.json", "model.safetensors", "README.md"}
+    assert all((folders / "out" / name).read_text() == content for name, content in BESIDE.items())
+    assert (folders / "out" / "README.md").read_text() != "base"
+
+
+@pytest.mark.parametrize("modules", ['[{"path": "../adapter"}]', '[{"path": "/etc"}]', "[1]", "{", "[{}]"])
+def test_a_base_whose_modules_lead_elsewhere(folders, modules):
+    (folders / "base" / "modules.json").write_text(modules)
+    refused(folders, "modules.json: broken, it names no modules .*copy it again")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

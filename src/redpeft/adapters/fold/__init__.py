@@ -5,6 +5,7 @@ plan.py        what a stock checkpoint can carry, site by site, from the configu
 llama.py       models that are Llama by another name
 outline.py     the model that an adapter belongs to, without weights
 checkpoint.py  the base's tensors, read one at a time;  names.py: which of them is which of the model's
+ties.py        weights that are one tensor in several modules, of which the adapter changes some
 base.py        whether it is the base that the adapter was trained on
 survey.py      what becomes of every site;  exactness.py: what rounding does to it
 write.py       the new checkpoint, shard by shard

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +13,16 @@ from safetensors import SafetensorError, safe_open
 from redpeft.errors import UserError, first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-NOT_WEIGHTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab")  # what is copied beside them
+# What is asked of the hub beside the weights; of the folders those that sentence-transformers numbers.
+NOT_WEIGHTS = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.spm", "*.codes", "*.bpe", "*.py"),
+    *("LICENSE*", "NOTICE*", "[0-9]*_*/*"),
+)
+WEIGHT_FORMATS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".gguf", ".npz", ".pkl"),
+    *(".tflite", ".mlmodel", ".index.json"),
+)
+WRITTEN_ANEW = ("config.json", "adapter_config.json", "README.md")
 
 
 class Checkpoint:
@@ -61,6 +70,32 @@ class Checkpoint:
             with self.open(shard) as file:
                 found[shard] = list(file.keys())
         return found
+
+
+def companions(folder: Path) -> Iterator[Path]:
+    """What a model's folder holds beside its weights and configuration, as paths in it: the tokenizer, chat templates,
+    code, licences; and the folders of sentence-transformers' own modules (`1_Pooling`), whatever is in them.
+
+    Raises `UserError` for a modules.json that names no folders below this one.
+    """
+    for file in sorted(folder.iterdir()):
+        passed_over = file.name in WRITTEN_ANEW or file.name.startswith(".") or file.name.endswith(WEIGHT_FORMATS)
+        if file.is_file() and not passed_over:
+            yield Path(file.name)
+    for name in ("chat_templates", "additional_chat_templates", *_sentence_modules(folder / "modules.json")):
+        yield from (file.relative_to(folder) for file in sorted((folder / name).rglob("*")) if file.is_file())
+
+
+def _sentence_modules(file: Path) -> list[str]:
+    if not file.is_file():
+        return []
+    try:
+        names = [str(part["path"]) for part in json.loads(file.read_text(encoding="utf-8")) if part["path"]]
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise ValueError("a path leads out of the folder")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: broken, it names no modules ({error!r}); copy it again") from error
+    return names
 
 
 def local_folder(model: str, revision: str | None = None) -> Path:

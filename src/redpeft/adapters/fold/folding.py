@@ -33,6 +33,7 @@ from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.outline import outline
 from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Parts, Plan, is_quantised, plan_fold
 from redpeft.adapters.fold.survey import FoldedSite, survey
+from redpeft.adapters.fold.ties import FLAG, untied
 from redpeft.adapters.fold.write import changes, write_rest, write_weights
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
 from redpeft.adapters.preview import empty_model, model_config
@@ -95,7 +96,7 @@ def fold(
         )
     filled = {f"{site.site}.bias" for site in sites if site.bias is not None}
     zeros = plan.model.state_dict().keys() - original.state_dict().keys() - filled
-    made = changes(sites, plan.model, zeros, names, stored)
+    made = changes(sites, plan, zeros, names, stored)
     left = {site.site: site.left for site in sites if site.left is not None}
     with new_folder(out) as temporary:
         setattr(plan.model.config, DTYPE_ARGUMENT, stored)
@@ -176,11 +177,14 @@ def plan_adapter(adapter: Adapter, original: PreTrainedModel, llama: bool) -> Pl
         site: Parts(bool((edit.scale != 1).any()), bool((edit.bias != 0).any()))
         for site, edit in adapter.edits.items()
     }
-    if not llama:
-        return plan_fold(original, sites)
-    name, config = as_llama(original.config, type(original).__name__)
-    plan = plan_fold(on_meta(getattr(transformers, name), config), sites)
-    return replace(plan, changes={"model_type": config.model_type, **plan.changes})
+    if llama:
+        name, config = as_llama(original.config, type(original).__name__)
+        plan = plan_fold(on_meta(getattr(transformers, name), config), sites)
+        plan = replace(plan, changes={"model_type": config.model_type, **plan.changes})
+    else:
+        plan = plan_fold(original, sites)
+    model, names = untied(plan.model, adapter.head)
+    return replace(plan, model=model, changes={**plan.changes, FLAG: False}, untied=names) if names else plan
 
 
 def _not_llama(model: PreTrainedModel) -> str | None:

@@ -12,14 +12,15 @@ part where the layer has none. In this order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from redpeft.adapters.fold.ties import tied_weights
 from redpeft.errors import UserError, some
 from redpeft.method.biases import switch_on_biases
 
@@ -40,11 +41,13 @@ class Parts(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """What a fold would write: `model` is the model of the checkpoint on the meta device, `changes` what its
-    configuration gets beyond the base's, `forms` what becomes of each site's edit."""
+    configuration gets beyond the base's, `forms` what becomes of each site's edit. `untied`: the names of each
+    tensor of the base that is several in the checkpoint (see ties.py)."""
 
     model: PreTrainedModel
     changes: dict[str, Any]
     forms: dict[str, str]
+    untied: list[list[str]] = field(default_factory=list)
 
     @property
     def left(self) -> list[str]:
@@ -60,7 +63,8 @@ def plan_fold(model: PreTrainedModel, sites: Mapping[str, Parts]) -> Plan:
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := [site for site in sites if site not in modules]:
         raise UserError(f"this base model ({type(model).__name__}) has no module {some(unknown)}")
-    forms = {site: _form(site, modules[site], parts, model.config) for site, parts in sites.items()}
+    tied = {name for group in tied_weights(model) for name in group}
+    forms = {site: _form(site, modules[site], parts, model.config, tied) for site, parts in sites.items()}
     without = [site for site, form in forms.items() if form == BIAS_LEFT]
     if not without or LEFT in forms.values():  # a bundle is needed anyway
         return Plan(model, {}, forms)
@@ -82,9 +86,11 @@ def is_quantised(config: PretrainedConfig, site: str) -> bool:
     return not any(name in site for name in plain)
 
 
-def _form(site: str, module: nn.Module, parts: Parts, config: PretrainedConfig) -> str:
+def _form(site: str, module: nn.Module, parts: Parts, config: PretrainedConfig, tied: Collection[str]) -> str:
     if not isinstance(module, (nn.Linear, Conv1D)):
         return LEFT
+    if (parts.scale and f"{site}.weight" in tied) or (parts.bias and f"{site}.bias" in tied):
+        return LEFT  # it would change the other module too (Zamba's shared blocks)
     if parts.scale and is_quantised(config, site):
         return LEFT  # to scale its rows would take them apart and quantise them again
     return FOLDED if module.bias is not None or not parts.bias else BIAS_LEFT

@@ -14,9 +14,10 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from redpeft.adapters.files import CONFIG_NAME, Adapter
-from redpeft.adapters.fold.checkpoint import INDEX, NOT_WEIGHTS, Checkpoint
+from redpeft.adapters.files import Adapter
+from redpeft.adapters.fold.checkpoint import INDEX, Checkpoint, companions
 from redpeft.adapters.fold.names import Names
+from redpeft.adapters.fold.plan import Plan
 from redpeft.adapters.fold.survey import FoldedSite, rows
 from redpeft.errors import UserError
 from redpeft.method.edit import fold_edit
@@ -27,22 +28,25 @@ from redpeft.method.fingerprint import FLOATS
 class Changes:
     """What happens to the base's tensors, by their keys in its checkpoint.
 
-    `added` are new tensors, by the key beside which they are written and their own names.
+    `added` are new tensors, by the key beside which they are written and their own names; `copied` are the names that
+    a tensor of the base gets beside its own.
     """
 
     scaled: dict[str, FoldedSite] = field(default_factory=dict)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    copied: dict[str, list[str]] = field(default_factory=dict)
     added: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def add(self, beside: str, name: str, tensor: torch.Tensor) -> None:
         self.added.setdefault(beside, {})[name] = tensor
 
 
-def changes(
-    sites: list[FoldedSite], model: PreTrainedModel, zeros: set[str], names: Names, dtype: torch.dtype
-) -> Changes:
-    """What to change in the base's checkpoint. `zeros`: biases of `model` that are new and that no edit fills."""
-    found, state = Changes(), model.state_dict()
+def changes(sites: list[FoldedSite], plan: Plan, zeros: set[str], names: Names, dtype: torch.dtype) -> Changes:
+    """What to change in the base's checkpoint. `zeros`: biases of its model that are new and that no edit fills."""
+    found, state = Changes(), plan.model.state_dict()
+    for group in plan.untied:
+        there = [key for key, name in names.written.items() if name in group]
+        found.copied[there[0]] = [name for name in group if name not in map(names.written.get, there)]
     for site in sites:
         if site.key is not None and site.scale is not None:
             found.scaled[site.key] = site
@@ -68,12 +72,14 @@ def write_weights(
     dtype: torch.dtype,
     convert: bool,
 ) -> None:
-    """Write the base's tensors under their new `names`, those without a name left out, and the head after the last.
+    """Write the base's tensors under their new `names`, those without a name left out, with those of the head in their
+    places or after the last.
 
     Files are split as the base's are. `dtype` is that of what is new or folded; of all else too with `convert`.
     """
     weight_map: dict[str, str] = {}
     total = 0
+    new = dict(head)
     files = list(checkpoint.files.items())
     for file, keys in track(files, "Folding", console=Console(stderr=True), disable=len(files) == 1):
         tensors = {}
@@ -81,11 +87,12 @@ def write_weights(
             metadata = shard.metadata()  # torchao keeps there what its tensors are
             for key in keys:
                 if key in names:
-                    tensor = shard.get_tensor(key)
-                    tensors[names[key]] = _changed(key, tensor, changes, model, dtype, convert).contiguous()
+                    tensor = _changed(key, shard.get_tensor(key), changes, model, dtype, convert).contiguous()
+                    tensors |= {name: tensor.clone() for name in changes.copied.get(key, ()) if name not in head}
+                    tensors[names[key]] = new.pop(names[key]).to(dtype).contiguous() if names[key] in new else tensor
                     tensors |= changes.added.get(key, {})
         if file == files[-1][0]:
-            tensors |= {name: tensor.to(dtype).contiguous() for name, tensor in head.items()}
+            tensors |= {name: tensor.to(dtype).contiguous() for name, tensor in new.items()}
         if tensors:
             save_file(tensors, folder / file, metadata={**(metadata or {}), "format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -98,10 +105,9 @@ def write_weights(
 def write_rest(folder: Path, base: Path, adapter: Adapter, model: PreTrainedModel) -> None:
     """The configuration, and what lies beside the weights: tokenizer (the adapter's, if it has one), templates, ..."""
     for source in (base, adapter.folder):
-        for pattern in NOT_WEIGHTS:
-            for file in source.glob(pattern):
-                if file.name not in ("config.json", CONFIG_NAME, INDEX):
-                    shutil.copyfile(file, folder / file.name)
+        for path in companions(source):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, folder / path)
     model.config.architectures = [type(model).__name__]
     if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
         model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id  # as in training
