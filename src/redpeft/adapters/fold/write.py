@@ -82,7 +82,7 @@ def write_weights(
     new = dict(head)
     files = list(checkpoint.files.items())
     for file, keys in track(files, "Folding", console=Console(stderr=True), disable=len(files) == 1):
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         with checkpoint.open(file) as shard:
             metadata = shard.metadata()  # torchao keeps there what its tensors are
             for key in keys:
