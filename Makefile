@@ -14,6 +14,7 @@ install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --buil
 
 # $(call environment,FOLDER,CONSTRAINTS): pip and torch, which alone may bring gigabytes of CUDA libraries
 define environment
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.12')"
 	@echo "==> $(1), step 1 of 3: a virtual environment (half a minute)"
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python -m pip install --quiet --upgrade -c constraints/tests.txt pip
