@@ -718,3 +718,21 @@ def test_score_refuses_what_is_wrong(redpeft, tmp_path, benchmark, predictions, 
     assert (code, out) == (2, "")
     assert message in err
     assert one_line(err)
+
+
+def test_each_command_of_a_process_logs_to_its_own_standard_error(tiny_encoder_folder, tmp_path):
+    (tmp_path / "rows.csv").write_text(
+        "text,label\n" + "".join(f"t{i},{['a|b', 'b', 'a'][i % 3]}\n" for i in range(12))
+    )
+    call = ["train", f"base={tiny_encoder_folder}", f"data={tmp_path / 'rows.csv'}", "metric=none"]
+    script = (
+        "import contextlib, io, json, sys\nfrom redpeft.cli import main\nsaid = []\n"
+        "for _ in range(2):\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):\n"
+        f"        main({call!r})\n"
+        "    said.append(err.getvalue())\n"
+        "print(json.dumps(said))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    first, second = json.loads(run.stdout.splitlines()[-1])
+    assert all("several labels a row, separated by '|'" in said for said in (first, second))

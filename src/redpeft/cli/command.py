@@ -179,6 +179,14 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
+class _Lines(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what is standard error at the time: a process may run several commands, each with another one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 @app.callback()
 def redpeft(
     version: Annotated[
@@ -187,6 +195,6 @@ def redpeft(
 ) -> None:
     """Fine-tune a frozen transformer with two vectors per layer (RED, Representation EDiting)."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # what PEFT still calls there
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", handlers=[_Lines()])
     logging.getLogger("redpeft").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every 8-bit layer in every forward pass
