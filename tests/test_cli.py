@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import sys
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from redpeft import RedConfig, __version__, cli
@@ -486,6 +488,60 @@ def test_evaluate_takes_a_run_or_its_adapter(redpeft, trained, data_folder):
         assert re.search(rf"{name}\W+{counts[0]}\W+{counts[1]}\W", out)
     assert "eval_loss" not in err
     assert "it/s" not in err
+
+
+def test_the_snippet_of_the_model_card_runs_as_printed(trained, monkeypatch):
+    run, _ = trained
+    [snippet] = re.findall(r"```python\n(.*?)```", (run / "adapter" / "README.md").read_text(), re.S)
+    monkeypatch.chdir(run / "adapter")
+    names = {}
+    exec(compile(snippet, "card", "exec"), names)
+    saved = load_file("adapter_model.safetensors")
+    key = "base_model.model.classifier.weight"
+    state = names["model"].state_dict()
+    assert torch.equal(state[key.replace("classifier.", "classifier.modules_to_save.default.")], saved[key])
+
+
+@pytest.mark.parametrize("hand_made", [False, True])
+def test_an_adapter_folder_without_a_run_labels_and_is_scored(redpeft, trained, data_folder, tmp_path, hand_made):
+    """What compose writes knows the labels; one that was copied out of its run knows their number."""
+    run, out = trained
+    test, folder = data_folder / "test.jsonl", tmp_path / "adapter"
+    if hand_made:
+        folder.mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(run / "adapter" / name, folder)
+    else:
+        assert redpeft("compose", f"'{run}'", "--out", folder)[0] == 0
+    code, answers, err = redpeft("predict", folder, test)
+    assert code == 0, err
+    whole = [json.loads(line)["probabilities"] for line in redpeft("predict", run, test)[1].splitlines()]
+    found = [json.loads(line)["probabilities"] for line in answers.splitlines()]
+    assert [set(row) for row in found] == [{"LABEL_0", "LABEL_1"} if hand_made else {"no", "yes"}] * 8
+    assert [sorted(row.values()) for row in found] == [pytest.approx(sorted(row.values()), abs=1e-4) for row in whole]
+    if not hand_made:
+        code, scores, err = redpeft("evaluate", folder, test, "--json")
+        assert code == 0, err
+        assert json.loads(scores)["metrics"]["accuracy"] == json.loads(out)["test"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_model_name_or_path": None}, "does not name its base model: give it with --base"),
+        ({"task_type": None}, "does not say what it was trained for: give --task, one of classification,"),
+        ({"peft_type": "VERA"}, "a VERA adapter needs its run folder"),
+    ],
+)
+def test_what_an_adapter_folder_does_not_say_is_asked_for(redpeft, trained, data_folder, tmp_path, changes, message):
+    folder = tmp_path / "adapter"
+    shutil.copytree(trained[0] / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    code, out, err = redpeft("predict", folder, data_folder / "test.jsonl")
+    assert (code, out) == (2, "")
+    assert message in err
+    assert one_line(err)
 
 
 def test_evaluate_refuses_what_is_no_run(redpeft, tmp_path, data_folder):

@@ -114,6 +114,9 @@ def test_what_each_method_trains_beside_the_head():
         counts[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         found = head_parameters(model, ["classifier"])
         assert sum(p.numel() for p in found.values()) == head, method
+        for config in getattr(model, "peft_config", {}).values():
+            heads = getattr(config, "modules_to_save", None) or []
+            assert len(heads) == len(set(heads)), method
         assert trainable_parameters(bert(), small(method)) == (counts[method] - head, head), method
     whole = bert()
     encoder = {name: p for name, p in whole.named_parameters() if not name.startswith("classifier")}

@@ -52,7 +52,7 @@ def write_card(
     parts = [f"# {'RED' if red else config['peft_type']} adapter for {name}"]
     if red:
         parts += [_what_it_is(read_adapter(folder), name)]
-    parts += [_how_to_load(config, base if base and not local else name, labels, red)]
+    parts += [_how_to_load(config, None if local else base, Path(folder), labels, red)]
     if labels:
         parts += ["## Labels\n\n" + "\n".join(f"{index}. `{label}`" for index, label in enumerate(labels))]
     if metrics:
@@ -112,17 +112,22 @@ and edits its representations: at each site the output h becomes `scale * h + un
 </details>"""
 
 
-def _how_to_load(config: Mapping[str, Any], base: str, labels: Sequence[str] | None, red: bool) -> str:
+def _how_to_load(
+    config: Mapping[str, Any], base: str | None, folder: Path, labels: Sequence[str] | None, red: bool
+) -> str:
     auto = AUTO_CLASS.get(config.get("task_type") or "", "AutoModel")
+    # a path on the author's disk is not for other eyes
+    name = f'"{base}"' if base else "PeftConfig.from_pretrained(folder).base_model_name_or_path"
     size = f", num_labels={len(labels)}" if labels else ""
     first = "import redpeft  # registers RED with PEFT\n" if red else ""
     install = "\n`pip install redpeft` first.\n" if red else ""
     return f"""## Use
 {install}
 ```python
-{first}from peft import PeftModel
+{first}from peft import {"PeftModel" if base else "PeftConfig, PeftModel"}
 from transformers import {auto}
 
-base = {auto}.from_pretrained("{base}"{size})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+folder = "{"." if folder.is_absolute() else folder.as_posix()}"  # where this file lies
+base = {auto}.from_pretrained({name}{size})
+model = PeftModel.from_pretrained(base, folder)
 ```"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def compose(expression: str, out: str | Path, head: str | Path | None = None) ->
     result = replace(result, folder=Path(out), config=result.config | config)
     whose = str(head) if head and result.head else _whose_head(result, reader.leaves)
     write_adapter(result)
+    _copy_task([str(head)] if head else [*reader.leaves], Path(out))
     return Composition(result, whose)
 
 
@@ -65,6 +67,13 @@ def _whose_head(result: Adapter, leaves: Mapping[str, Adapter]) -> str | None:
         return None
     same = [name for name in owners if same_tensors(result.head, leaves[name].head)]
     return same[0] if same else f"the average of {' and '.join(owners)}, by their weights"
+
+
+def _copy_task(names: Sequence[str], out: Path) -> None:
+    """What the first run with one was trained for, so that `redpeft predict` and `evaluate` know it of the result."""
+    tasks = (find_run(Path(name).expanduser()) / TASK for name in names)
+    if task := next((path for path in tasks if path.is_file()), None):
+        shutil.copyfile(task, out / TASK)
 
 
 def _labels(name: str) -> list[str] | None:

@@ -109,7 +109,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     or a pickle, tensors missing or left over against `target_modules`, shapes that disagree and values not finite.
     """
     folder = Path(folder)
-    return as_adapter(folder, read_config(folder), lambda: _read_tensors(folder))
+    return as_adapter(folder, read_config(folder), lambda: read_tensors(folder))
 
 
 def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str, torch.Tensor]]) -> Adapter:
@@ -228,7 +228,8 @@ def load_adapter(
     return PeftModel.from_pretrained(base_model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter of any PEFT type. UserError: none there, a pickle, or a damaged file."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))

@@ -18,6 +18,12 @@ from redpeft.errors import RunError, UserError
 MATRIX = 20  # labels, of a confusion matrix that is shown
 
 
+TaskName = Annotated[
+    Literal["classification", "token-classification", "instruction", "e2e"] | None,
+    typer.Option(help="Of an adapter folder without a run that does not say it."),
+]
+
+
 @command("redpeft init my-recipe.yaml")
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write; never overwritten.")] = Path("recipe.yaml"),
@@ -70,12 +76,13 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="A file, a folder, or a data set of the Hub.", show_default=False)],
     config: Annotated[str | None, typer.Option(help="The Hub data set's configuration, such as sst2.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+    task: TaskName = None,
 ) -> Answer:
     """Score a trained adapter on data with labels."""
     from redpeft.adapters import find_run
     from redpeft.training.predict import evaluate, open_run
 
-    metrics = evaluate(open_run(find_run(run), base), data, config)
+    metrics = evaluate(open_run(find_run(run), base, task), data, config)
     matrix = metrics.pop("confusion_matrix", None)
     found = {"run": run, "data": data, "metrics": metrics, **({"confusion_matrix": matrix} if matrix else {})}
     small = matrix and len(matrix["true"]) <= MATRIX
@@ -94,6 +101,7 @@ def predict(
         Path | None, typer.Option(help="Write the rows with their answers to this .csv, .tsv or .jsonl file.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+    task: TaskName = None,
 ) -> Iterator[dict[str, Any]] | Answer:
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
@@ -103,7 +111,7 @@ def predict(
         raise UserError(f"--out {out}: the extension decides the format, and .csv, .tsv and .jsonl are known")
     if out is not None and file != "-" and out.resolve() == Path(file).resolve():
         raise UserError(f"--out {out} is the file that is read: choose another name")
-    opened = open_run(find_run(run), base)
+    opened = open_run(find_run(run), base, task)
     batches, total, name = read_rows(opened, file, format)
     answers = map(rounded, predict_batches(opened, batches, total=total, source=name, whole=out is not None))
     if out is None:

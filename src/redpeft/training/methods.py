@@ -222,7 +222,11 @@ def _add_adapter(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> tor
     values["modules_to_save"] = [*head, *(values.get("modules_to_save") or [])] or None
     config = _options(recipe, values)
     with _explained():
-        return get_peft_model(model, config, revision=recipe.base.revision)
+        trained = get_peft_model(model, config, revision=recipe.base.revision)
+    for each in trained.peft_config.values():  # to which PEFT adds the names of heads, also those that are there
+        if heads := getattr(each, "modules_to_save", None):
+            each.modules_to_save = list(dict.fromkeys(heads))
+    return trained
 
 
 @contextmanager

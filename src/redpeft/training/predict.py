@@ -18,13 +18,22 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from redpeft.adapters.files import ADAPTER, RECIPE, TASK, load_adapter, write_atomically
+from redpeft.adapters.files import (
+    CONFIG_NAME,
+    RECIPE,
+    TASK,
+    find_adapter,
+    load_adapter,
+    read_config,
+    read_tensors,
+    write_atomically,
+)
 from redpeft.console import Progress
 from redpeft.errors import UserError
 from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
-from redpeft.tasks.base_model import load_tokenizer, pad_prompts
+from redpeft.tasks.base_model import load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.columns import ROW, values, where
 from redpeft.tasks.files import existing, extension, read_file
 from redpeft.training.base import autocast, load_base
@@ -67,13 +76,29 @@ class Run:
         return model.eval(), tokenizer
 
 
-def open_run(folder: str | Path, base: str | Path | None = None) -> Run:
-    """A finished run whose model is loaded when it is first needed: wrong rows are found out without waiting for it.
+TASK_OF = {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "instruction"}
+METHOD_OF = {"REDPEFT": "red", "LORA": "lora", "IA3": "ia3"}
+# what columns are called that nobody names
+COLUMNS = {
+    "classification": {"text": "text", "label": "label"},
+    "token-classification": {"tokens": "tokens", "tags": "tags"},
+    "instruction": {"prompt": "prompt", "response": "response"},
+    "e2e": {"prompt": "mr", "response": "ref"},
+}
 
-    `base` is where the base model lies now, if not where the recipe says. Raises `UserError` for a folder that holds
-    no finished run.
+
+def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> Run:
+    """A finished run, or an adapter folder without one. The model is loaded when it is first needed: wrong rows are
+    found out without waiting for it.
+
+    `base` is where the base model lies, if not where recipe or adapter say. `task` is an adapter's, where neither its
+    task.json (as `redpeft compose` writes) nor its task type say it. Raises `UserError` for a folder that holds no
+    finished run and no adapter, and for what an adapter does not say and is not given.
     """
     folder = Path(folder)
+    if not (folder / RECIPE).is_file() and (folder / CONFIG_NAME).is_file():
+        bars_on_terminals_only()
+        return _open_adapter(folder, base, task)
     if not (folder / RECIPE).is_file():
         seeds = sorted(path.parent.name for path in folder.glob(f"seed-*/{RECIPE}"))
         raise UserError(
@@ -88,6 +113,48 @@ def open_run(folder: str | Path, base: str | Path | None = None) -> Run:
     return Run(folder, recipe, task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8"))))
 
 
+def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Run:
+    """An adapter folder without a run around it."""
+    config = read_config(folder)
+    model = base or config.get("base_model_name_or_path")
+    if not model:
+        raise UserError(f"{folder} does not name its base model: give it with --base")
+    if config["peft_type"] not in METHOD_OF:
+        kinds = ", ".join(METHOD_OF)
+        raise UserError(f"{folder}: a {config['peft_type']} adapter needs its run folder (those without: {kinds})")
+    if (folder / TASK).is_file():
+        task = task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8")))
+    else:
+        name = name or TASK_OF.get(config.get("task_type") or "")
+        if name not in COLUMNS:
+            raise UserError(f"{folder} does not say what it was trained for: give --task, one of {', '.join(COLUMNS)}")
+        labels = _labels(folder, name, str(model))
+        task = task_from_dict({"task": name, "columns": COLUMNS[name], "metric": "loss", **labels})
+    fields = {"base.model": str(model), "data.path": str(folder), "task": task.name}
+    return Run(folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}), task)
+
+
+def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
+    """A classifier's labels: as many as its head has rows, with the base's names for them if it has as many."""
+    if not task.endswith("classification"):
+        return {}
+    own = (".redpeft_", ".lora_", ".ia3_")
+    heads = [tensor for name, tensor in read_tensors(folder).items() if not any(part in name for part in own)]
+    if not heads:
+        raise UserError(
+            f"{folder} holds no head, without which it labels nothing: redpeft compose --head takes one over"
+        )
+    count = min(len(tensor) for tensor in heads)
+    require_folder(model)
+    known = getattr(AutoConfig.from_pretrained(model), "id2label", None) or {}
+    names = [known[index] for index in range(count)] if len(known) == count else [str(index) for index in range(count)]
+    if task == "token-classification":
+        return {"label_names": names, "metric": "accuracy"}
+    if count == 1:
+        return {"label_names": [], "problem_type": "regression", "metric": "pearson"}
+    return {"label_names": names, "problem_type": "single_label_classification", "metric": "accuracy"}
+
+
 def load_run(folder: str | Path, base: str | Path | None = None) -> Run:
     """`open_run`, with the model loaded at once. Raises `UserError` too for a base that the run was not trained on."""
     run = open_run(folder, base)
@@ -99,9 +166,10 @@ def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrain
     if recipe.method == "full":
         trained = recipe.base.model_copy(update={"model": str(folder / MODEL), "revision": None})
         return load_base(recipe.model_copy(update={"base": trained}), task)
-    base, _ = load_base(recipe, task)
-    saved = folder / (ADAPTER if METHODS[recipe.method].is_peft else MODEL)
-    tokenizer = load_tokenizer(saved)
+    base, tokenizer = load_base(recipe, task)
+    saved = find_adapter(folder) if METHODS[recipe.method].is_peft else folder / MODEL
+    if (saved / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(saved)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
     if METHODS[recipe.method].is_peft:
