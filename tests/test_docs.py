@@ -7,6 +7,7 @@ models on the Hub are folders with tiny models. Other python blocks are compiled
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import io
 import os
@@ -114,7 +115,16 @@ def test_python_blocks_compile(page):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, tiny_t5_folder, tiny_chat_tokenizer):
+def workplace(
+    tmp_path,
+    monkeypatch,
+    tiny_encoder_folder,
+    tiny_decoder_folder,
+    tiny_t5_folder,
+    tiny_gpt2_folder,
+    tiny_chat_tokenizer,
+    e2e_folder,
+):
     """The current folder of the snippets, with tiny models by the names that the pages use."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -131,6 +141,10 @@ def workplace(tmp_path, monkeypatch, tiny_encoder_folder, tiny_decoder_folder, t
         shutil.copy("messages/train.jsonl", f"customers/{name}.jsonl")
     shutil.copytree(tiny_encoder_folder, "FacebookAI/roberta-base")
     shutil.copytree(tiny_t5_folder, "google-t5/t5-base")
+    shutil.copytree(tiny_gpt2_folder, "openai-community/gpt2-medium")
+    shutil.copytree(e2e_folder, "e2e-dataset")
+    Path("label.txt").write_text("Zizzi is a pub.\n\nCotto is a pub.\n\n", encoding="utf-8")
+    Path("pred.txt").write_text("Zizzi is a pub.\nA pub.\n", encoding="utf-8")
     for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"):
         shutil.copytree(tiny_decoder_folder, name)
         tiny_chat_tokenizer.save_pretrained(name)
@@ -142,7 +156,12 @@ def run_commands(text: str, monkeypatch) -> None:
         if call.startswith("redpeft "):
             typed = io.BytesIO((said and shlex.split(said)[-1] + "\n").encode())
             monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
-            with pytest.raises(SystemExit) as exit_:
+            call, _, file = call.partition(" > ")
+            with (
+                pytest.raises(SystemExit) as exit_,
+                Path(file or os.devnull).open("w", encoding="utf-8") as out,
+                contextlib.redirect_stdout(out),
+            ):
                 cli.main(shlex.split(os.path.expandvars(call), comments=True)[1:])
             assert exit_.value.code == 0, line
 
@@ -150,7 +169,12 @@ def run_commands(text: str, monkeypatch) -> None:
 RUN = [page for page in PAGES if re.search(r"^```\w+ run$", page.read_text(encoding="utf-8"), re.M)]
 
 
-@pytest.mark.parametrize("page", RUN, ids=page_name)
+SLOW = {"e2e.md"}  # three times ten beams
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] * (page.name in SLOW)) for page in RUN]
+)
 def test_snippets_run(page, workplace, monkeypatch):
     names: dict = {}
     left_out = 0
