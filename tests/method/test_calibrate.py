@@ -44,7 +44,7 @@ def test_every_modality_without_a_batch(family):
     assert len(units) == len(sites) == (4 if family in ("t5", "whisper") else 2)
     assert all(unit > 0 and unit != 1 for unit in units.values())
     assert model.training
-    assert all(not layer.measuring for layer in sites)
+    assert all(layer.watch is None for layer in sites)
     assert calibrate(model) == units
 
 
@@ -63,7 +63,7 @@ def test_nothing_to_calibrate_is_an_error():
 def test_inputs_that_cannot_be_guessed_are_an_error():
     model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
     model.get_base_model().main_input_name = "pointcloud"
-    with pytest.raises(UserError, match="a model that takes pointcloud: pass a batch"):
+    with pytest.raises(UserError, match="cannot make up inputs for BertModel .it takes pointcloud.: pass a batch"):
         calibrate(model)
 
 

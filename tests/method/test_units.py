@@ -1,15 +1,16 @@
 """The unit of the bias: what it measures, what it refuses, and the invariance that it is there for."""
 
 import copy
+import pickle
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from redpeft import RedConfig, RedLayer
+from redpeft import RedConfig, RedLayer, calibrate
 from redpeft.errors import UserError
-from redpeft.method.units import MAX_VALUES, typical_size
+from redpeft.method.units import MAX_VALUES, example_inputs, typical_size
 
 
 def test_it_is_the_standard_deviation_of_a_normal_sample_whatever_a_few_outliers_do():
@@ -39,8 +40,24 @@ def test_an_output_without_a_size_is_an_error(hidden, what):
         typical_size(hidden, "layers.0.mlp")
 
 
-def test_a_size_of_exactly_one_is_told_from_not_measured():
-    assert float(typical_size(torch.full((4, 4), 1 / 1.4826, dtype=torch.float64), "site")) != 1.0
+@pytest.mark.parametrize("length", [64, 100, 1024])
+def test_no_length_of_rows_lines_up_with_what_is_read(length):
+    """Position 0, say, is often another size than the rest."""
+    hidden = torch.ones(64, length, 2048)
+    hidden[:, 0] = 100.0
+    assert float(typical_size(hidden, "site")) == pytest.approx(1.4826)
+
+
+def test_padding_and_rows_without_numbers_do_not_decide():
+    hidden = torch.full((4, 10, 8), 50.0)
+    hidden[:, :3] = 1.0
+    real = torch.zeros(4, 10)
+    real[:, :3] = 1
+    assert float(typical_size(hidden, "site", real)) == pytest.approx(1.4826)
+    assert float(typical_size(hidden.flatten(0, 1), "site", real)) == pytest.approx(1.4826)  # as experts have it
+    hidden[1:, :3] = torch.nan
+    assert float(typical_size(hidden, "site", real)) == pytest.approx(1.4826)
+    assert typical_size(hidden, "site", torch.zeros(4, 10)) is None
 
 
 def llama(dtype=torch.float64):
@@ -114,29 +131,201 @@ def sites(model):
     return [module for module in model.modules() if isinstance(module, RedLayer)]
 
 
+def units(model):
+    return [float(layer.redpeft_edit["default"].unit) for layer in sites(model)]
+
+
 def test_it_is_measured_in_the_first_training_forward_and_never_again():
     model = get_peft_model(llama(torch.float32), RedConfig())
     edits = [layer.redpeft_edit["default"] for layer in sites(model)]
     model.eval()(torch.randint(0, 60, (2, 8)))
     assert all(edit.unit_pending for edit in edits)
     model.train()(torch.randint(0, 60, (2, 8)))
-    first = [float(edit.unit) for edit in edits]
+    first = units(model)
     assert all(unit != 1 for unit in first)
+    assert model.peft_config["default"].unit_measured
+    assert not model.get_base_model()._forward_pre_hooks
     model(torch.randint(0, 60, (2, 8)))
-    assert [float(edit.unit) for edit in edits] == first
+    assert units(model) == first
 
 
-def test_the_unit_is_the_size_of_the_base_layers_output():
+def test_the_unit_is_the_size_of_the_base_layers_output_on_tokens_of_its_own():
+    """Whatever the batch is, whatever is drawn before, and with edits far from the identity."""
+    measured = []
+    for seed in (0, 1):
+        model = get_peft_model(llama(torch.float32), RedConfig())
+        with torch.no_grad():
+            for layer in sites(model):
+                layer.redpeft_edit["default"].offset.fill_(seed)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model.train()(torch.randint(0, 60, (2, 3 + seed)))
+        torch.set_rng_state(before)
+        measured.append(units(model))
+    assert measured[0] == measured[1]
+    ids = example_inputs(llama(), sites(model)[0])["input_ids"]
+    outputs = {}
+    plain = llama(torch.float32).eval()
+    for index, block in enumerate(plain.model.layers):
+        block.mlp.down_proj.register_forward_hook(lambda _, __, output, i=index: outputs.update({i: output}))
+    with torch.no_grad():
+        plain(ids)
+    assert measured[0] == pytest.approx([float(1.4826 * outputs[i].abs().median()) for i in (0, 1)])
+
+
+def test_measuring_leaves_random_numbers_and_modes_as_they_were():
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        attention_dropout=0.3, pad_token_id=0,
+    )  # fmt: skip
+    tokens = torch.arange(12).reshape(2, 6)
+    torch.manual_seed(0)
+    model = get_peft_model(LlamaForCausalLM(config), RedConfig()).train()
+    model.get_base_model().model.layers[0].eval()
+    state = torch.get_rng_state()
+    first = model(tokens).logits
+    torch.set_rng_state(state)
+    assert torch.equal(first, model(tokens).logits)
+    assert not model.get_base_model().model.layers[0].training
+    assert model.get_base_model().model.layers[1].self_attn.training
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_measure_for_themselves(duplicate):
     model = get_peft_model(llama(torch.float32), RedConfig())
-    seen = {}
+    other = duplicate(model)
+    for one in (other, model):
+        assert units(one) == [1, 1]
+        one.train()(torch.randint(0, 60, (2, 8)))
+        assert not one.get_base_model()._forward_pre_hooks
+    assert units(one) == units(other) != [1, 1]
+
+
+def test_a_unit_of_exactly_1_that_was_measured_stays(tmp_path):
+    model = get_peft_model(llama(torch.float32), RedConfig())
     for layer in sites(model):
-        layer.base_layer.register_forward_hook(
-            lambda module, args, output, site=layer.site: seen.update({site: output})
-        )
+        layer.redpeft_edit["default"].express(1.0)
+    model.peft_config["default"].unit_measured = True
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(torch.float32), tmp_path, is_trainable=True)
+    loaded.train()(torch.randint(0, 60, (2, 8)))
+    assert units(loaded) == [1, 1]
+
+
+def test_a_resumed_run_keeps_its_units(tmp_path):
+    """Its values are loaded into a new adapter, as a Trainer does."""
+    model = get_peft_model(llama(torch.float32), RedConfig())
+    calibrate(model, {"input_ids": torch.arange(6)[None]})
+    model.save_pretrained(tmp_path)
+    resumed = get_peft_model(llama(torch.float32), RedConfig())
+    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    resumed.train()(torch.randint(0, 60, (2, 8)))
+    assert units(resumed) == units(model)
+
+
+def test_a_configuration_of_another_adapter_is_measured_anew(tmp_path):
+    model = get_peft_model(llama(torch.float32), RedConfig())
+    calibrate(model)
+    model.save_pretrained(tmp_path)
+    config = RedConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    fresh = get_peft_model(llama(torch.float32), config)
+    fresh.train()(torch.randint(0, 60, (2, 8)))
+    assert units(fresh) == units(model)
+
+
+def test_what_was_trained_elsewhere_begins_as_it_was_and_counts_anew(tmp_path):
+    """An imported checkpoint: the scale itself, and biases in the output's size."""
+    model = get_peft_model(llama(torch.float32), RedConfig(scale_origin=0, init_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(torch.float32), tmp_path).eval()
+    tokens = torch.randint(0, 60, (2, 8))
+    expected = loaded(tokens).logits
+    assert [layer.redpeft_edit["default"].origin for layer in sites(loaded)] == [0, 0]
+    loaded = PeftModel.from_pretrained(llama(torch.float32), tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-3)
+    started = loaded.train()(tokens, labels=tokens)
+    torch.testing.assert_close(started.logits, expected, rtol=1e-4, atol=1e-5)
+    started.loss.backward()
+    optimizer.step()
+    fresh = get_peft_model(llama(torch.float32), RedConfig())
+    calibrate(fresh)
+    assert units(loaded) == units(fresh)
+    config = loaded.peft_config["default"]
+    assert (config.scale_origin, config.unit_measured) == (1, True)
+    names = {name.rpartition(".")[2] for name, p in loaded.named_parameters() if p.requires_grad}
+    assert names == {"scale_offset", "bias"}
+    expected = loaded.eval()(tokens).logits
+    loaded.save_pretrained(tmp_path / "further")
+    again = PeftModel.from_pretrained(llama(torch.float32), tmp_path / "further").eval()
+    assert torch.equal(again(tokens).logits, expected)
+    resumed = PeftModel.from_pretrained(llama(torch.float32), tmp_path, is_trainable=True)
+    resumed.load_adapter(tmp_path / "further", "default", is_trainable=True)
+    resumed.train()(tokens)
+    assert torch.equal(resumed.eval()(tokens).logits, expected)
+    assert units(resumed) == units(loaded)
+
+
+def test_the_papers_rule_keeps_its_origin_in_training():
+    model = get_peft_model(llama(torch.float32), RedConfig(scale_origin=0))
     model.train()(torch.randint(0, 60, (2, 8)))
-    for layer in sites(model):
-        expected = 1.4826 * seen[layer.site].abs().median()
-        torch.testing.assert_close(layer.redpeft_edit["default"].unit[0], expected)
+    assert [layer.redpeft_edit["default"].origin for layer in sites(model)] == [0, 0]
+    assert model.peft_config["default"].scale_origin == 0
+    assert model.peft_config["default"].unit_measured
+
+
+def test_layers_that_are_called_by_themselves_are_not_trained_without_a_unit():
+    model = get_peft_model(llama(torch.float32), RedConfig()).train()
+    message = "unit of the bias at model.layers.0.mlp.down_proj has not been measured.*call redpeft.calibrate"
+    with pytest.raises(UserError, match=message):
+        sites(model)[0](torch.randn(2, 32))
+    calibrate(model)
+    sites(model)[0](torch.randn(2, 32))
+
+
+class Other(torch.nn.Module):
+    """A model whose inputs nobody can guess; `spare` is for other batches."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.down, self.spare = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, with_spare=False):
+        return self.down(x) + (self.spare(x) if with_spare else 0)
+
+
+def test_inputs_that_cannot_be_made_up_are_the_batchs(monkeypatch):
+    x = torch.randn(64, 8)
+    model = get_peft_model(Other(), RedConfig(target_modules=["down"])).train()
+    model(x=x)
+    expected = 1.4826 * Other().down(x).abs().median()
+    assert units(model) == pytest.approx([float(expected)])
+    model = get_peft_model(Other(), RedConfig(target_modules=["down"])).train()
+    monkeypatch.setattr("redpeft.method.units._several_processes", lambda: True)
+    message = r"inputs for Other \(it is no model of transformers\) .* call redpeft.calibrate\(model, batch\) before"
+    with pytest.raises(UserError, match=message):
+        model(x=x)
+    calibrate(model, {"x": x})
+    model(x=x)
+    assert units(model) == pytest.approx([float(expected)])
+
+
+def test_copies_of_dataparallel_are_refused():
+    model = get_peft_model(llama(torch.float32), RedConfig()).train()
+    model.get_base_model()._is_replica = True
+    with pytest.raises(UserError, match=r"DataParallel trains copies .* call redpeft.calibrate\(model\)"):
+        model(torch.randint(0, 60, (2, 8)))
+
+
+def test_sites_that_the_measuring_pass_does_not_reach():
+    model = get_peft_model(Other(), RedConfig(target_modules=["down", "spare"])).train()
+    with pytest.warns(UserWarning, match="does not reach spare: the bias has the typical unit of the other sites"):
+        model(x=torch.randn(4, 8))
+    assert units(model)[0] == units(model)[1]
+    model(x=torch.randn(4, 8), with_spare=True)
+    with pytest.raises(UserError, match="no forward pass reaches spare: an edit there would do nothing"):
+        get_peft_model(Other(), RedConfig(target_modules=["spare"])).train()(x=torch.randn(4, 8))
 
 
 def test_a_number_is_used_as_it_is():

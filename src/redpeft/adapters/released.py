@@ -98,8 +98,7 @@ def import_released(path: str | Path, base: str, out: str | Path) -> Imported:
     _check_head(released.path.with_name(HEAD), base, model, head)
     config = RedConfig(
         sites=sites,
-        unit=1.0,
-        scale_origin=0.0,
+        scale_origin=0.0,  # and no unit has been measured: when it is trained on, both are set
         task_type=task,
         modules_to_save=[CLASSIFIER.rstrip(".")] if head else None,
         base_model_name_or_path=base,

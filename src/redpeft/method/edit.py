@@ -140,6 +140,11 @@ class Edit(nn.Module):
         return self.offset.requires_grad or self.bias.requires_grad
 
     @property
+    def is_to_begin(self) -> bool:
+        """Whether learning begins with `express`: the unit is not known yet, or the scale not counted from 1."""
+        return self.unit_pending or self.from_elsewhere
+
+    @property
     def unit_pending(self) -> bool:
         """Whether the unit is still to be measured. The tensor is asked until it is known: values that are loaded into
         an edit, also by transformers, which replaces tensors, bring the unit that they were learned in."""

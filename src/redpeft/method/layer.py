@@ -11,7 +11,7 @@ a mixture-of-experts block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from redpeft.method.config import RedConfig
 from redpeft.method.edit import Edit, apply_edit, fold_edit
 from redpeft.method.fingerprint import FLOATS
 from redpeft.method.mixed import EditTable, RowIndex
-from redpeft.method.units import typical_size
 
 
 def output_width(module: nn.Module, model: nn.Module) -> int:
@@ -57,7 +56,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.redpeft_edit = nn.ModuleDict()
         self.width = width
         self.site = site
-        self.measuring = False
+        self.watch: Callable[[RedLayer, torch.Tensor], None] | None = None  # gets the outputs while units are measured
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
@@ -65,7 +64,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
             self.register_buffer(name, None, persistent=False)
         self._mixed: tuple[RowIndex, EditTable] | None = None
         self._added: RemovableHandle | None = None  # the hook on a module whose output is edited too
-        self._first_part: torch.Tensor | None = None  # while the unit of a sum of two outputs is measured
+        self._first_part: torch.Tensor | None = None  # of a sum of two outputs, while they are watched
         if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
             self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
         self.update_layer(adapter_name, config)
@@ -82,9 +81,9 @@ class RedLayer(nn.Module, BaseTunerLayer):
             use_scale=config.use_scale,
             use_bias=config.use_bias,
             dtype=torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32,
-            device=self._device(),
+            device=self.device_of_base,
         )
-        measured = next((e for e in self._edits() if e.auto_unit and not e.unit_pending), None)
+        measured = next((e for e in self.edits if e.auto_unit and not e.unit_pending), None)
         if edit.unit_pending and measured is not None and not edit.bias.is_meta:
             edit.express(unit=float(measured.unit))
         if not config.init_weights:
@@ -92,15 +91,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.redpeft_edit[adapter_name] = edit
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _edits(self) -> list[Edit]:
-        return list(self.redpeft_edit.values())
-
     def _base_tensor(self) -> torch.Tensor | None:
         """A tensor of the base layer that tells its device and floating dtype."""
         tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]
         return next((tensor for tensor in tensors if tensor.is_floating_point()), next(iter(tensors), None))
 
-    def _device(self) -> torch.device | None:
+    @property
+    def device_of_base(self) -> torch.device | None:
         """Where the base layer computes: where its tensors are, or where accelerate brings them if offloaded."""
         hooks = (getattr(module, "_hf_hook", None) for module in self.get_base_layer().modules())
         offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
@@ -111,7 +108,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own looks for `weight`, which a mixture-of-experts block has not, and casts to the base's dtype.
-        device = device or self._device()
+        device = device or self.device_of_base
         if adapter_name in self.redpeft_edit and device is not None:
             edit = self.redpeft_edit[adapter_name]
             if not edit.bias.is_meta:
@@ -141,11 +138,21 @@ class RedLayer(nn.Module, BaseTunerLayer):
             offset = d + (1 - combined.origin)
             combined.load_state_dict({combined.scale_name: offset, "bias": bias / unit, "unit": unit})
 
+    @property
+    def edits(self) -> list[Edit]:
+        return list(self.redpeft_edit.values())
+
+    @property
+    def active_edits(self) -> list[Edit]:
+        return [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
+        if self.merged and (self.disable_adapters or self.watch is not None):
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.watch is not None:
+            self._show(output[0] if isinstance(output, tuple) else output)
+        if self.disable_adapters or self.merged or self.watch is not None:
             return output
         if isinstance(output, tuple):
             return self._edit(output[0]), *output[1:]
@@ -154,15 +161,35 @@ class RedLayer(nn.Module, BaseTunerLayer):
     def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._mixed is not None:
             return self._edit_mixed(hidden, *self._mixed)
-        active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
-        if self._to_measure(active):
-            self._measure(hidden)
-        for edit in active:
+        for edit in self._acting_edits():
             hidden = edit(hidden)
         return hidden
 
-    def _to_measure(self, active: Sequence[Edit]) -> bool:
-        return any(not edit.unit_known and (self.measuring or (edit.training and edit.trainable)) for edit in active)
+    def _acting_edits(self) -> list[Edit]:
+        edits = self.active_edits
+        for edit in edits:
+            if (
+                not edit.unit_known
+                and edit.training
+                and edit.trainable
+                and not edit.unit.is_meta
+                and edit.unit_pending
+            ):
+                raise UserError(
+                    f"the unit of the bias at {self.site} has not been measured, since the base model's own forward "
+                    "was not called: call redpeft.calibrate(model) before training"
+                )
+        return edits
+
+    def _show(self, hidden: torch.Tensor) -> None:
+        """Give an output to `watch`; of a sum of two the sum, when the second comes."""
+        assert self.watch is not None
+        if self._added is not None and self._first_part is None:
+            self._first_part = hidden
+            return
+        if self._first_part is not None:
+            hidden, self._first_part = hidden + self._first_part.view_as(hidden), None
+        self.watch(self, hidden)
 
     def edit_too(self, module: nn.Module) -> None:
         """Let the edit act on the sum of this layer's output and `module`'s, which the model adds elsewhere:
@@ -176,33 +203,17 @@ class RedLayer(nn.Module, BaseTunerLayer):
             self._added = None
 
     def _edit_added(self, module: nn.Module, args: Any, added: torch.Tensor) -> torch.Tensor:
-        if self.disable_adapters:
+        if self.watch is not None:
+            self._show(added)
+        if self.disable_adapters or self.watch is not None:
             return added
         if self._mixed is not None:
             index, table = self._mixed
             return self._edit_mixed(added, index, table.without_bias())
-        active = [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
-        if self._to_measure(active):
-            self._measure(added)
-        for edit in active:
+        for edit in self._acting_edits():
             scale, bias = edit.effective
             added = apply_edit(added, scale, torch.zeros_like(bias))
         return added
-
-    @torch.compiler.disable
-    def _measure(self, hidden: torch.Tensor) -> None:
-        """Take the unit from the base layer's output; it holds for every adapter here that has none yet."""
-        if self._added is not None and self._first_part is None:
-            self._first_part = hidden  # the other one is to come
-            return
-        if self._first_part is not None:
-            hidden, self._first_part = hidden + self._first_part.view_as(hidden), None
-        pending = [edit for edit in self._edits() if edit.unit_pending]
-        if hidden.is_meta or not pending:
-            return
-        unit = typical_size(hidden, self.site)
-        for edit in pending:
-            edit.express(float(unit))
 
     def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
         """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""

@@ -31,6 +31,7 @@ from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.method.quantised import leave_unpacked
 from redpeft.method.register import PREFIX
 from redpeft.method.sites import find_sites, shared_expert
+from redpeft.method.units import hook_on
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class RedModel(BaseTuner):
         model = self.model = compile_in_place(model)
         config = self.peft_config[adapter_name]
         config.serve(self.peft_config, adapter_name)
+        was_saved = config.resolved
         if config.sites is not None and not config.resolved:
             sites = find_sites(model, config.sites, config.layers_to_transform)
             config.resolve(target_modules={site.name for site in sites}, resolved=True)
@@ -69,6 +71,11 @@ class RedModel(BaseTuner):
         if config.format == 1:
             for edit in edits.values():
                 edit.await_values()
+        if was_saved and config.scale_origin == 0 and config.unit == "auto" and not config.unit_measured:
+            for edit in edits.values():
+                edit.from_elsewhere = True
+        if any(edit.is_to_begin for edit in edits.values()):
+            hook_on(model)
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         _let_skip_calls(model, False)
         self._check_base(model, config, adapter_name)
