@@ -270,7 +270,8 @@ def test_the_adapter_says_what_it_is(tmp_path):
     found = import_released(path, base, tmp_path / "adapter")
     config = read_adapter(tmp_path / "adapter").config
     assert config["base_model_name_or_path"] == base
-    assert (config["task_type"], config["sites"], config["unit"]) == ("SEQ_CLS", "red+", 1.0)
+    assert (config["task_type"], config["sites"], config["format"]) == ("SEQ_CLS", "red+", 2)
+    assert (config["scale_origin"], config["unit"], config["unit_measured"]) == (0, "auto", False)
     assert (config["modules_to_save"], config["base_fingerprint"]) == (["classifier"], None)
     assert len(config["target_modules"]) == 10
     assert "roberta.encoder.layer.1.attention.self.query" in config["target_modules"]

@@ -1,14 +1,22 @@
 """Units by hand: every kind of model without a batch, and the errors."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import (
     AutoModel,
+    BartConfig,
+    BartForSequenceClassification,
     BertConfig,
+    CLIPConfig,
     CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     RobertaConfig,
     T5Config,
+    TimesformerConfig,
     ViTConfig,
     Wav2Vec2Config,
     WhisperConfig,
@@ -73,3 +81,52 @@ def test_a_site_that_the_batch_does_not_reach_is_an_error():
     model.get_base_model().aside = aside
     with pytest.raises(UserError, match="does not reach 1 sites .unreached"):
         calibrate(model)
+
+
+VIDEO = TimesformerConfig(image_size=32, patch_size=8, num_frames=2, **SMALL)
+CLIP = CLIPConfig(
+    text_config={"vocab_size": 50, "max_position_embeddings": 20, **SMALL},
+    vision_config={"image_size": 32, "patch_size": 8, **SMALL},
+    projection_dim=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch"),
+    [
+        (VIDEO, {"pixel_values": (2, 2, 3, 32, 32)}),
+        (CLIP, {"input_ids": (2, 6), "pixel_values": (2, 3, 32, 32)}),
+    ],
+    ids=["video", "clip"],
+)
+def test_models_whose_inputs_cannot_be_made_up_measure_on_the_first_batch(config, batch):
+    torch.manual_seed(0)
+    inputs = {
+        name: torch.randint(3, 50, shape) if name == "input_ids" else torch.randn(shape)
+        for name, shape in batch.items()
+    }
+    model = get_peft_model(AutoModel.from_config(config), RedConfig()).train()
+    with pytest.raises(UserError, match=f"cannot make up inputs for {type(model.get_base_model()).__name__} "):
+        calibrate(model)
+    model(**inputs)
+    assert all(unit not in (0, 1) for unit in calibrate(model).values())
+
+
+def test_heads_and_special_tokens_do_not_stand_in_the_way():
+    """Classifiers refuse batches without padding tokens, or count the ends of rows."""
+    small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    bart = BartForSequenceClassification(BartConfig(vocab_size=50, **small, **heads))
+    llama = LlamaForSequenceClassification(LlamaConfig(vocab_size=50, **SMALL))
+    for base in (bart, llama):
+        model = get_peft_model(base, RedConfig(task_type="SEQ_CLS"))
+        assert all(unit not in (0, 1) for unit in calibrate(model).values())
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("batch", [None, {"input_ids": torch.arange(6)[None]}], ids=["made up", "batch"])
+def test_wrapped_models(wrap, batch):
+    torch.manual_seed(0)
+    base = AutoModel.from_config(CONFIGS["bert"])
+    plain = get_peft_model(copy.deepcopy(base), RedConfig())
+    assert calibrate(wrap(get_peft_model(base, RedConfig())), batch) == calibrate(plain, batch)

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import distributed
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from redpeft import RedConfig
+from redpeft import RedConfig, calibrate
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
@@ -54,3 +54,28 @@ def test_sharded_edits_learn_as_whole_ones_do(mesh):
     assert sharded == pytest.approx(plain, abs=1e-4)
     assert rounded == pytest.approx(plain, abs=0.01)
     assert rounded[0] - rounded[-1] > 0.5 * (plain[0] - plain[-1])
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    )  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config), RedConfig()).train()
+    tokens = torch.randint(0, 60, (2, 5), generator=torch.Generator().manual_seed(rank))
+    if rank == 0:
+        model(tokens)  # the other one does not take part
+    distributed.barrier()
+    model(tokens)
+    units = torch.tensor(list(calibrate(model).values()))
+    found = [torch.empty_like(units) for _ in range(2)]
+    distributed.all_gather(found, units)
+    assert torch.equal(*found)
+    assert (units != 1).all()
+    distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_measure_the_same_without_waiting_for_each_other(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)

@@ -5,9 +5,9 @@
 1.4826 times the median of |h| is the standard deviation of a normal sample. It is a median because a few outlier
 channels, 20 to 40 times the rest and more, are common in transformers and would set a root mean square.
 
-An automatic unit is measured on random tokens in the first training forward, by a hook on the base model: the tokens
-and the weights are the same on all processes, so that none has to wait for another. `calibrate` measures at a time, and
-on data, of the user's choice.
+An automatic unit is measured on random tokens in the first training forward, by a hook on the base model: tokens and
+weights are the same on all processes, so that none has to wait for another. `calibrate` measures at a time, and on data,
+of the user's choice.
 """
 
 from __future__ import annotations
