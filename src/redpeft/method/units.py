@@ -6,8 +6,8 @@
 channels, 20 to 40 times the rest and more, are common in transformers and would set a root mean square.
 
 An automatic unit is measured on random tokens in the first training forward, by a hook on the base model: tokens and
-weights are the same on all processes, so that none has to wait for another. `calibrate` measures at a time, and on data,
-of the user's choice.
+weights are the same on all processes, so none waits for another. `calibrate` measures when, and on what data, the user
+chooses.
 """
 
 from __future__ import annotations
