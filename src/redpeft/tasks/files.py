@@ -169,7 +169,7 @@ def encoding_of(data: bytes, name: str) -> str:
     if b"\0" in data[:200]:
         zeros = [data[:200][start::2].count(0) for start in (0, 1)]
         encoding = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-        if 4 * max(zeros) < len(data[:200]):
+        if 3 * max(zeros) < len(data[:200]):
             raise UserError(f"{name} is no text: it holds NUL bytes")
     else:
         try:
