@@ -10,8 +10,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from redpeft.adapters import Adapter, Edit, find_adapter, load_adapter, read_adapter, write_adapter
-from redpeft.adapters.files import new_folder
+from redpeft.adapters import (
+    Adapter,
+    Edit,
+    find_adapter,
+    load_adapter,
+    pack_adapters,
+    read_adapter,
+    unpack_adapters,
+    write_adapter,
+)
+from redpeft.adapters.files import new_folder, save_tensors
 from redpeft.errors import UserError
 from redpeft.method.fingerprint import fingerprint
 
@@ -277,6 +286,24 @@ def test_a_folder_has_one_writer_and_nothing_beside_it_is_touched(adapter, tmp_p
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_rights_that_the_umask_gives(adapter, tmp_path, umask):
+    """safetensors alone writes 0600."""
+    before = os.umask(umask)
+    try:
+        write_adapter(dataclasses.replace(adapter, folder=tmp_path / "runs" / "one"))
+        pack_adapters(tmp_path / "runs", tmp_path / "pack")
+        unpack_adapters(tmp_path / "pack", tmp_path / "unpacked")
+        save_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {})
+        files = [path for folder in ("runs", "unpacked") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+        assert len(files) == 4
+        modes = {path.stat().st_mode & 0o777 for path in (*files, tmp_path / "pack", tmp_path / "tensors")}
+    finally:
+        os.umask(before)
+    assert modes == {0o666 & ~umask}
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_what_is_written_loads_in_peft(adapter, encoder):

@@ -51,6 +51,7 @@ class Served:
 
     def __init__(self, root: Path, adapters: list[Path], prompts: list[list[int]], answers: dict) -> None:
         self.root, self.adapters, self.prompts, self.answers = root, adapters, prompts, answers
+        shutil.copytree(adapters[0], root / ".hidden")
         for number in range(NAMES):
             self.put(f"steady-{number:04}", number % len(adapters))
         self.history: list[list[Version]] = [[] for _ in range(SWAPPED)]
@@ -193,15 +194,13 @@ class Client(threading.Thread):
 
     def unknown(self) -> None:
         outside = self.served.root.parent / "outside"
-        self.refused(
-            self.draw.choice(["nobody", "../outside", str(outside), "steady-0000/../../outside", ".", "a\0b"]), 404
-        )
+        names = ["nobody", ".hidden", "steady-0000/", "./steady-0000", "steady-0000//", ".", "a\0b", "x" * 5000]
+        self.refused(self.draw.choice([*names, "../outside", str(outside), "steady-0000/../../outside"]), 404)
 
     def load(self) -> None:
         name, edit = self.steady()
-        reply = self.http.post(
-            "v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(self.served.root / name)}
-        )
+        told = {"lora_name": name, "lora_path": str(self.served.root / name)}
+        reply = self.http.post("v1/load_lora_adapter", json=told)
         assert reply.status_code in (200, 400), f"load: {reply.status_code} {reply.text}"  # 400: loaded already
         self.check(name, edit)
 

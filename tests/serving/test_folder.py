@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from redpeft.adapters import pack_adapters
+from redpeft.adapters import pack_adapters, read_adapter
 from redpeft.errors import UserError
-from redpeft.serving.folder import Source, is_red, read, stamp
+from redpeft.serving import command, folder
+from redpeft.serving.folder import Refused, Source, check_numbers, is_red, read, stamp
 
 from .making import SITES, WIDTH, adapter, edits
 
@@ -19,76 +24,187 @@ WIDTHS = dict.fromkeys(SITES, WIDTH)
 
 @pytest.fixture
 def source(tmp_path):
-    adapter(tmp_path / "served" / "one", 1)
-    adapter(tmp_path / "served" / "teams" / "two" / "adapter", 2)  # a run's
+    """Two adapters, one of them in a run, among much that is none."""
+    root = tmp_path / "served"
+    adapter(root / "one", 1)
+    run(root / "teams" / "two")
+    adapter(root / ".trash" / "x", 3)
+    adapter(root / "half.partial", 3)
+    adapter(root / "teams" / "two" / "checkpoints" / "checkpoint-8", 3)
+    adapter(root / "teams" / "two" / "adapter.partial", 3)
+    run(root / "unfinished")
+    (root / "unfinished" / "adapter" / "adapter_config.json").unlink()
     adapter(tmp_path / "secret", 3)
-    return Source(tmp_path / "served")
+    (root / "link").symlink_to(tmp_path / "secret")
+    (root / "alias").symlink_to(root / "one")
+    return Source(root)
+
+
+def run(path: Path) -> None:
+    adapter(path / "adapter", 2)
+    for name in ("recipe.yaml", "task.json"):
+        (path / name).write_text("{}")
 
 
 def test_every_adapter_has_its_path_as_its_name(source):
-    assert source.names == ["one", "teams/two"]
-    assert source.find("one") == source.root / "one"
-    assert source.find("teams/two") == source.root / "teams" / "two" / "adapter"
+    assert source.adapters == {"one": source.root / "one", "teams/two": source.root / "teams" / "two" / "adapter"}
+    assert {name: source.find(name) for name in source.adapters} == source.adapters
 
 
-def test_new_folders_are_seen_and_removed_ones_gone(source):
-    adapter(source.root / "three", 3)
-    assert source.names == ["one", "teams/two", "three"]
-    os.remove(source.root / "one" / "adapter_config.json")
-    assert source.names == ["teams/two", "three"]
-    assert source.find("one") is None
+NO_NAMES = """. / ./ .. nobody teams unfinished link alias one/ one// ./one one/. teams/../one /one //one one/adapter
+    teams//two teams/two/ teams/two/adapter teams/./two ONE %6fne .trash/x half.partial teams/two/adapter.partial
+    teams/two/checkpoints/checkpoint-8 ../secret one/../../secret {}/secret"""
+ODD_NAMES = ["", "o\u0301ne", "\uff4fne", "one\0", "one\n", " one", "one ", "\udcff", "x" * 5000, "one/" + "x/" * 5000]
 
 
-def test_an_empty_or_missing_folder_has_no_adapters(tmp_path):
-    assert Source(tmp_path).names == []
-    assert Source(tmp_path / "none").names == []
-    assert Source(tmp_path / "none").find("one") is None
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../secret", "one/../../secret", "..", ".", "", "./one", "teams/../one", "one\0", "{}/secret", "teams", "/"],
-)
-def test_a_name_never_leads_out_of_the_folder(source, name):
+@pytest.mark.parametrize("name", [*NO_NAMES.split(), *ODD_NAMES])
+def test_no_other_name_finds_anything(source, name):
     assert source.find(name.format(source.root.parent)) is None
 
 
-def test_a_link_out_of_the_folder_is_no_adapter(source):
-    (source.root / "link").symlink_to(source.root.parent / "secret")
-    assert source.find("link") is None
-    assert not source.holds(source.root / "link")
-    assert source.holds(source.root / "one")
+def test_what_is_listed_is_found_by_the_same_rules(source):
+    """Whatever folders there are: a name is found if it is listed, and only then."""
+    paths = [path.relative_to(source.root) for path in source.root.rglob("*") if path.is_dir()]
+    found = {path.as_posix() for path in paths if source.find(path.as_posix()) is not None}
+    assert found == set(source.adapters)
+
+
+def test_new_folders_are_seen_and_removed_ones_gone(source):
+    for change, names in (
+        (lambda: adapter(source.root / "three", 3), {"one", "teams/two", "three"}),
+        (lambda: os.remove(source.root / "one" / "adapter_config.json"), {"teams/two", "three"}),
+        (lambda: (source.root / "teams").rename(source.root / ".teams"), {"three"}),
+        (lambda: shutil.rmtree(source.root), set()),
+        (lambda: adapter(source.root / "deep" / "four", 3), {"deep/four"}),
+    ):
+        change()
+        assert set(source.adapters) == names
+        assert source.find("one") == (source.root / "one" if "one" in names else None)
+
+
+def test_a_list_is_kept_as_long_as_nothing_changes(source, monkeypatch):
+    monkeypatch.setattr(folder, "SETTLED", 0)
+    time.sleep(0.02)  # a later tick of the clock than that of the last change
+    first = source.adapters
+    monkeypatch.setattr(folder, "look_below", None)
+    assert source.adapters is first
+    monkeypatch.undo()
+    adapter(source.root / "teams" / "three", 3)
+    assert list(source.adapters) == ["one", "teams/three", "teams/two"]
+
+
+def test_a_list_made_just_after_a_change_is_made_again(source):
+    """Another change could have given its folder the same time."""
+    assert source.adapters is not source.adapters
+
+
+def test_a_folder_that_is_an_adapter_or_a_run_has_its_own_name(source):
+    for path, name, found in (
+        (source.root / "one", "one", source.root / "one"),
+        (source.root / "teams" / "two", "two", source.root / "teams" / "two" / "adapter"),
+    ):
+        assert Source(path).adapters == {name: found}
+        assert Source(path).find(name) == found
+        assert Source(path).find(".") is None
+
+
+def test_a_name_that_no_answer_can_hold_is_passed_over(source):
+    adapter(Path(os.fsdecode(os.fsencode(source.root) + b"/\xff")), 4)
+    assert set(source.adapters) == {"one", "teams/two"}
+
+
+def test_an_adapter_or_a_file_of_it_that_lies_outside_is_refused(source):
+    source.check(source.root / "one")
+    with pytest.raises(UserError, match="secret: not served, since it is not below .*served"):
+        source.check(source.root.parent / "secret")
+    with pytest.raises(UserError, match="link: not served, since it is not below"):
+        source.check(source.root / "link")
+    weights = source.root / "one" / "adapter_model.safetensors"
+    weights.rename(source.root / "weights")
+    weights.symlink_to(source.root / "weights")
+    source.check(source.root / "one")
+    (source.root / "one" / "tokenizer.json").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match=r"one/tokenizer.json: not served, since this link leads out of .*served"):
+        source.check(source.root / "one")
 
 
 def test_a_pack_is_served_like_the_folder_it_came_from(source, tmp_path):
+    for name in ("unfinished", "half.partial"):
+        shutil.rmtree(source.root / name)
     file = tmp_path / "all.safetensors"
     pack_adapters(source.root, file)
     pack = Source(file)
-    assert pack.names == source.names
-    assert pack.find("../secret") is None
-    for name in pack.names:
+    assert list(pack.adapters) == list(source.adapters)
+    for name in ("../secret", "one/", "teams", "x" * 5000, "\0"):
+        assert pack.find(name) is None
+    for name, path in pack.adapters.items():
         ours, theirs = read(pack.find(name), WIDTHS), read(source.find(name), WIDTHS)
-        assert is_red(pack.find(name))
+        assert is_red(path)
         assert all(torch.equal(ours.edits[site].scale, theirs.edits[site].scale) for site in SITES)
         assert all(torch.equal(ours.edits[site].bias, theirs.edits[site].bias) for site in SITES)
+    assert command.look_through(pack) == command.look_through(source) == command.Offer(SITES, only_red=True)
+    file.write_bytes(b"half of a pack")
+    assert pack.adapters == {}
 
 
 def test_a_stamp_changes_with_the_adapter(source):
-    folder = source.find("one")
-    before = stamp(folder)
-    assert stamp(folder) == before
-    tensors = edits(9)
-    save_file(tensors, folder / "new")
-    os.replace(folder / "new", folder / "adapter_model.safetensors")
-    assert stamp(folder) != before
+    path = source.find("one")
+    weights = path / "adapter_model.safetensors"
+    stamps = [stamp(path)]
+    assert stamp(path) == stamps[0]
+    save_file(edits(9), path / "new")
+    os.replace(path / "new", weights)
+    stamps.append(stamp(path))
+    time.sleep(0.02)
+    old = weights.stat()
+    with weights.open("r+b") as file:  # in its place, of its size, and with its time
+        file.write(file.read(1))
+    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
+    stamps.append(stamp(path))
+    time.sleep(0.02)
+    weights.chmod(0o600)  # and back: who could not read it can
+    stamps.append(stamp(path))
+    assert len(set(stamps)) == 4
+
+
+def test_what_was_refused_is_known_until_it_changes():
+    refused = Refused()
+    refused.add("a", (1, 2), "it is damaged")
+    assert refused.reason("a", (1, 2)) == "it is damaged"
+    assert refused.reason("a", (1, 3)) is None
+    assert refused.reason("b", (1, 2)) is None
+    for number in range(folder.REMEMBERED):
+        refused.add(f"{number}", (0,), "")
+    assert refused.reason("a", (1, 2)) is None  # of thousands the oldest is forgotten
 
 
 def test_a_file_larger_than_any_edit_is_not_read(tmp_path):
-    folder = adapter(tmp_path / "big", 1)
-    with (folder / "adapter_model.safetensors").open("ab") as file:
+    path = adapter(tmp_path / "big", 1)
+    with (path / "adapter_model.safetensors").open("ab") as file:
         file.truncate(2**26)
     with pytest.raises(UserError, match="67,108,864 bytes, more than edits of this base model can have"):
-        read(folder, WIDTHS)
+        read(path, WIDTHS)
+    with (path / "adapter_config.json").open("ab") as file:
+        file.truncate(2**40)  # which no memory holds
+    for look in (is_red, lambda path: read(path, WIDTHS)):
+        with pytest.raises(UserError, match=r"adapter_config.json: 1,099,511,627,776 bytes, more than"):
+            look(path)
+
+
+def test_before_the_start_no_more_is_read_than_names(source, caplog, monkeypatch):
+    monkeypatch.setattr(folder, "read_adapter", None)
+    adapter(source.root / "other-sites", 3, ["model.layers.7.mlp.down_proj"])
+    with (source.root / "one" / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(200)
+    (source.root / "no-json").mkdir()
+    (source.root / "no-json" / "adapter_config.json").write_text("[" * 100_000)
+    offer = command.look_through(source)
+    assert offer == command.Offer(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
+    assert "not served as it is: " in caplog.text
+    assert f"{source.root / 'one' / 'adapter_model.safetensors'}: corrupt or truncated" in caplog.text
+    assert "no-json/adapter_config.json: not valid JSON" in caplog.text
+    adapter(source.root / "lora", 4, peft_type="LORA")
+    assert command.look_through(source).only_red is False
 
 
 def test_other_adapters_are_told_apart_and_bad_ones_refused(tmp_path):
@@ -96,7 +212,57 @@ def test_other_adapters_are_told_apart_and_bad_ones_refused(tmp_path):
     assert not is_red(lora)
     tensors = edits(2)
     tensors[next(iter(tensors))][5] = float("nan")
-    folder = adapter(tmp_path / "nan", 2)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    path = adapter(tmp_path / "nan", 2)
+    save_file(tensors, path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="scale has values that are not finite"):
-        read(folder, WIDTHS)
+        read(path, WIDTHS)
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    path = adapter(tmp_path / "private", 1)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "not yours")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"private/adapter_config.json: cannot be read \(not yours\)"):
+        read(path, WIDTHS)
+
+
+def test_a_fingerprint_of_another_form_is_refused(tmp_path):
+    for wrong in ({"shapes": "a", "samples": ["x"] * 32}, [], {"shapes": 3}):
+        path = adapter(tmp_path / "edit", 1, base_fingerprint=wrong)
+        with pytest.raises(UserError, match="base_fingerprint is not one that redpeft wrote"):
+            read(path, WIDTHS)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "dtype", "said"),
+    [
+        ("scale", 1e30, torch.float32, "the scale of .*layers.1.* goes up to 1e\\+30, and no more than 1,000,000"),
+        ("scale", -1e30, torch.bfloat16, "the scale of .*layers.1.* goes up to 1e\\+30, and no more than 1,000,000"),
+        ("bias", 1e30, torch.bfloat16, "the bias of .*layers.1.* goes up to 2.5e\\+29"),
+        ("unit", 1e30, torch.float32, "the bias of .*layers.1.* goes up to "),
+        ("scale", 7e4, torch.float16, "the scale of .*layers.1.* goes up to 7e\\+04, and no more than 65,504 is"),
+        ("scale", 7e4, torch.bfloat16, None),
+        ("bias", -2e6, torch.float32, None),
+    ],
+)
+def test_numbers_that_would_overflow_are_refused(tmp_path, part, value, dtype, said):
+    path, tensors = adapter(tmp_path / "edit", 1), edits(1)
+    tensors[f"base_model.model.{SITES[1]}.redpeft_edit.{part}"][0] = value
+    save_file(tensors, path / "adapter_model.safetensors")
+    if said is None:
+        check_numbers(read_adapter(path), dtype)
+    else:
+        with pytest.raises(UserError, match=f"{path}: {said}"):
+            check_numbers(read_adapter(path), dtype)
+
+
+def test_a_bias_that_is_finite_alone_and_not_in_its_unit_is_refused_by_every_reader(tmp_path):
+    path, tensors = adapter(tmp_path / "edit", 1), edits(1)
+    tensors[f"base_model.model.{SITES[1]}.redpeft_edit.bias"][0] = 1e30
+    tensors[f"base_model.model.{SITES[1]}.redpeft_edit.unit"][0] = 1e30
+    save_file(tensors, path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"layers.1.mlp.down_proj: the bias in units of 1e\+30 is too large for fp32"):
+        read_adapter(path)

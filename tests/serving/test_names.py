@@ -25,6 +25,8 @@ from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.sample import sampler
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -39,10 +41,14 @@ print(json.dumps({
         (model_manager.AdapterLRUCache, "popitem"),
         (worker, "__init__ create_lora_manager _load_adapter set_active_adapters _apply_adapters add_adapter"),
         (lora_model.LoRAModel, "__init__"),
-        (LoRAModelRunnerMixin, "load_lora_model"),
-        (EngineCore, "add_lora"),
+        (LoRAModelRunnerMixin, "load_lora_model add_lora"),
+        (EngineCore, "add_lora remove_lora collective_rpc _initialize_kv_caches"),
+        (EngineCore, "preprocess_add_request add_request step step_with_batch_queue post_step"),
+        (AsyncLLM, "add_lora"),
+        (LLMEngine, "add_lora"),
         (kv_cache_utils, "_gen_lora_extra_hash_keys"),
-        (OpenAIServingModels, "__init__ show_available_models resolve_lora"),
+        (OpenAIServingModels, "__init__ show_available_models resolve_lora load_lora_adapter unload_lora_adapter"),
+        (OpenAIServingModels, "_check_load_lora_adapter_request"),
         (PrometheusStatLogger, "record"),
         (BaseServing, "_maybe_get_adapters"),
         (OutputProcessor, "_update_stats_from_output"),
@@ -56,6 +62,8 @@ assert "self._token_lora_indices[: base_indices.shape[0]].copy_(" in inspect.get
 made = inspect.getsource(RequestState.__init__)
 assert all(f"self.{name} = " in made for name in ("lora_name", "prompt_len", "is_prefilling"))
 assert "self.engine_core = " in inspect.getsource(AsyncLLM.__init__)  # its processes are started there
+assert inspect.getsource(EngineCore.__init__).rstrip().endswith("enable_envs_cache()")  # the check comes after it
+assert callable(sampler.batched_count_greater_than.__wrapped__)
 assert "registry = get_prometheus_registry()" in inspect.getsource(metrics.attach_router)
 """
 NAMES = {
@@ -76,11 +84,25 @@ NAMES = {
     "LRUCacheWorkerLoRAManager.add_adapter": "self lora_request",
     "LoRAModel.__init__": "self lora_model_id rank loras is_3d_lora_weight modules_to_save",
     "LoRAModelRunnerMixin.load_lora_model": "self model vllm_config device",
+    "LoRAModelRunnerMixin.add_lora": "self lora_request",
     "EngineCore.add_lora": "self lora_request",
+    "EngineCore.remove_lora": "self lora_id",
+    "EngineCore.collective_rpc": "self method timeout args kwargs",
+    "EngineCore._initialize_kv_caches": "self vllm_config",
+    "EngineCore.preprocess_add_request": "self request",
+    "EngineCore.add_request": "self request request_wave",
+    "EngineCore.step": "self",
+    "EngineCore.step_with_batch_queue": "self",
+    "EngineCore.post_step": "self model_executed",
+    "AsyncLLM.add_lora": "self lora_request",
+    "LLMEngine.add_lora": "self lora_request",
     "kv_cache_utils._gen_lora_extra_hash_keys": "request",
     "OpenAIServingModels.__init__": "self engine_client base_model_paths lora_modules",
     "OpenAIServingModels.show_available_models": "self",
     "OpenAIServingModels.resolve_lora": "self lora_name",
+    "OpenAIServingModels.load_lora_adapter": "self request base_model_name",
+    "OpenAIServingModels.unload_lora_adapter": "self request",
+    "OpenAIServingModels._check_load_lora_adapter_request": "self request",
     "PrometheusStatLogger.record": "self scheduler_stats iteration_stats mm_cache_stats engine_idx",
     "BaseServing._maybe_get_adapters": "self request supports_default_mm_loras",
     "OutputProcessor._update_stats_from_output": "self req_state engine_core_output engine_core_timestamp "

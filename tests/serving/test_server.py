@@ -20,6 +20,10 @@ def server(base, adapters, tmp_path_factory):
     root = tmp_path_factory.mktemp("server")
     for number in range(6):
         shutil.copytree(adapters[number], root / "served" / f"edit-{number}")
+    adapter(root / "served" / ".trash" / "x", 20)
+    adapter(root / "served" / "half.partial", 20)
+    adapter(root / "served" / "of-gpt2", 20, ["transformer.h.0.mlp.c_proj"])
+    adapter(root / "served" / "of-queries", 20, ["model.layers.0.self_attn.q_proj"])
     adapter(root / "served" / "damaged", 20)
     tensors = edits(20)
     next(iter(tensors.values()))[3] = float("nan")
@@ -31,7 +35,8 @@ def server(base, adapters, tmp_path_factory):
 
 
 def test_every_adapter_is_a_model(server):
-    assert server.models() == ["base", "damaged", *(f"edit-{number}" for number in range(6))]
+    """Those too that will be refused; the server starts without them."""
+    assert server.models() == ["base", "damaged", *(f"edit-{number}" for number in range(6)), "of-gpt2", "of-queries"]
 
 
 def test_concurrent_requests_answer_as_transformers(server, adapters, prompts, reference):
@@ -60,16 +65,65 @@ def refused(server, name: str) -> Exception:
 
 
 def test_a_damaged_adapter_is_refused_and_the_others_serve_on(server, adapters, prompts, reference):
-    error = refused(server, "damaged")
-    assert error.status_code == 400
-    assert "'damaged' was found but could not be loaded" in str(error)
-    assert "scale has values that are not finite" in server.log.read_text()
+    for _ in range(3):
+        error = refused(server, "damaged")
+        assert error.status_code == 400
+        assert "The adapter `damaged` cannot be served: " in error.message
+        assert "model.layers.0.mlp.down_proj: scale has values that are not finite" in error.message
+    log = server.log.read_text()
+    assert log.count("scale has values that are not finite") == 1
+    assert "Traceback" not in log
     reference.check([server.ask("edit-0", prompts[0])], [prompts[0]], [adapters[0]])
 
 
-@pytest.mark.parametrize("name", ["../outside", "edit-0/../../outside", "{}/outside", "edit-99"])
-def test_names_do_not_lead_out_of_the_folder(server, name):
-    assert refused(server, name.format(server.folder.parent)).status_code == 404
+NO_NAMES = """../outside edit-0/../../outside {}/outside edit-99 .trash/x half.partial edit-0/ edit-0// ./edit-0
+    edit-0/. of-gpt2/../edit-0 EDIT-0"""
+ODD_NAMES = [" edit-0", "edit-0\0", "x" * 5000, "edit-0/" * 1000]
+
+
+def test_other_names_than_those_of_the_list_are_unknown(server):
+    before = server.models()
+    for name in [*NO_NAMES.split(), *ODD_NAMES]:
+        assert refused(server, name.format(server.folder.parent)).status_code == 404, name
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        server.post("v1/completions", model="\ud800", prompt=[1, 5, 6])
+    assert server.models() == before
+    assert server.get("health") == ""
+
+
+def test_links_out_of_the_folder_and_absurd_numbers_are_refused(server):
+    adapter(server.folder / "linked", 1)
+    weights = server.folder / "linked" / "adapter_model.safetensors"
+    weights.unlink()
+    weights.symlink_to(server.folder.parent / "outside" / "adapter_model.safetensors")
+    assert "this link leads out of" in refused(server, "linked").message
+    adapter(server.folder / "absurd", 1)
+    tensors = edits(1)
+    next(iter(tensors.values()))[3] = 1e30
+    save_file(tensors, server.folder / "absurd" / "adapter_model.safetensors")
+    error = refused(server, "absurd")
+    assert error.status_code == 400
+    assert "the scale of model.layers.0.mlp.down_proj goes up to 1e+30, and no more than 1,000,000" in error.message
+
+
+def test_loading_and_unloading_by_hand(server, adapters, prompts, reference):
+    def post(door, **body):
+        try:
+            return 200, server.post(f"v1/{door}_lora_adapter", **body)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    for name in ("damaged", "nobody"):
+        assert post("load", lora_name=name, lora_path=str(server.folder / name))[0] == 400
+    path = str(server.folder / "edit-5")
+    assert post("load", lora_name="second", lora_path=path)[0] == 400
+    post("unload", lora_name="edit-5")
+    assert "'edit-5' added successfully" in post("load", lora_name="edit-5", lora_path=path)[1]
+    code, said = post("unload", lora_name="edit-5")
+    assert code == 200
+    assert "since it is still in the folder" in said
+    reference.check([server.ask("edit-5", prompts[0])], [prompts[0]], [adapters[5]])
+    assert post("unload", lora_name="nobody")[0] == 404
 
 
 def test_no_request_loads_from_outside_the_folder(server):
@@ -107,8 +161,12 @@ def test_a_cancelled_request_leaves_the_rest_in_order(server, adapters, prompts,
 
 def test_sites_that_the_server_has_no_table_for_are_named(server):
     adapter(server.folder / "attention", 30, ["model.layers.0.self_attn.o_proj"])
-    assert refused(server, "attention").status_code == 400
-    assert "it edits model.layers.0.self_attn.o_proj, and this server has tables for" in server.log.read_text()
+    error = refused(server, "attention")
+    assert error.status_code == 400
+    assert "it edits model.layers.0.self_attn.o_proj, and this server has tables for" in error.message
+    assert "start it again, or fold" in error.message
+    assert "has no module transformer.h.0.mlp.c_proj" in refused(server, "of-gpt2").message
+    assert "has no module model.layers.0.self_attn.q_proj to edit" in refused(server, "of-queries").message
 
 
 def test_an_adapter_of_another_base_model_is_refused(server, other_fingerprint):

@@ -63,7 +63,7 @@ def test_load_replace_and_unload_at_run_time(server, adapters, prompts, referenc
 
 def test_an_adapter_of_another_base_model_is_refused_with_the_reason(server, other_fingerprint, tmp_path):
     folder = adapter(tmp_path / "foreign", 10, base_fingerprint=other_fingerprint)
-    with pytest.raises(urllib.error.HTTPError) as caught:
+    with pytest.raises(urllib.error.HTTPError, match="400") as caught:
         server.post("v1/load_lora_adapter", lora_name="foreign", lora_path=str(folder))
     assert "is for another base model than <path>: the weights differ" in caught.value.read().decode()
     assert f"{folder} is for another base model than {server.base}: the weights differ" in server.log.read_text()
@@ -82,7 +82,7 @@ def test_the_resolver_of_a_folder_takes_red_adapters_of_the_same_base(server, pr
     from openai import NotFoundError
 
     reference.check([server.ask("resolved", prompts[1])], [prompts[1]], [server.folder / "resolved"])
-    for name in ("of-another", "../outside", str(server.folder.parent / "outside")):
+    for name in ("of-another", "../outside", str(server.folder.parent / "outside"), "resolved/", "./resolved"):
         with pytest.raises(NotFoundError):
             server.ask(name, prompts[1])
 

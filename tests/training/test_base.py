@@ -21,7 +21,7 @@ from transformers import (
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.tasks import TASKS, read_splits
-from redpeft.training.base import SLOW, bf16_slowdown, load_base
+from redpeft.training.base import SLOW, bf16_slowdown, load_base, tokenizer_digest
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
 
@@ -180,3 +180,24 @@ def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_reci
         assert says not in capsys.readouterr().err
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         assert bf16_slowdown() < SLOW
+
+
+def test_a_tokenizers_digest_tells_other_tokens_and_not_its_use(tiny_encoder_folder):
+    def digest(change=lambda tokenizer: None):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_encoder_folder)
+        change(tokenizer)
+        return tokenizer_digest(tokenizer)
+
+    def use(tokenizer):
+        tokenizer(["a", "a long text"], truncation=True, max_length=5, padding="max_length")
+
+    own = digest()
+    assert digest(use) == own
+    for change in (
+        lambda tokenizer: tokenizer.add_tokens(["<mine>"]),
+        lambda tokenizer: setattr(tokenizer, "pad_token", "a"),
+        lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
+        lambda tokenizer: setattr(tokenizer, "model_max_length", 17),
+        lambda tokenizer: setattr(tokenizer, "padding_side", "left" if tokenizer.padding_side == "right" else "right"),
+    ):
+        assert digest(change) != own

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from redpeft import console
-from redpeft.adapters.files import read_adapter
+from redpeft.adapters.files import read_adapter, usual_mode
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.training import loop
 from redpeft.training.methods import DEFAULT_RATES
@@ -81,8 +81,8 @@ def test_a_run_folder_and_its_result(whole, make_recipe, data_folder):
     assert names == {"recipe.yaml", "task.json", "adapter", "metrics.jsonl", "plots", "result.json"}
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
     files = {path.name for path in (folder / "adapter").iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= files
-    assert not any(name.endswith((".bin", ".pt", ".pth")) for name in files)
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}  # the tokenizer is the base's
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {usual_mode(folder)}
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["steps"], result["metric"], result["learning_rate"]) == (STEPS, "accuracy", DEFAULT_RATES["red"])
     assert result["head_parameters"] == 32 * 2 + 2
@@ -91,6 +91,15 @@ def test_a_run_folder_and_its_result(whole, make_recipe, data_folder):
     assert 0 < result["seconds_per_step"] < result["seconds"]
     assert set(result["versions"]) == {"redpeft", "peft", "transformers", "torch"}
     assert load_recipe(folder / "recipe.yaml").learning_rate == DEFAULT_RATES["red"]
+
+
+def test_a_tokenizer_in_the_adapters_folder_overrides_the_bases(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    tokenizer = load_run(tmp_path / "run").tokenizer
+    tokenizer.add_tokens(["<mine>"])
+    assert "<mine>" not in load_run(tmp_path / "run").tokenizer.get_vocab()
+    tokenizer.save_pretrained(tmp_path / "run" / "adapter")
+    assert "<mine>" in load_run(tmp_path / "run").tokenizer.get_vocab()
 
 
 def test_training_moves_every_edit_and_keeps_the_best_epoch(whole):

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import nn
 
@@ -83,21 +83,30 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there, so this is not an adapter folder")
-    return parse_config(path.read_bytes(), path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_config(content, path)
 
 
 def parse_config(content: bytes, path: Path) -> dict[str, Any]:
     """What an `adapter_config.json` holds that was read from `path`. UserError: not JSON, or of something else."""
     try:
         config = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path}: no peft_type, so this is not an adapter's configuration")
     if config["peft_type"] == "REDPEFT":
         check_format(config.get("format") or 1, f"{path}: ")
-    fingerprint = config.get("base_fingerprint")
-    if fingerprint is not None and not (isinstance(fingerprint, dict) and {"shapes", "samples"} <= fingerprint.keys()):
+    saved = config.get("base_fingerprint")
+    if saved is not None and not (
+        isinstance(saved, dict)
+        and isinstance(saved.get("shapes"), str)
+        and isinstance(samples := saved.get("samples"), list)
+        and all(isinstance(value, int | float) for value in samples)
+    ):
         raise UserError(f"{path}: base_fingerprint is not one that redpeft wrote; set it to null to go without")
     return config
 
@@ -122,12 +131,10 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
     for key, tensor in sorted(read().items()):  # safetensors gives them in any order
-        plain = plain_name(key).removeprefix(PREFIX)
-        site, is_edit, vector = plain.rpartition(EDIT)
-        if is_edit:
-            parts.setdefault(site, {})[vector] = tensor.double()
+        if (named := split_key(key)) is not None:
+            parts.setdefault(named[0], {})[named[1]] = tensor.double()
         else:
-            head[plain] = tensor
+            head[plain_name(key).removeprefix(PREFIX)] = tensor
     config = _with_plain_names(config)
     name = _check_keys(folder, config.get("target_modules"), parts)
     for site, part in parts.items():
@@ -141,6 +148,25 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
         for site, part in parts.items()
     }
     return Adapter(folder, config, edits, units, head)
+
+
+def read_sites(folder: str | Path) -> list[str]:
+    """The modules that a RED adapter edits, by the names of its tensors: no more is read of the file than its header.
+
+    Raises `UserError` for a file that is missing, corrupt, truncated or a pickle, or that holds no edits.
+    """
+    with _weights(Path(folder)) as path, safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+    sites = dict.fromkeys(named[0] for key in keys if (named := split_key(key)) is not None)
+    if not sites:
+        raise UserError(f"{path}: no edits in it")
+    return list(sites)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The module that a tensor of this name edits, and by which vector; None: it is no part of an edit."""
+    site, is_edit, vector = plain_name(key).removeprefix(PREFIX).rpartition(EDIT)
+    return (site, vector) if is_edit else None
 
 
 def write_adapter(adapter: Adapter) -> None:
@@ -175,6 +201,36 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, as atomically as `write_atomically`."""
+    temporary = beside(path)
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(usual_mode(path.parent))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def usual_rights(folder: Path) -> None:
+    """Give all files below a folder the rights that a new file has there: safetensors makes some that no one but their
+    owner can read."""
+    mode = usual_mode(folder)
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
+
+
+def usual_mode(folder: Path) -> int:
+    """The rights of a new file in a folder. Of a file, since to ask for the umask is to change it, for all threads."""
+    probe = beside(folder / ".rights")
+    try:
+        probe.touch()
+        return probe.stat().st_mode & 0o777
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write into, which becomes `path` at the end and is removed after an error.
@@ -196,6 +252,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     )
                 temporary.mkdir()
                 yield temporary
+                usual_rights(temporary)
                 os.replace(temporary, final)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -230,16 +287,25 @@ def load_adapter(
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter of any PEFT type. UserError: none there, a pickle, or a damaged file."""
+    with _weights(folder) as path:
+        # not load_file: it keeps half a KB, and maps the file, so that one cut short meanwhile would end a server
+        return load(path.read_bytes())
+
+
+@contextmanager
+def _weights(folder: Path) -> Iterator[Path]:
+    """The file with an adapter's tensors, whose errors are told in a line while it is read."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
         found = f"; {', '.join(pickles)} may be a pickle, and redpeft reads safetensors only" if pickles else ""
         raise UserError(f"{folder}: no {WEIGHTS_NAME} there{found}")
     try:
-        # not load_file: it keeps half a KB, and maps the file, so that one cut short meanwhile would end a server
-        return load(path.read_bytes())
-    except (SafetensorError, OSError) as error:
+        yield path
+    except SafetensorError as error:
         raise UserError(f"{path}: corrupt or truncated, not a safetensors file ({error}); copy it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _with_plain_names(config: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +351,8 @@ def _check_tensors(where: str, part: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{where}: {name} has values that are not finite (NaN, or too large for fp32)")
     if unit <= 0:
         raise UserError(f"{where}: the unit is {unit.item():g}, and a unit is a positive number")
+    if not (unit * bias).float().isfinite().all():
+        raise UserError(f"{where}: the bias in units of {unit.item():g} is too large for fp32")
 
 
 def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:

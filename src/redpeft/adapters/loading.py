@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # as from_pretrained and configurations call it
@@ -45,6 +45,18 @@ def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: An
             **options,
         )
     return info
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer without a pad token another of its tokens: padding is masked, so any one would do.
+
+    Its end, or what else stands in no text's last place, where classifiers with a decoder look for the last token
+    that does not pad.
+    """
+    if tokenizer.pad_token is None:
+        special = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token, tokenizer.cls_token)
+        named = [token for token in (*special, tokenizer.unk_token) if token is not None]
+        tokenizer.pad_token = named[0] if named else tokenizer.convert_ids_to_tokens(0)
 
 
 @contextmanager

@@ -21,7 +21,15 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from redpeft.adapters.files import CONFIG_NAME, WEIGHTS_NAME, Adapter, as_adapter, new_folder, parse_config
+from redpeft.adapters.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Adapter,
+    as_adapter,
+    new_folder,
+    parse_config,
+    split_key,
+)
 from redpeft.errors import UserError, some
 
 METADATA, FILES = "redpeft_pack", "files"
@@ -76,6 +84,12 @@ class Pack:
     def names(self) -> list[str]:
         """The adapters: their paths below the folder that was packed, without a trailing /adapter."""
         return list(self._entries)
+
+    @property
+    def sites(self) -> list[str]:
+        """All modules that any of the adapters edits, by the tensors' names alone."""
+        keys = (key for group in self._index.groups for key in group.tensors)
+        return list(dict.fromkeys(named[0] for key in keys if (named := split_key(key)) is not None))
 
     def adapter(self, name: str) -> Adapter:
         """An adapter with the checks of `read_adapter`. `UserError` as there, for no such name and a damaged pack."""

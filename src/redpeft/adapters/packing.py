@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from redpeft.adapters.compose import check_same_base
-from redpeft.adapters.files import RECIPE, RESULT, TASK, WEIGHTS_NAME, Adapter, beside, read_adapter
+from redpeft.adapters.files import RECIPE, RESULT, TASK, WEIGHTS_NAME, Adapter, beside, read_adapter, usual_mode
 from redpeft.adapters.pack import FILES, METADATA, Content, Entry, Group, Index, digest, open_pack
 from redpeft.adapters.search import Found, files_of, find_adapters
 from redpeft.errors import RunError, UserError
@@ -163,6 +163,7 @@ def _write(out: Path, collected: _Collected) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={METADATA: index})
+        temporary.chmod(usual_mode(out.parent))
         with open_pack(temporary) as pack:
             for name in pack.names:
                 deque(pack.files(name), maxlen=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from redpeft.adapters.files import ADAPTER, CONFIG_NAME, MODEL, RECIPE, RESULT, TASK
 from redpeft.errors import UserError
@@ -32,18 +32,30 @@ def find_adapters(root: Path) -> list[Found]:
     """
     if not root.is_dir():
         raise UserError(f"no such folder: {root}")
-    found = []
+    found, _ = look_below(root)
+    if not found:
+        raise UserError(f"{root}: no adapters there")
+    return found
+
+
+def look_below(root: Path, name: str | None = None) -> tuple[list[Found], list[Path]]:
+    """What `find_adapters` finds, and the folders that were looked into. With a `name`, only the adapter of that name:
+    it is found by the same rules, and only the folders on the way to it are looked into."""
+    found, seen = [], []
+    way = PurePath(name or "", ADAPTER).parts
     for path, folders, files in _walk(root):
+        seen.append(path)
         is_run = RECIPE in files and TASK in files
         if is_run:
-            folders[:] = [name for name in folders if name == ADAPTER]  # what else it has is its own: checkpoints, say
+            folders[:] = [folder for folder in folders if folder == ADAPTER]  # the rest is its own: checkpoints, say
         if CONFIG_NAME in files:
             found.append(_found(root, path))
         elif is_run and not (path / MODEL).is_dir() and not (path / ADAPTER / CONFIG_NAME).is_file():
             found.append(_found(root, path / ADAPTER))
-    if not found:
-        raise UserError(f"{root}: no adapters there")
-    return sorted(found, key=lambda one: one.name)
+        if name is not None:
+            ahead = way[len(seen) - 1 : len(seen)]
+            folders[:] = [folder for folder in folders if folder in ahead]
+    return sorted((one for one in found if name in (None, one.name)), key=lambda one: one.name), seen
 
 
 def files_of(adapter: Path) -> list[Path]:

@@ -117,7 +117,7 @@ class Member:
         """Write the adapter and the result into the run folder."""
         assert self.scores is not None
         self.fleet.copy_to_model(self.slot)
-        save_model(self.fleet.model, self.run.learner.tokenizer, self.run.folder)
+        save_model(self.fleet.model, self.run.learner, self.run.folder)
         step = statistics.median(self.shares) if self.shares else None
         times = {"seconds": round(self._seconds(), 3), "seconds_per_step": step and round(step, 5)}
         self.run.finish(self.scores, times, plots=False)

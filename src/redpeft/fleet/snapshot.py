@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from redpeft.adapters.files import save_tensors
 from redpeft.fleet.fleet import SlotState
 from redpeft.training.run_folder import CHECKPOINTS
 
@@ -29,10 +28,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Replace a run folder's snapshot, by a temporary file and a rename."""
     path = folder / CHECKPOINTS / SNAPSHOT
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f"{SNAPSHOT}.partial")
     tensors = snapshot.state._asdict() | ({} if snapshot.best is None else {"best": snapshot.best})
-    save_file(tensors, temporary, metadata={"progress": json.dumps(snapshot.progress)})
-    os.replace(temporary, path)
+    save_tensors(path, tensors, {"progress": json.dumps(snapshot.progress)})
 
 
 def read_snapshot(folder: Path) -> Snapshot | None:

@@ -49,7 +49,7 @@ def difference(saved: dict | None, found: dict | None) -> str | None:
     """What differs between two fingerprints, as the end of a sentence; None when they agree or one is unknown."""
     if not saved or not found:
         return None
-    if saved["shapes"] != found["shapes"]:
+    if saved["shapes"] != found["shapes"] or len(saved["samples"]) != len(found["samples"]):
         return "the edited modules have other names or shapes"
     apart = sum(
         abs(a - b) > RELATIVE * max(abs(a), abs(b)) + ABSOLUTE

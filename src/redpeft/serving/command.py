@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from redpeft.adapters import open_pack
 from redpeft.errors import UserError
-from redpeft.serving.folder import Source, is_red, read
+from redpeft.serving.folder import Source, sites_of
 from redpeft.serving.options import KEY
 from redpeft.serving.plugin import check_version
 
@@ -32,19 +33,22 @@ class Offer:
 
 
 def look_through(source: Source) -> Offer:
-    """Read every adapter; a damaged one is named in a warning, and left for later: it may be replaced."""
+    """What the adapters edit, of which the tensors' names tell; a damaged one is named in a warning, and left for
+    later: it may be replaced. `UserError`: a pack that cannot be read."""
+    if source.root.is_file():
+        with open_pack(source.root) as pack:
+            return Offer(pack.sites, only_red=True)
     sites: dict[str, None] = {}
-    others = 0
-    for name in source.names:
+    only_red = True
+    for path in source.adapters.values():
         try:
-            path = source.find(name)
-            if path is None or not is_red(path):
-                others += 1
-                continue
-            sites |= dict.fromkeys(read(path).edits)
+            found = sites_of(path)
         except UserError as error:
             logger.warning("not served as it is: %s", error)
-    return Offer(list(sites), others == 0)
+        else:
+            only_red = only_red and found is not None
+            sites |= dict.fromkeys(found or ())
+    return Offer(list(sites), only_red)
 
 
 def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> list[str]:

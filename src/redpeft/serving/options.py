@@ -16,7 +16,7 @@ KEY = "redpeft"
 class Options(BaseModel):
     """`sites`: kinds of sites (ffn, attention) or modules' paths in transformers' model, which get tables of edits.
     `only`: RED alone, so that vLLM makes no LoRA layers. `folder`: a folder or pack whose adapters are served by name;
-    no others are then.
+    no others are then. `check`: whether the engine is tried, when it starts, with an edit at each site.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,6 +24,7 @@ class Options(BaseModel):
     sites: list[str] = ["ffn"]
     only: bool = False
     folder: Path | None = None
+    check: bool = True
 
     @property
     def explicit(self) -> bool:

@@ -17,23 +17,25 @@ from redpeft.method.layer import output_width
 from redpeft.method.sites import find_sites
 
 
-def widths_of_sites(config: PretrainedConfig, sites: Sequence[str]) -> dict[str, int]:
-    """The width of each site to edit, by its path in transformers' model of this configuration.
+def widths_of_sites(config: PretrainedConfig, sites: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:
+    """The width of each site to edit, by its path in transformers' model of this configuration; and of the sites that
+    it does not have, why they cannot be edited.
 
-    `sites`: kinds ("ffn", "attention", "qkv"), or paths. Raises `UserError` for a model that transformers cannot build
-    and for sites that it does not have.
+    `sites`: kinds ("ffn", "attention", "qkv"), or paths. Raises `UserError` for a model that transformers cannot
+    build, and one that has no such kinds.
     """
     model = empty_model(config)
-    paths = [site for site in sites if "." in site]
     kinds = [site for site in sites if "." not in site]
     found = {site.name: site.width for site in find_sites(model, kinds)} if kinds else {}
     modules = dict(model.named_modules(remove_duplicate=False))
-    for path in paths:
+    lacking = {}
+    for path in (site for site in sites if "." in site):
         name = find_module(path, modules)
         if name is None:
-            raise UserError(f"{type(model).__name__} has no module {path} to edit")
-        found[path] = output_width(modules[name], model)
-    return found
+            lacking[path] = f"{type(model).__name__} has no module {path} to edit"
+        else:
+            found[path] = output_width(modules[name], model)
+    return found, lacking
 
 
 def find_module(path: str, names: Collection[str]) -> str | None:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from redpeft.adapters.loading import ensure_pad_token
 from redpeft.errors import UserError, first_line
 from redpeft.tasks.columns import CUT
 from redpeft.tasks.data import is_local
@@ -85,18 +86,6 @@ def require_folder(base: str | Path) -> Path:
 
 
 # --- padding --------------------------------------------------------------------------------------------------------
-
-
-def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a tokenizer without a pad token another of its tokens: padding is masked, so any one would do.
-
-    Its end, or what else stands in no text's last place, where classifiers with a decoder look for the last token
-    that does not pad.
-    """
-    if tokenizer.pad_token is None:
-        special = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token, tokenizer.cls_token)
-        named = [token for token in (*special, tokenizer.unk_token) if token is not None]
-        tokenizer.pad_token = named[0] if named else tokenizer.convert_ids_to_tokens(0)
 
 
 def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import time
 from collections.abc import Iterable
@@ -112,6 +113,19 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
         )
     leave_unpacked(model)  # for every method, and a loaded run scores as it did in training
     return model, tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Differs where tokenizers make other tokens of a text, or of a chat; not where one has been used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        words: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        backend.no_truncation(), backend.no_padding()  # left from the last call, and set at each
+        words = backend.to_str()
+    limits = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
+    parts = (type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, limits)
+    return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 def new_weights(model: PreTrainedModel, recipe: Recipe) -> list[str]:

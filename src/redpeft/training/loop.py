@@ -23,6 +23,7 @@ import transformers
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from redpeft.adapters.files import usual_rights
 from redpeft.console import Progress, rounded
 from redpeft.console import is_first_process as is_first_process
 from redpeft.console import say as say
@@ -168,6 +169,8 @@ class RunCallback(TrainerCallback):
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.writes:
+            usual_rights(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         [stop] = self.trainer.on_any_process(self.trainer.terminated)  # it may have come during the evaluation
         if stop:
             raise Stopped(f"stopped at step {state.global_step}; run the same command again to go on from there")

@@ -168,7 +168,7 @@ def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrain
         return load_base(recipe.model_copy(update={"base": trained}), task)
     base, tokenizer = load_base(recipe, task)
     saved = find_adapter(folder) if METHODS[recipe.method].is_peft else folder / MODEL
-    if (saved / "tokenizer_config.json").is_file():
+    if (saved / "tokenizer_config.json").is_file():  # it is not the base's, or the run is an older one
         tokenizer = load_tokenizer(saved)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer

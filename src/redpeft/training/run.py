@@ -20,11 +20,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import redpeft
 from redpeft.adapters.card import write_card
-from redpeft.adapters.files import ADAPTER, RECIPE, TASK, find_adapter, find_run, read_adapter, write_atomically
+from redpeft.adapters.files import (
+    ADAPTER,
+    RECIPE,
+    TASK,
+    find_adapter,
+    find_run,
+    read_adapter,
+    usual_rights,
+    write_atomically,
+)
 from redpeft.errors import UserError
 from redpeft.tasks import Task, read_data
 from redpeft.tasks.base_model import require_folder
-from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser
+from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser, tokenizer_digest
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.loop import TIMES, say, to_json
 from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
@@ -37,12 +46,13 @@ from redpeft.training.trainer import as_evaluated, check_reporters, make_trainer
 @dataclass(frozen=True)
 class Learner:
     """A base model with what a recipe trains in it. `head`: the modules that are trained whole; `new`: its weights
-    that are drawn by the seed, since the base's checkpoint did not hold them."""
+    that are drawn by the seed, since the base's checkpoint did not hold them; `digest`: of the base's tokenizer."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     head: list[str]
     new: list[str]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,7 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
     that all jobs on a base share them.
     """
     base, tokenizer = load_base(recipe, task)
+    digest = tokenizer_digest(tokenizer)
     new = new_weights(base, recipe)
     head = head_modules(base, recipe.task, new)
     if recipe.head == "last":
@@ -114,7 +125,7 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
         draw_weights(base, frozen.intersection(new), seed=0)
         new = [name for name in new if name not in frozen]
     draw_weights(base, new, recipe.seed)
-    return Learner(apply_method(base, recipe, new), tokenizer, head, new)
+    return Learner(apply_method(base, recipe, new), tokenizer, head, new, digest)
 
 
 def _inside(modules: list[str]) -> tuple[str, ...]:
@@ -169,24 +180,28 @@ def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
 
 def save_model(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    learner: Learner,
     folder: Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write adapter/ or model/ into a run folder under a temporary name, then rename it. `state`: its tensors, where
-    the model itself holds only a part of them."""
+    the model itself holds only a part of them. The tokenizer comes along with a whole model, and otherwise where it is
+    not the base's any more."""
     target = folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)
     temporary = target.with_name(target.name + ".partial")
     for path in (temporary, target):
         shutil.rmtree(path, ignore_errors=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if isinstance(model, PeftModel) or len(trained) == len(list(model.parameters())):
+    whole = len(trained) == len(list(model.parameters()))
+    if isinstance(model, PeftModel) or whole:
         model.save_pretrained(temporary, state_dict=state)
     else:  # what was trained, to be put into the base model
         tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
         model.config.save_pretrained(temporary)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TRAINED)
-    tokenizer.save_pretrained(temporary)
+    if whole or tokenizer_digest(learner.tokenizer) != learner.digest:
+        learner.tokenizer.save_pretrained(temporary)
+    usual_rights(temporary)
     os.replace(temporary, target)
 
 

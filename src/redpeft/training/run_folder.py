@@ -2,7 +2,8 @@
 
 recipe.yaml     the resolved recipe
 task.json       columns, labels and metric, so that the run can be used without its training data
-adapter/        PEFT's folder with tokenizer and model card; model/ for the methods that are not PEFT's
+adapter/        PEFT's folder with model card, and with the tokenizer where that is not the base's; model/ for the
+                methods that are not PEFT's
 metrics.jsonl   one line for each log and evaluation
 plots/          loss and metric
 result.json     written last: the run is finished

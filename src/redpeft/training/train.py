@@ -105,4 +105,4 @@ def _save_model(run: Run) -> None:
     trainer = run.trainer
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), run.learner.tokenizer, run.folder, state)
+        save(trainer.accelerator.unwrap_model(trainer.model), run.learner, run.folder, state)

@@ -256,6 +256,9 @@ def test_what_lies_beside_the_weights_comes_along(tmp_path, tiny_decoder_folder)
     assert "adapter_config.json" not in files
     ours, base = (transformers.AutoTokenizer.from_pretrained(path) for path in (tmp_path / "out", tiny_decoder_folder))
     assert ours("a film")["input_ids"] == base("a film")["input_ids"]
+    assert base.pad_token is None  # and training takes another
+    assert ours.pad_token == "</s>"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["pad_token_id"] == ours.pad_token_id
 
 
 def test_the_folded_model_needs_no_redpeft(tmp_path):

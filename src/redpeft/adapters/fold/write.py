@@ -19,6 +19,7 @@ from redpeft.adapters.fold.checkpoint import INDEX, Checkpoint, companions
 from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.plan import Plan
 from redpeft.adapters.fold.survey import FoldedSite, rows
+from redpeft.adapters.loading import ensure_pad_token
 from redpeft.errors import UserError
 from redpeft.method.edit import fold_edit
 from redpeft.method.fingerprint import FLOATS
@@ -110,7 +111,11 @@ def write_rest(folder: Path, base: Path, adapter: Adapter, model: PreTrainedMode
             shutil.copyfile(source / path, folder / path)
     model.config.architectures = [type(model).__name__]
     if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
-        model.config.pad_token_id = AutoTokenizer.from_pretrained(folder).pad_token_id  # as in training
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:
+            ensure_pad_token(tokenizer)  # as in training
+            tokenizer.save_pretrained(folder)
+        model.config.pad_token_id = tokenizer.pad_token_id
     model.config.save_pretrained(folder)
 
 

@@ -28,12 +28,13 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
 from redpeft.serving.base import Base
-from redpeft.serving.folder import Source, is_red, read
+from redpeft.serving.folder import Source, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
 from redpeft.serving.table import SlotTable
 from redpeft.serving.vllm_internals import metrics
 from redpeft.serving.vllm_internals.checks import FOLD, check_model, check_site, is_partial
+from redpeft.serving.vllm_internals.self_check import checked_site, known_edit
 
 logger = init_logger("vllm.redpeft")
 
@@ -62,7 +63,8 @@ class RedModelManager(LRUCacheLoRAModelManager):
         self.widths: dict[str, int] = {}  # by site; those on other pipeline ranks too
         self.places: dict[str, str] = {}  # the engine's module of each site of this rank
         self.tables: dict[str, SlotTable] = {}  # by that module
-        self.problem = ""  # why there are no tables
+        self.problem = ""  # why no edits can be served
+        self.problems: dict[str, str] = {}  # by site, where some can
         self.counts = vllm_config.parallel_config.rank == 0  # all ranks do the same
         for name in ("is_3d_moe_weight", "is_non_gated_moe"):  # asked of every mixture of experts
             if not hasattr(model, name):
@@ -83,18 +85,28 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def _hang_tables(self) -> None:
         check_model(self.model, self.vllm_config)
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        widths = widths_of_sites(self.hf_config, self.options.sites)
-        hung: list[tuple[str, str, SlotTable]] = []
+        widths, problems = widths_of_sites(self.hf_config, self.options.sites)
+        places: dict[str, str] = {}
+        tables: dict[str, SlotTable] = {}
         for site, width in widths.items():
-            name = self._find(site, modules)
-            if name is not None:
-                hung.append((site, name, self._table(name, modules[name], width)))
-            elif not any(isinstance(module, PPMissingLayer) for module in modules.values()):
-                raise UserError(f"vLLM's {type(self.model).__name__} has no module {site} to edit; {FOLD}")
-        for site, name, table in hung:
+            try:
+                name = self._find(site, modules)
+                if name is None and not any(isinstance(module, PPMissingLayer) for module in modules.values()):
+                    raise UserError(f"vLLM's {type(self.model).__name__} has no module {site} to edit; {FOLD}")
+                if name is not None:
+                    tables[name] = tables.get(name) or self._table(name, modules[name], width)
+                    places[site] = name
+            except UserError as error:
+                problems[site] = str(error)
+        if problems and (self.options.folder is None or problems.keys() >= widths.keys()):
+            raise UserError(next(iter(problems.values())))
+        for name, table in tables.items():
             modules[name].register_forward_hook(table.hook)
-            self.places[site], self.tables[name] = name, table
-        self.widths = widths
+        if problems:  # of a folder's adapters, those of another base model are none of the others' business
+            reason = next(iter(problems.values()))
+            logger.warning("adapters that edit %s will be refused: %s", some(list(problems)), reason)
+        self.places, self.tables, self.problems = places, tables, problems
+        self.widths = {site: width for site, width in widths.items() if site not in problems}
 
     def _find(self, site: str, modules: dict[str, nn.Module]) -> str | None:
         """The engine's module of a site, by the names that the engine gives to a checkpoint's, or by its own."""
@@ -134,19 +146,23 @@ class RedModelManager(LRUCacheLoRAModelManager):
         found = {path: find_module(path, self.widths) for path in adapter.edits}
         sites = {path: site for path, site in found.items() if site is not None}
         if unknown := [path for path in found if path not in sites]:
-            raise UserError(
-                f"{adapter.folder}: it edits {some(unknown)}, and this server has tables for "
-                f"{some(list(self.widths))}: "
-                f'start it with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\', or {FOLD}'
-            )
+            raise UserError(f"{adapter.folder}: {self.problems.get(unknown[0]) or self._no_tables(unknown)}")
         for path, site in sites.items():
             width = adapter.edits[path].scale.numel()
             if width != self.widths[site]:
                 expected = self.widths[site]
                 raise UserError(f"{adapter.folder}: {path} has width {width}, and {expected} in this base model")
+        check_numbers(adapter, self.vllm_config.model_config.dtype)
         self.base.check(adapter, sites)
         here = {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
         return {place: Edit(edit.scale.float(), edit.bias.float()) for place, edit in here.items()}
+
+    def _no_tables(self, unknown: list[str]) -> str:
+        told = f'with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\''
+        return (
+            f"it edits {some(unknown)}, and this server has tables for {some(list(self.widths))}: "
+            f"start it again{'' if self.options.folder else f' {told}'}, or {FOLD}"
+        )
 
     def activate_adapter(self, lora_id: int) -> bool:
         held = list(self.lora_index_to_id)
@@ -200,15 +216,19 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         return self._adapter_manager.model
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
+        manager = self._adapter_manager
+        if (site := checked_site(lora_request)) is not None:
+            edits = {manager.places[site]: known_edit(manager.widths[site])} if site in manager.places else {}
+            return RedAdapter(lora_request.lora_int_id, edits)
         adapter = self._read_adapter(lora_request)
         adapter.served_name = lora_request.lora_name
-        self._adapter_manager.count(adapter, "adapter_loads")
+        manager.count(adapter, "adapter_loads")
         return adapter
 
     def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         options, path = self._adapter_manager.options, Path(get_adapter_absolute_path(lora_request.lora_path))
-        if options.folder is not None and not Source(options.folder).holds(path):
-            raise UserError(f"{path}: not served, since it is not below {options.folder}")
+        if options.folder is not None:
+            Source(options.folder).check(path)
         if is_red(path):
             adapter = read(path, self._adapter_manager.widths)
             return RedAdapter(lora_request.lora_int_id, self._adapter_manager.edits_of(adapter))

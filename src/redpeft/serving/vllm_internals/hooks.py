@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.models import supports_lora
 from vllm.plugins.lora_resolvers.filesystem_resolver import FilesystemResolver
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from redpeft.adapters.files import CONFIG_NAME, read_config
-from redpeft.serving.folder import leads_out
+from redpeft.errors import UserError
+from redpeft.serving.folder import Source
 from redpeft.serving.options import KEY, Options
-from redpeft.serving.vllm_internals import frontend, metrics
+from redpeft.serving.vllm_internals import frontend, metrics, self_check
 from redpeft.serving.vllm_internals.engine import RedWorkerManager
 
 
@@ -54,19 +57,61 @@ def _without_lora(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
 _generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
 
 
-def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool]:
-    """The engine's `add_lora`, which counts: what was cached with what an adapter was before is out of date.
+def _told(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
+    """The model runner's `add_lora`, which gives back why it refuses an adapter: an error would come out of a worker's
+    process as another one, with the whole stack in the log."""
+
+    @functools.wraps(add_lora)
+    def add(runner: LoRAModelRunnerMixin, lora_request: LoRARequest) -> bool | str:
+        try:
+            return add_lora(runner, lora_request)
+        except UserError as error:
+            return str(error)
+
+    return add
+
+
+def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
+    """The engine's `add_lora`, which gives back what the workers do, and counts: what was cached with what an adapter
+    was before is out of date.
 
     The engine reads the method's annotations to decode its arguments, so these have to stay.
     """
 
     @functools.wraps(add_lora)
-    def add(core: EngineCore, lora_request: LoRARequest) -> bool:
-        loaded = add_lora(core, lora_request)
+    def add(core: EngineCore, lora_request: LoRARequest) -> bool | str:
+        outcomes = core.collective_rpc("add_lora", args=(lora_request,))
+        for outcome in outcomes:
+            if isinstance(outcome, str):
+                core.remove_lora(lora_request.lora_int_id)  # from ranks that have taken it
+                return outcome
         _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
-        return loaded
+        return all(outcomes)
 
     return add
+
+
+_starting: list[EngineCore] = []
+
+
+def _noted(initialize: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(initialize)
+    def initialize_kv_caches(core: EngineCore, *args: Any, **kwargs: Any) -> Any:
+        _starting[:] = [core]
+        return initialize(core, *args, **kwargs)
+
+    return initialize_kv_caches
+
+
+def _checked(last: Callable[[], None]) -> Callable[[], None]:
+    """The last call of an engine's `__init__`, which itself loads this plug-in: too late to be wrapped."""
+
+    @functools.wraps(last)
+    def end_of_init() -> None:
+        last()
+        self_check.run(_starting.pop())
+
+    return end_of_init
 
 
 def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
@@ -85,7 +130,7 @@ def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
         resolver: FilesystemResolver, lora_name: str, lora_path: str, base_model_name: str
     ) -> LoRARequest | None:
         found = await request_of(resolver, lora_name, lora_path, base_model_name)
-        if found is not None or leads_out(lora_name) or not (Path(lora_path) / CONFIG_NAME).is_file():
+        if found is not None or not await asyncio.to_thread(_is_named, resolver, lora_name, lora_path):
             return found
         config = read_config(lora_path)
         base = config.get("base_model_name_or_path") or base_model_name  # whether it fits is seen when it is loaded
@@ -95,12 +140,22 @@ def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
     return find
 
 
+def _is_named(resolver: FilesystemResolver, lora_name: str, lora_path: str) -> bool:
+    """Whether the adapter at this path has this name: in the resolver's folder, or in a repository on the Hub."""
+    if hasattr(resolver, "lora_cache_dir"):
+        return Source(Path(resolver.lora_cache_dir)).find(lora_name) == Path(lora_path)
+    return PurePosixPath(lora_name).as_posix() == lora_name and (Path(lora_path) / CONFIG_NAME).is_file()
+
+
 def install() -> None:
     """Put all of it in place; a second call changes nothing."""
     if LoRAModelRunnerMixin.load_lora_model is load_lora_model:
         return
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
     FusedMoEConfig.__post_init__ = _without_lora(FusedMoEConfig.__post_init__)
+    LoRAModelRunnerMixin.add_lora = _told(LoRAModelRunnerMixin.add_lora)
+    EngineCore._initialize_kv_caches = _noted(EngineCore._initialize_kv_caches)
+    engine_core.enable_envs_cache = _checked(engine_core.enable_envs_cache)
     EngineCore.add_lora = _counted(EngineCore.add_lora)
     kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys
     frontend.install()
