@@ -216,3 +216,33 @@ def test_what_cannot_be_a_fleet():
         UserError, match="cannot train a model for SEQ_2_SEQ_LM: only for SEQ_CLS, TOKEN_CLS and CAUSAL_LM"
     ):
         Fleet(get_peft_model(t5, redpeft.RedConfig(task_type="SEQ_2_SEQ_LM")), 2)
+
+
+class Smoothed(BertForSequenceClassification):
+    """A model that adds to the loss of its labels."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + 0.1 * output.logits.abs().mean()
+        return output
+
+
+def test_models_that_add_a_loss_of_their_own_are_refused():
+    moe = Qwen2MoeConfig(**SIZES, num_key_value_heads=2, num_experts=4, output_router_logits=True)
+    model = get_peft_model(Qwen2MoeForCausalLM(moe), redpeft.RedConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(
+        UserError, match="cannot train Qwen2MoeForCausalLM with output_router_logits: .* Train it alone"
+    ):
+        Fleet(model, 2)
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "labels": torch.tensor([0, 2])}
+    for kind in (BertForSequenceClassification, Smoothed):
+        torch.manual_seed(0)
+        model = get_peft_model(kind(BertConfig(**BERT)), redpeft.RedConfig(**bert()[1]))
+        redpeft.calibrate(model)
+        fleet = Fleet(model, 1)
+        if kind is Smoothed:
+            with pytest.raises(UserError, match="cannot train Smoothed: its own loss of a batch is .* train the jobs"):
+                fleet.check_loss(batch)
+        else:
+            fleet.check_loss(batch)

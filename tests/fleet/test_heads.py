@@ -116,3 +116,24 @@ def test_heads_of_transformers(family):
     with torch.no_grad():
         found = model(ids).logits
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-9, atol=1e-9)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, states, mask=None):
+        return self.linear(states) * mask[:, None]
+
+
+def test_a_head_that_is_called_by_keyword_has_the_rows_of_its_job():
+    heads = [ByKeyword(), ByKeyword()]
+    index, states, mask = torch.tensor([1, 0, 1]), torch.randn(3, 4), torch.tensor([1.0, 2.0, 3.0])
+    stacked = StackedHead(heads[0])
+    weights = [
+        torch.stack([dict(head.named_parameters())[name].flatten() for head in heads]) for name in stacked.names
+    ]
+    out = stacked(weights, Groups(index, 2), states=states, mask=mask)
+    expected = [heads[job](states[i : i + 1], mask[i : i + 1]) for i, job in enumerate(index.tolist())]
+    torch.testing.assert_close(out, torch.cat(expected))

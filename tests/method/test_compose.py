@@ -253,7 +253,7 @@ def test_strength_counts_in_compositions_and_is_not_saved(llama, tiny, tmp_path)
         edits = llama.get_submodule(name).redpeft_edit
         if "b" in edits:
             torch.testing.assert_close(edits["quarter"].effective[0], scale, rtol=1e-5, atol=1e-5)
-            assert edits["quarter"].strength == 1.0
+            assert edits["quarter"].strength is None
             assert copy.deepcopy(edits["b"]).strength == 0.5
     llama.save_pretrained(tmp_path, selected_adapters=["b"])
     llama.set_scale("b", 1)
@@ -263,7 +263,7 @@ def test_strength_counts_in_compositions_and_is_not_saved(llama, tiny, tmp_path)
 
 def test_strength_scales_the_gradient_too():
     edit = Edit(4)
-    edit.strength = 0.5
+    edit.set_strength(0.5)
     edit.reset(identity=False)
     upstream, hidden = torch.randn(3, 4), torch.randn(3, 4)
     edit(hidden).backward(upstream)

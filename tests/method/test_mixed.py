@@ -66,3 +66,27 @@ def test_heads_follow_the_row():
     out = run_by_adapter(heads, MixedBatch(names, NAMES), hidden)
     expected = [heads[name if name in heads else BASE](hidden[i]) for i, name in enumerate(names)]
     torch.testing.assert_close(out, torch.stack(expected))
+
+
+class Scorer(nn.Module):
+    """A head that takes keywords: rows and a mask of them, and what is the same for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, states, mask=None, factor=1.0, table=None):
+        return self.linear(states * mask[:, None]) * factor + table.sum()
+
+
+def test_heads_that_are_called_by_keyword_follow_the_row_with_all_their_tensors():
+    heads = {"a": Scorer(), "b": Scorer(), BASE: Scorer()}
+    states, mask, table = torch.randn(4, 4), torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.randn(7)
+    names = ["b", BASE, "a", "b"]
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), states=states, mask=mask, factor=2.0, table=table)
+    rows = [slice(i, i + 1) for i in range(4)]
+    expected = [
+        heads[name](states=states[i], mask=mask[i], factor=2.0, table=table)
+        for i, name in zip(rows, names, strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(expected))

@@ -325,6 +325,18 @@ def test_mixed_batches_are_not_compiled_anew_for_every_mix(tiny):
     assert counts == [counts[0]] * 4
 
 
+def test_strengths_are_not_compiled_anew(tiny):
+    model = tiny.with_edits(Block(), target_modules=["down"])
+    fast, counter = compiled(model)
+    counts = []
+    with torch.no_grad():
+        for strength in (1, 0.5, -2, 0, 0.7):
+            model.set_scale("default", strength)
+            torch.testing.assert_close(fast(tokens()), model(tokens()))
+            counts.append(counter.frame_count)
+    assert counts[1] == counts[-1]
+
+
 @pytest.mark.slow
 def test_compile_of_a_transformer_is_one_graph_after_calibrate(tiny):
     model = get_peft_model(tiny.llama(), RedConfig(task_type="CAUSAL_LM"))

@@ -11,6 +11,7 @@ updated. The base model has no state of its own that training would change, so j
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -147,6 +148,22 @@ class Fleet:
             losses = self._losses(logits, batch["labels"].to(self.device), index, len(used))
         return dict(zip(used.tolist(), losses.tolist(), strict=True)), logits
 
+    @torch.no_grad()
+    def check_loss(self, batch: Mapping[str, Any]) -> None:
+        """Raise `UserError` where the model's own loss of a batch is not the one that jobs would learn from here: a
+        model may add to it (a loss of its experts, say), and a job would learn something else than it does alone."""
+        self.fill(0)
+        ours = self.evaluate(batch, [0] * len(batch["labels"]))[0][0]
+        with self._precision():
+            inputs = {key: value.to(self.device) for key, value in batch.items()}
+            own = float(self.model.get_base_model()(**inputs).loss)
+        exact = self.autocast is None and self.state.values.dtype == next(self.model.parameters()).dtype
+        if not math.isclose(ours, own, rel_tol=1e-4 if exact else 3e-2, abs_tol=1e-6):
+            raise UserError(
+                f"a fleet cannot train {type(self.model.get_base_model()).__name__}: its own loss of a batch is "
+                f"{own:.6g}, and that of its labels alone {ours:.6g}; train the jobs alone"
+            )
+
     def _train(self, mode: bool) -> None:
         if self.model.training != mode:
             self.model.train(mode)
@@ -210,10 +227,16 @@ class Fleet:
             table[slots] = rows
 
 
-def _check_trained(model: nn.Module, parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> None:
+def _check_trained(model: PeftModel, parameters: Sequence[nn.Parameter], layers: Sequence[nn.Module]) -> None:
     known = {id(parameter) for parameter in parameters}
     others = [name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) not in known]
     if not layers or not known:
         raise UserError("a fleet trains RED: the model has no RED adapter that is being trained")
     if others:
         raise UserError(f"a fleet trains edits and heads, and this model trains {others[0]} too")
+    config: Any = model.get_base_model().config
+    if any(getattr(each, "output_router_logits", False) for each in (config, config.get_text_config())):
+        raise UserError(
+            f"a fleet cannot train {type(model.get_base_model()).__name__} with output_router_logits: it adds a loss of "
+            "its experts to that of a batch. Train it alone, or set that to false in the model's config.json"
+        )

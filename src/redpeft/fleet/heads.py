@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from redpeft.method.mixed import has_rows
 
 
 class Groups:
@@ -53,15 +56,16 @@ class StackedHead:
     def __call__(self, weights: Sequence[torch.Tensor], groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`weights` are (jobs, numbers), in the order of `trained`; arguments with a row for each of the batch's are
         shared out to the jobs, others go to each as they are."""
-        count = len(groups.index)
-        own = [torch.is_tensor(arg) and arg.dim() > 0 and arg.shape[0] == count for arg in args]
-        given = [groups.gather(arg) if mine else arg for arg, mine in zip(args, own, strict=True)]
+        flat, shape = tree_flatten((args, kwargs))
+        own = [has_rows(value, len(groups.index)) for value in flat]
+        given = [groups.gather(value) if mine else value for value, mine in zip(flat, own, strict=True)]
         stacked = {
             name: row.unflatten(1, weight.shape)
             for name, weight, row in zip(self.names, self.trained, weights, strict=True)
         }
 
-        def one(weights: dict[str, torch.Tensor], *args: Any) -> torch.Tensor:
+        def one(weights: dict[str, torch.Tensor], *given: Any) -> torch.Tensor:
+            args, kwargs = tree_unflatten(given, shape)
             return functional_call(self.skeleton, {**self.shared, **weights}, args, kwargs)
 
         dims = (0, *(0 if mine else None for mine in own))

@@ -73,6 +73,7 @@ class Edit(nn.Module):
 
     bias: torch.Tensor
     unit: torch.Tensor
+    strength: torch.Tensor | None
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class Edit(nn.Module):
             else:
                 self.register_buffer(name, vector)
         self.register_buffer("unit", torch.full((1,), 1.0 if unit == "auto" else float(unit), **kind))
-        self.strength = 1.0  # of a live edit (RedLayer.set_scale); neither learned nor saved
+        # Of a live edit, neither learned nor saved; None: 1. A tensor, or each strength would be compiled anew.
+        self.register_buffer("strength", None, persistent=False)
         self.auto_unit = unit == "auto" and use_bias
         self.unit_known = not self.auto_unit
         self.unit_measured = unit_measured  # of values that are yet to be loaded, as the configuration says
@@ -124,7 +126,7 @@ class Edit(nn.Module):
     @property
     def effective(self) -> Affine:
         """Scale and bias (width,) as they act at this strength."""
-        if self.strength == 1.0:
+        if self.strength is None:
             return effective_edit(*self.learned, self.origin)
         d, bias = self.difference
         return 1 + d, bias
@@ -133,7 +135,7 @@ class Edit(nn.Module):
     def difference(self) -> Difference:
         """What differs from the identity at this strength: `scale - 1` and the bias."""
         d, bias = effective_edit(*self.learned, self.origin - 1)
-        return (d, bias) if self.strength == 1.0 else (self.strength * d, self.strength * bias)
+        return (d, bias) if self.strength is None else (self.strength * d, self.strength * bias)
 
     @property
     def trainable(self) -> bool:
@@ -163,6 +165,10 @@ class Edit(nn.Module):
         self.bias.zero_()
         for vector in self.parameters() if not identity else ():
             vector.add_(torch.randn_like(vector))
+
+    def set_strength(self, strength: float) -> None:
+        """How strongly the edit acts from now on: 0 is the identity, 1 the edit as it was learned."""
+        self.strength = None if strength == 1 else torch.full_like(self.unit, strength)
 
     @torch.no_grad()
     def express(self, unit: float, origin: float | None = None) -> None:

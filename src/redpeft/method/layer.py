@@ -120,7 +120,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise UserError("the strength of a merged adapter is fixed: call model.unmerge_adapter() first")
         if adapter in self.redpeft_edit:
-            self.redpeft_edit[adapter].strength = float(scale)
+            self.redpeft_edit[adapter].set_strength(float(scale))
 
     def combine(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination: Combination

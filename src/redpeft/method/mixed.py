@@ -9,10 +9,12 @@ One gather a site, whatever the number of adapters. Batches of named adapters ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from redpeft.errors import UserError
 from redpeft.method.edit import Edit, apply_edit, effective_edit
@@ -88,7 +90,7 @@ class EditTable:
             origins = rows.new_tensor([[edit.origin] for edit in used])
             rows[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
         for slot in slots:  # a table by `effective` alone would be twice the small operations
-            if (edit := edits[adapters[slot]]).strength != 1.0:
+            if (edit := edits[adapters[slot]]).strength is not None:
                 rows[slot] = torch.stack(edit.effective)
         return cls(rows)
 
@@ -102,18 +104,28 @@ class EditTable:
 
 
 @torch.compiler.disable
-def run_by_adapter(
-    modules: Mapping[str, nn.Module], batch: MixedBatch, hidden: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def run_by_adapter(modules: Mapping[str, nn.Module], batch: MixedBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
     """Run each sequence through its adapter's copy of a module (`modules_to_save`, such as a head).
 
-    hidden is (batch, ...); the outputs are put back into its order. An adapter without a copy uses the base's.
+    The first tensor among the arguments is (batch, ...), as others may be; others go to each copy as they are. The
+    outputs are put back into its order. An adapter without a copy uses the base's.
     """
+    hidden = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
     repeats = batch.index.repeats(hidden.shape[0])
     names = [name for name in batch.names for _ in range(repeats)]
     parts, order = [], []
     for name in dict.fromkeys(names):
         rows = [row for row, other in enumerate(names) if other == name]
-        parts.append(modules[name if name in modules else BASE](hidden[rows], *args, **kwargs))
+        own_args, own_kwargs = tree_map(partial(_rows_of, rows, len(names)), (args, kwargs))
+        parts.append(modules[name if name in modules else BASE](*own_args, **own_kwargs))
         order += rows
     return torch.cat(parts)[torch.tensor(order, device=hidden.device).argsort()]
+
+
+def _rows_of(rows: list[int], count: int, value: Any) -> Any:
+    """These rows of a tensor that has one for each of the batch's; anything else as it is."""
+    return value[rows] if has_rows(value, count) else value
+
+
+def has_rows(value: Any, count: int) -> bool:
+    return torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == count

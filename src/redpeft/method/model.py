@@ -29,6 +29,7 @@ from redpeft.method.fingerprint import difference, fingerprint
 from redpeft.method.layer import RedLayer, output_width
 from redpeft.method.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.method.quantised import leave_unpacked
+from redpeft.method.rates import watch_rate
 from redpeft.method.register import PREFIX
 from redpeft.method.sites import find_sites, shared_expert
 from redpeft.method.units import hook_on
@@ -76,6 +77,9 @@ class RedModel(BaseTuner):
                 edit.from_elsewhere = True
         if any(edit.is_to_begin for edit in edits.values()):
             hook_on(model)
+        for edit in edits.values():
+            if config.unit == "auto" and not config.inference_mode:
+                watch_rate(edit)
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         _let_skip_calls(model, False)
         self._check_base(model, config, adapter_name)
