@@ -234,9 +234,9 @@ def _check_trained(model: PeftModel, parameters: Sequence[nn.Parameter], layers:
         raise UserError("a fleet trains RED: the model has no RED adapter that is being trained")
     if others:
         raise UserError(f"a fleet trains edits and heads, and this model trains {others[0]} too")
-    config: Any = model.get_base_model().config
-    if any(getattr(each, "output_router_logits", False) for each in (config, config.get_text_config())):
+    base: Any = model.get_base_model()
+    if any(getattr(config, "output_router_logits", False) for config in (base.config, base.config.get_text_config())):
         raise UserError(
-            f"a fleet cannot train {type(model.get_base_model()).__name__} with output_router_logits: it adds a loss of "
-            "its experts to that of a batch. Train it alone, or set that to false in the model's config.json"
+            f"a fleet cannot train {type(base).__name__} with output_router_logits: it adds a loss of its experts to "
+            "that of a batch. Train it alone, or set that to false in the model's config.json"
         )
