@@ -557,7 +557,7 @@ def test_predict_writes_a_json_line_a_row(redpeft, trained, data_folder, monkeyp
     assert (code, len(rows)) == (0, 8)
     assert all(row["label"] in ("yes", "no") and set(row["probabilities"]) == {"yes", "no"} for row in rows)
     assert [row["text"] for row in rows[:2]] == ["the film is good", "the film is bad"]
-    standard_input(monkeypatch, 'the film is good\n\n{"text": "the film is bad", "id": 17}\n')
+    standard_input(monkeypatch, '{"text": "the film is good"}\n\n{"Text": "the film is bad", "id": 17}\n')
     code, out, _ = redpeft("predict", run, "-")
     assert code == 0
     assert [json.loads(line).get("id") for line in out.splitlines()] == [None, 17]
@@ -587,24 +587,56 @@ def test_predict_writes_rows_with_their_answers(redpeft, trained, tmp_path, name
     assert set(rows["predicted_label"]) <= {"yes", "no"}
     probability = rows["probabilities.yes" if name.endswith("jsonl") else "probability yes"][0]
     assert len(str(probability).lstrip("0.")) <= 4
-    code, _, err = redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / "rows.csv")
-    assert code == 2
-    assert "is the file that is read" in err
-    assert "known" in redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / "out.txt")[2]
+    again = redpeft("predict", trained[0], tmp_path / name, "--out", tmp_path / "again.csv")
+    assert (again[0], read_file(tmp_path / "again.csv")["number"]) == (0, ["007", "2"])
+    assert "predicted_predicted_label" in read_file(tmp_path / "again.csv").column_names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rows.csv", "rows.csv is there already: give another name, or remove it"),
+        ("out.txt", "the extension decides the format, and .csv, .tsv, .jsonl are known"),
+        ("none/out.csv", "no such folder: "),
+    ],
+)
+def test_predict_says_at_once_that_it_cannot_write(redpeft, trained, tmp_path, name, message):
+    (tmp_path / "rows.csv").write_text("text\nthe film\n")
+    code, out, err = redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / name)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_numbers_of_the_rows_stay_as_they_are(redpeft, trained, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "the film", "price": 123456.789, "value": 1}\n')
+    redpeft("predict", trained[0], tmp_path / "rows.jsonl", "--out", tmp_path / "out.jsonl")
+    row = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (row["price"], row["value"]) == (123456.789, 1)
+
+
+def test_lines_of_a_text_file_and_columns_in_another_case(redpeft, trained, tmp_path):
+    (tmp_path / "rows.txt").write_bytes("the film, good\nthe film é\n".encode("utf-16"))
+    _, out, _ = redpeft("predict", trained[0], tmp_path / "rows.txt")
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["the film, good", "the film é"]
+    (tmp_path / "rows.csv").write_text("Text,LABEL\nthe film is good,yes\nthe film is bad,no\n")
+    assert redpeft("evaluate", trained[0], tmp_path / "rows.csv")[0] == 0
 
 
 def test_predict_names_a_broken_line(redpeft, trained, tmp_path, monkeypatch):
     (tmp_path / "ask.jsonl").write_text('{"text": "the film"}\n{"text": " "}\n')
     code, _, err = redpeft("predict", trained[0], tmp_path / "ask.jsonl")
     assert (code, err.splitlines()[-1]) == (2, "redpeft: ask.jsonl, row 2: the text in column 'text' is empty")
-    standard_input(monkeypatch, 'the film\n{"text": \n')
+    standard_input(monkeypatch, '{"text": "the film"}\n{"text": \n')
     code, _, err = redpeft("predict", trained[0], "-")
     assert code == 2
-    assert "line 2 of standard input is broken JSON" in err.splitlines()[-1]
-    standard_input(monkeypatch, 'the film\n\n{"body": "the film"}\n')
+    assert "standard input, line 2: broken JSON" in err.splitlines()[-1]
+    standard_input(monkeypatch, '\n\n{"body": "the film"}\n')
     code, out, err = redpeft("predict", trained[0], "-")
     assert (code, out) == (2, "")
     assert err.splitlines()[-1] == "redpeft: row 3 has no 'text'; it has 'body'"
+    standard_input(monkeypatch, "")
+    code, out, err = redpeft("predict", trained[0], "-")
+    assert (code, out, err.splitlines()[-1]) == (2, "", "redpeft: standard input is empty: it holds no rows")
 
 
 @pytest.mark.timeout(120)
@@ -761,7 +793,7 @@ def test_score_prints_a_table(redpeft, tmp_path, monkeypatch):
         ("e2e", "", "pred.txt is empty"),
         ("e2e", "One.\n\nTwo.\n", "pred.txt, line 2: the line is empty"),
         ("e2e", None, "no such file: "),
-        ("e2e", "a\0b\n", "pred.txt is no text: it holds NUL bytes"),
+        ("e2e", "a\0b\n", "pred.txt, line 1: it holds NUL bytes"),
         ("e3e", "One.\n", "'e3e' is not"),
     ],
 )

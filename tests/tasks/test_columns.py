@@ -54,7 +54,11 @@ def test_rows_to_dataset():
         ([{}], "text", "row 1 has no 'text'; it has nothing"),
         (["a"], None, "row 1: expected an object with 'text', found 'a'"),
         ([7], "text", "row 1: expected an object with 'text', found 7"),
-        ([{"text": "a"}, {"text": 7}], "text", "the rows do not hold the same types"),
+        (
+            [{"text": "a"}, {"text": 7}],
+            "text",
+            "row 2: column 'text' holds a number, '7', and a text in row 1",
+        ),
     ],
 )
 def test_rows_that_cannot_be_predicted(rows, plain, message):

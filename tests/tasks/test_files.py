@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import datetime
 import gzip
 import io
 import logging
 from pathlib import Path
 
 import openpyxl
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +15,9 @@ from datasets import Dataset, DatasetDict
 from writing import ROWS, write, write_rows
 
 from redpeft.errors import UserError
-from redpeft.tasks.columns import ROW, column_names
+from redpeft.tasks.columns import ROW, column_names, where
 from redpeft.tasks.data import DataConfig, read_splits
-from redpeft.tasks.files import read_file
+from redpeft.tasks.files import COMPRESSED, read_file
 
 
 def error_of(path: str | Path, **options) -> str:
@@ -45,10 +47,12 @@ def test_every_format_gives_the_same_rows_and_writes_nothing(tmp_path, extension
     assert [file.name for file in tmp_path.iterdir()] == [f"rows.{extension}"]
 
 
-@pytest.mark.parametrize("extension", ["csv", "jsonl", "parquet"])
-def test_a_compressed_file_is_its_content(tmp_path, extension):
+@pytest.mark.parametrize(("extension", "codec"), [("csv", "gz"), ("jsonl", "bz2"), ("parquet", "gz"), ("csv", "zst")])
+def test_a_compressed_file_is_its_content(tmp_path, extension, codec):
     plain = Path(write_rows(tmp_path / f"rows.{extension}", ROWS))
-    packed = write(tmp_path / f"train.{extension}.gz", gzip.compress(plain.read_bytes()))
+    packed = tmp_path / f"train.{extension}.{codec}"
+    with pa.output_stream(str(packed), compression=COMPRESSED[f".{codec}"]) as stream:
+        stream.write(plain.read_bytes())
     assert rows_of(read_file(packed)) == rows_of(read_file(plain))
     plain.unlink()
     assert "train" in read_splits(DataConfig(path=str(tmp_path)))
@@ -59,9 +63,16 @@ def test_json_lines_under_the_extension_json(tmp_path):
 
 
 def test_csv_keeps_words_that_look_like_missing_values(tmp_path):
-    dataset = read_file(write(tmp_path / "a.csv", "text, label\nNone,NA\nnull,yes\n,\n"))
-    assert dataset["text"] == ["None", "null", None]
-    assert dataset["label"] == ["NA", "yes", None]
+    dataset = read_file(write(tmp_path / "a.csv", "text, label\nNone,NA\nnull,yes\n,no\nyes,\n"))
+    assert dataset["text"] == ["None", "null", None, "yes"]
+    assert dataset["label"] == ["NA", "yes", "no", None]
+
+
+def test_rows_without_any_text_are_passed_over_and_counted(tmp_path, said):
+    """As Excel writes them below a table."""
+    dataset = read_file(write(tmp_path / "a.csv", "\n ,\ntext,label\na,x\n,\n  \nb,y\n,\n"))
+    assert (dataset["text"], dataset[ROW]) == (["a", "b"], [1, 4])
+    assert "a.csv: 3 rows without any text are passed over" in said.text
 
 
 @pytest.mark.parametrize("cell", ["007", "1E3", "1.10", "2020-01-01", "NaN", "nan", "null", "True", "1,5", "1e400"])
@@ -131,7 +142,26 @@ def test_encodings_are_found_out_and_said(tmp_path, said, encoding, text, extens
     content = f'text;label\n"{text}";a\n"{text} 2";b\n' if extension == "csv" else f'{{"text": "{text}"}}\n'
     path = write(tmp_path / f"a.{extension}", content.encode(encoding))
     assert read_file(path)["text"][0] == text
-    assert ("is not UTF-8; it is read as" in said.text) == (encoding not in ("utf-16", "utf-8-sig"))
+    assert ("is not UTF-8; it is read as" in said.text) == (encoding != "utf-8-sig")
+
+
+def test_one_foreign_character_far_down_is_seen(tmp_path, said):
+    content = "text,label\n" + "plain,a\n" * 40_000 + "c'est très bon,b"
+    path = write(tmp_path / "a.csv", content.encode("cp1252"))
+    assert read_file(path)["text"][-1] == "c'est très bon"
+    assert "a.csv is not UTF-8; it is read as windows-1252" in said.text
+    path = write(tmp_path / "b.csv", "text,label\ngood,café".encode("latin-1"))
+    assert read_file(path)["label"] == ["café"]
+
+
+def test_a_file_that_is_utf8_but_for_a_line(tmp_path):
+    content = "text\ncafé\nnaïve\n".encode() + "déjà\n".encode("latin-1") + b"end\n"
+    assert "a.csv, line 4: not UTF-8, as the rest is; save it as UTF-8" in error_of(write(tmp_path / "a.csv", content))
+
+
+def test_the_line_that_tells_excel_the_separator(tmp_path):
+    path = write(tmp_path / "a.csv", 'sep=;\r\ntext;label\r\nhello, w1;good\r\n"bad; w2";bad\r\n')
+    assert rows_of(read_file(path)) == TWO
 
 
 def test_a_table_of_one_column_may_hold_separators(tmp_path):
@@ -170,10 +200,13 @@ def test_a_table_without_a_header(tmp_path):
     [
         ("text,label\na,b\na,b,c\n", 'a.csv, row 2: it has 3 cells, and the first row has 2; a text that holds the'),
         ("text,label\na\n", "a.csv, row 1: it has 1 cell, and the first row has 2"),
-        ("text,label\na,b\ntext,label\nc,d\n", "a.csv, row 2: it is the header again: remove that line"),
+        ("text,label\na,b\ntext,label\nc,d\n", "a.csv, row 2: it is the first row again. Remove that line, or"),
+        ("text, label\na,b\n text,label\nc,d\n", "a.csv, row 2: it is the first row again."),
+        ("hello,x\nbad,y\nhello,x\n", "row 2: it is the first row again. Remove that line, or give data.header=none"),
         ("text,label,label\na,b,c\n", "a.csv: two columns are called 'label': rename or remove one"),
         ('text,label\na,b\n"c,d\ne,f\n', "a.csv, row 2: a quotation mark is opened and never closed"),
-        ('text,label\n"a" b,c\n', "a.csv, row 1: ',' expected after '\"': within a quoted cell, write a quotation"),
+        ('text,label\n"a" b,c\n', "a.csv, row 1: a quoted cell goes on behind its quotation mark"),
+        ('text\tlabel\n"a" b\tc\n', "a.csv, row 1: a quoted cell goes on behind its quotation mark"),
     ],
 )  # fmt: skip
 def test_a_broken_table_names_the_row(tmp_path, content, message):
@@ -201,6 +234,25 @@ def test_a_workbook_is_read_as_a_person_sees_it(tmp_path, said):
     assert "has 2 sheets; the first one, 'Sheet', is read" in said.text
 
 
+def test_numbers_and_dates_of_a_workbook(tmp_path):
+    book = openpyxl.Workbook()
+    cells = [(7, "000"), (451, "000"), (1.1, "0.00"), (2, "0.00"), (datetime.datetime(2020, 1, 2), "yyyy-mm-dd")]
+    cells += [(datetime.datetime(2020, 1, 2, 3, 4), "yyyy-mm-dd hh:mm"), (True, "General"), (0.5, "General")]
+    for row, (value, form) in enumerate([("code", "General"), *cells], start=1):
+        book.active.cell(row, 1, value).number_format = form
+    book.save(tmp_path / "a.xlsx")
+    expected = ["007", "451", "1.10", "2.00", "2020-01-02", "2020-01-02 03:04:00", "TRUE", "0.5"]
+    assert read_file(tmp_path / "a.xlsx")["code"] == expected
+    book.active.cell(3, 1, "#DIV/0!")
+    book.save(tmp_path / "a.xlsx")
+    assert "a.xlsx, cell A3: it holds the error #DIV/0!; mend its formula" in error_of(tmp_path / "a.xlsx")
+
+
+def test_categories_of_parquet_are_texts(tmp_path):
+    pd.DataFrame({"text": ["a", "b"], "label": pd.Categorical(["x", "y"])}).to_parquet(tmp_path / "a.parquet")
+    assert read_file(tmp_path / "a.parquet")["label"] == ["x", "y"]
+
+
 def test_a_format_that_is_named_overrides_the_extension(tmp_path):
     assert read_file(write(tmp_path / "a.dat", "text;label\na;b\nc;d\n"), form="csv")["label"] == ["b", "d"]
 
@@ -226,6 +278,18 @@ def test_a_folder_of_texts_for_each_class(tmp_path, split):
     splits = read_splits(DataConfig(path=str(tmp_path), validation_fraction=0.25))
     rows = sorted(row["label"] + ": " + row["text"] for name in splits for row in splits[name])
     assert rows == ["neg: bad", "neg: worse", "pos: a good\ntwo", "pos: good one"]
+
+
+def test_texts_in_files_are_named_and_share_their_encoding(tmp_path, said):
+    texts = {"pos": ["el niño comió una piña", "plain"], "neg": ["el señor está enojado", " "]}
+    for name, found in texts.items():
+        (tmp_path / name).mkdir()
+        for number, text in enumerate(found):
+            write(tmp_path / name / f"{number}.txt", text.encode("cp1252"))
+    train = read_splits(DataConfig(path=str(tmp_path)))["train"]
+    assert set(train["text"]) == {text for found in texts.values() for text in found}
+    assert said.text.count("is not UTF-8; it is read as windows-1252") == 1
+    assert where(train, train["text"].index(" ")) == f"{tmp_path.name}, row neg/1.txt"
 
 
 # --- what is no data -------------------------------------------------------------------------------------------------
@@ -260,14 +324,18 @@ def workbook() -> bytes:
     ("name", "content", "message"),
     [
         ("a.csv", workbook(), "a.csv is no text: it is an Excel workbook or another zip archive (.xlsx)"),
-        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old Excel workbook: save it as .xlsx"),
-        ("a.csv", b"<!DOCTYPE html><html>", "a.csv is a web page and no data"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old or encrypted Excel workbook: save it as .xlsx"),
+        ("a.csv", b"<!DOCTYPE html><html>", "a.csv is no text: it is a web page or XML"),
+        ("a.csv", b"\n <?xml version='1.0'?>", "it is a web page or XML: download the data itself"),
         ("a.csv", gzip.compress(b"text,label\n"), "a.csv is no text: it is compressed (.gz)"),
         ("a.jsonl", b"PAR1....", "a.jsonl is no text: it is a parquet file (.parquet)"),
-        ("a.csv", b"text,label\na\0b,c\n", "a.csv is no text: it holds NUL bytes"),
+        ("a.csv", b"text,label\na\0b,c\n", "a.csv, line 2: it holds NUL bytes: the file is damaged, or no text"),
+        ("a.jsonl", b'{"a": 1}\n' * 99 + b'{"a": "\0"}', "a.jsonl, line 100: it holds NUL bytes"),
+        ("a.csv", b'{"text": "a"}\n', "a.csv holds JSON and no table: call it .jsonl"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid 1\n", "it is a pointer of Git LFS"),
         ("a.xlsx", b"text,label\n", "a.xlsx: it is no Excel workbook"),
         ("a.csv.gz", b"text,label\n", "cannot read"),
-        ("a.csv", b"\xff\xfet\0\x00\xd8", "a.csv, line 1: not utf-16, as its first bytes say; save it as UTF-8"),
+        ("a.csv", b"\xff\xfet\0\x00\xd8", "a.csv, line 1: not utf-16, as the rest is; save it as UTF-8"),
     ],
 )
 def test_another_kind_of_file_is_called_by_its_name(tmp_path, name, content, message):
@@ -288,8 +356,15 @@ def test_json_that_is_no_object(tmp_path):
 
 
 def test_json_column_of_several_types(tmp_path):
-    message = error_of(write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}\n'))
-    assert "column 'label' holds values of several types" in message
+    path = write(tmp_path / "a.jsonl", '{"text": "a", "label": 1}\n\n{"text": "b", "label": "x"}\n')
+    assert error_of(path) == (
+        "a.jsonl, row 3: column 'label' holds a text, 'x', and a number in row 1: write values of one kind"
+    )
+
+
+def test_half_a_character_is_no_text(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}\n')
+    assert "a.jsonl, row 2: column 'text': 'utf-8' codec can't encode character '\\ud83d'" in error_of(path)
 
 
 def test_broken_parquet(tmp_path):

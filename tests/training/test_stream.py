@@ -58,8 +58,10 @@ def test_records_of_a_table_are_answered_as_they_come(pipe):
     assert next(batches) == [{"id": "1", "text": "one", ROW: 1}]
     write(b'2,"two,\nstill two"\n3,thr')
     assert next(batches) == [{"id": "2", "text": "two,\nstill two", ROW: 2}]
-    write(b"ee\n")
-    assert next(batches) == [{"id": "3", "text": "three", ROW: 3}]
+    write(b'ee\n4,"begun\n')
+    assert next(batches) == [{"id": "3", "text": "three", ROW: 3}]  # and does not wait for the end of the fourth
+    write(b'and ended"\n')
+    assert next(batches) == [{"id": "4", "text": "begun\nand ended", ROW: 4}]
 
 
 def test_a_fast_source_fills_its_batches():
@@ -71,10 +73,10 @@ def test_a_fast_source_fills_its_batches():
 
 
 def test_objects_keep_the_number_of_their_line():
-    text = '\n{"text": "é"}\r\n \n  plain, with blanks \n'
+    text = '\n{"text": "é"}\r\n \n{"text": "b"}\n'
     for stream in (of(text), Pipe(text.encode())):
-        assert rows(stream, "text") == [{"text": "é", ROW: 2}, "  plain, with blanks "]
-    assert list(read_stream(of(""), 32)) == []
+        assert rows(stream, "text") == [{"text": "é", ROW: 2}, {"text": "b", ROW: 4}]
+    assert rows(of("\n  plain, with blanks \r\n{name} is here\n")) == ["  plain, with blanks ", "{name} is here"]
 
 
 TABLES = {
@@ -85,7 +87,8 @@ TABLES = {
     "an old Mac": "id,text\r1,hello\r2,bad\r",
     "one column": 'text\nhello, you\n"quoted, too"\n',
     "missing cells": "id,text\n,hello\n2,NA\n",
-    "a header alone": "id,text\n",
+    "a line for Excel": "sep=;\nid;text\n1;hello, you\n",
+    "empty rows": "id,text\n1,a\n,\n2,b\n",
 }
 
 
@@ -94,7 +97,7 @@ TABLES = {
 def test_a_table_gives_what_its_file_gives(tmp_path, name, encoding):
     content = TABLES[name].encode(encoding)
     (tmp_path / "a.csv").write_bytes(content)
-    expected = [] if name == "a header alone" else list(read_file(tmp_path / "a.csv"))
+    expected = list(read_file(tmp_path / "a.csv"))
     assert rows(of(content), "text") == expected
     assert rows(Pipe(content), "text") == expected
 
@@ -103,6 +106,10 @@ def test_other_encodings_are_found_out():
     text = "très bien\nun café crème\ndéjà vu à l'hôtel\n".encode("cp1252")
     assert rows(of(text)) == ["très bien", "un café crème", "déjà vu à l'hôtel"]
     assert rows(Pipe(b"only later\n" * 3 + text))[:3] == ["only later"] * 3
+    with pytest.raises(UserError, match="standard input, line 2: not utf-8, as the rest is"):
+        rows(Pipe("tschüß, naïve\n".encode() + "très\n".encode("cp1252")))
+    assert rows(Pipe("a\nb".encode("utf-16"))) == ["a", "b"]
+    assert rows(Pipe("only at the end: é".encode("cp1252"))) == ["only at the end: é"]
     characters = "日本語 é 😀\n" * 3
     assert rows(Pipe(characters.encode())) == characters.split("\n")[:-1]  # cut within characters
 
@@ -139,11 +146,17 @@ def test_a_format_that_is_named_decides(text, options, expected):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('good\n\n{"text": \n', r"^line 3 of standard input is broken JSON \("),
-        ('[{"text": "a"},\n', "^standard input is broken JSON"),
+        ("", "^standard input is empty: it holds no rows"),
+        ("id,text\n", "^standard input is empty: it holds no rows"),
+        ('good\n\n{"text": \n', "^standard input, line 3: this begins as JSON, and the first line is a text"),
+        ('{"text": "a"}\n{"text": \n', "^standard input, line 2: broken JSON .*; --format lines takes each line"),
+        ("{name} is here\n", "^standard input, line 1: broken JSON .*; --format lines takes each line as a text"),
+        ('[{"text": "a"},\n', "^standard input, line 2: broken JSON"),
+        ("[\n1, 2]", "^standard input, row 1: expected an object .* found '1'"),
+        ("hello\n" * 99 + "b\0d\n", "^standard input, line 100: it holds NUL bytes"),
         ('id,text\n1,a\n2,b,c\n', "^standard input, row 2: it has 3 cells, and the first row has 2"),
         ('id,text\n1,"a\n2,b\n', "^standard input, row 1: a quotation mark is opened and never closed"),
-        ("id,text\n1,a\nid,text\n", "^standard input, row 2: it is the header again"),
+        ("id,text\n1,a\nid,text\n", "^standard input, row 2: it is the first row again"),
         (b"PK\x03\x04....", "^standard input is no text: it is an Excel workbook"),
     ],
 )  # fmt: skip
@@ -155,8 +168,17 @@ def test_what_cannot_be_read(text, message, kind):
 
 
 def test_json_lines_that_are_asked_for_are_objects():
-    with pytest.raises(UserError, match="line 2 of standard input is broken JSON"):
+    with pytest.raises(UserError, match=r"^standard input, line 2: broken JSON \(.*\)$"):
         rows(of('{"text": "a"}\nplain\n'), "text", form="jsonl")
+
+
+def test_a_run_of_a_table_without_header_asks_which():
+    """The file is a table by its extension; of a stream nothing tells a row of it from a text with commas."""
+    options = {"header": "none"}
+    with pytest.raises(UserError, match="'hello, you' may be a row of a table without header, as in training, or a t"):
+        rows(of("hello, you\n"), "column_1", **options)
+    assert rows(of("hello you\n"), "column_1", **options) == ["hello you"]
+    assert rows(of("hello, you\n"), "column_1", form="lines", **options) == ["hello, you"]
 
 
 def test_batched():

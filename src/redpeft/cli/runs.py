@@ -105,17 +105,16 @@ def predict(
 ) -> Iterator[dict[str, Any]] | Answer:
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
-    from redpeft.training.predict import open_run, predict_batches, read_rows, rounded, save_answers
+    from redpeft.training.answer_files import check_name, read_rows, rounded, save_answers
+    from redpeft.training.predict import answer_batches, identity, open_run
 
-    if out is not None and out.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
-        raise UserError(f"--out {out}: the extension decides the format, and .csv, .tsv and .jsonl are known")
-    if out is not None and file != "-" and out.resolve() == Path(file).resolve():
-        raise UserError(f"--out {out} is the file that is read: choose another name")
+    if out is not None:
+        check_name(out)
     opened = open_run(find_run(run), base, task)
     batches, total, name = read_rows(opened, file, format)
-    answers = map(rounded, predict_batches(opened, batches, total=total, source=name, whole=out is not None))
+    answers = answer_batches(opened, batches, total=total, source=name)
     if out is None:
-        return iter(answers)
+        return ({**identity(row, read), **rounded(answer)} for row, read, answer in answers)
     written = save_answers(out, answers)
     return Answer({"out": out, "rows": written}, [f"Wrote {written:,} rows with their answers to {out}"])
 

@@ -11,7 +11,7 @@ from redpeft.errors import UserError
 from redpeft.fleet.mould import why_alone
 from redpeft.runs.queue import Job
 from redpeft.tasks.data import splits_in
-from redpeft.tasks.files import READERS, extension, parse_lines, read_text
+from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
 from redpeft.training.loop import say
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
 from redpeft.training.run import check_recipe
@@ -109,7 +109,7 @@ def _from_folder(folder: Path) -> Iterator[Entry]:
         elif path.is_dir():
             say(f"{path} is left out: it holds no train, validation or test file")
         elif extension(path) in READERS:
-            yield Entry(path.stem, data, str(path))
+            yield Entry(stem(path), data, str(path))
 
 
 def _check_names(entries: Iterable[Entry]) -> list[Entry]:

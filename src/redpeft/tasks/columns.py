@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 
 from redpeft.console import Progress
@@ -59,10 +60,24 @@ def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] =
     return next((present[name] for name in names if name in present), None)
 
 
+def with_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
+    """The dataset with a task's `columns` under the names that the task knows, where they differ in case alone."""
+    present = column_names(dataset)
+    for wanted in _names(columns):
+        alike = [name for name in present if name.lower() == wanted.lower()]
+        if wanted not in present and len(alike) == 1:
+            dataset = dataset.rename_column(alike[0], wanted)
+    return dataset
+
+
+def _names(columns: Mapping[str, Any]) -> list[str]:
+    return [name for names in columns.values() for name in ([names] if isinstance(names, str) else names)]
+
+
 def unread_columns(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
     """The user's columns that are none of a task's `columns`; of a column of chats also the fields of its messages
     that are neither role nor content, such as `messages.weight`."""
-    read = {name for names in columns.values() for name in ([names] if isinstance(names, str) else names)}
+    read = _names(columns)
     unread = [name for name in column_names(dataset) if name not in read]
     fields = value_feature(dataset, columns["messages"]) if "messages" in columns else {}
     inner = [name for name in fields if name not in ("role", "content")] if isinstance(fields, dict) else []
@@ -193,10 +208,35 @@ def rows_to_dataset(
             seen = ", ".join(repr(name) for name in row if name != ROW)
             raise UserError(f"row {number} has no {missing[0]!r}; it has {seen or 'nothing'}")
         found.append({name: None if value is _NONE else value for name, value in fields.items()} | {ROW: number})
+    places = [f"row {row[ROW]}" for row in found]
+    return Dataset(pa.table({name: as_array([row[name] for row in found], name, places) for name in found[0]}))
+
+
+KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
+    """The cells of a column. UserError, with the place of the cell, for kinds that differ and for broken texts."""
     try:
-        return Dataset.from_list(found)
-    except (ValueError, TypeError) as error:  # pyarrow's: rows of different types
-        raise UserError(f"the rows do not hold the same types: {first_line(error)}") from None
+        return pa.array(cells)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        seen: dict[str, int] = {}
+        for index, cell in enumerate(cells):
+            if cell is None:
+                continue
+            kind = KINDS.get(type(cell), type(cell).__name__)
+            first = next(iter(seen), kind)
+            seen.setdefault(kind, index)
+            if kind != first:
+                raise UserError(
+                    f"{places[index]}: column {column!r} holds {kind}, {str(cell)[:40]!r}, and {first} in "
+                    f"{places[seen[first]].rpartition(', ')[2]}: write values of one kind"
+                ) from None
+            try:
+                pa.array([cell])
+            except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
+                raise UserError(f"{places[index]}: column {column!r}: {first_line(reason)}") from None
+        raise UserError(f"column {column!r}: {first_line(error)}") from None
 
 
 _NONE = object()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redpeft.errors import UserError, first_line
 from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing, source, values
-from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_text, with_rows
+from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
 from redpeft.tasks.glue import glue_splits
 from redpeft.tasks.labels import label_name
 
@@ -108,6 +108,12 @@ class DataConfig(BaseModel):
     max_eval_rows: int | None = Field(
         None, ge=1, description="Validate and test on at most so many rows each, in whole groups, drawn by the seed."
     )
+
+    @field_validator("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", mode="before")
+    @classmethod
+    def _column_by_number(cls, value: Any) -> Any:
+        """A column that is called 2019 is a number to YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
@@ -208,8 +214,7 @@ def _data_files(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
         if extension(file) in READERS and file.is_file():
-            stem = file.name.lower().removesuffix(".gz").removesuffix(extension(file))
-            files.setdefault(SHARD.sub("", stem), []).append(file)
+            files.setdefault(SHARD.sub("", stem(file).lower()), []).append(file)
     return files
 
 
@@ -253,8 +258,8 @@ def _read_classes(folder: Path) -> Dataset | None:
     files = sorted(folder.glob("*/*.txt"))
     if len({file.parent for file in files}) < 2:
         return None
-    rows = {"text": [read_text(file) for file in files], "label": [file.parent.name for file in files]}
-    return with_rows(Dataset.from_dict(rows), folder.name)
+    rows = {"text": read_texts(files, str(folder)), "label": [file.parent.name for file in files]}
+    return with_rows(Dataset.from_dict(rows), folder.name, [str(file.relative_to(folder)) for file in files])
 
 
 def _named_splits(found: dict) -> dict:

@@ -10,14 +10,14 @@ words into missing values, hide the broken line, and copy the data into a cache.
 
 from __future__ import annotations
 
+import codecs
 import csv
-import gzip
+import datetime
 import io
 import itertools
 import json
 import logging
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
 from redpeft.errors import UserError, first_line
-from redpeft.tasks.columns import ROW
+from redpeft.tasks.columns import ROW, as_array
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +39,15 @@ SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 
 READERS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
 READERS |= {".parquet": "parquet", ".xlsx": "xlsx"}
-"""The format of a file by its extension; each may have `.gz` behind it."""
+"""The format of a file by its extension, which may be followed by one of `COMPRESSED`."""
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}
 ALONE = "\x1f"  # between the columns of a table that has one; no text holds it
 
 Records = Iterator[list[str]]
-Rows = Iterator[tuple[int, dict[str, Any]]]  # each with its number, for errors
+Rows = Iterable[tuple[int, dict[str, Any]]]  # each with its number, for errors
 
 
 def read_file(path: str | Path, header: str | None = None, form: str | None = None) -> Dataset:
@@ -62,27 +64,32 @@ def read_file(path: str | Path, header: str | None = None, form: str | None = No
     path = existing(path)
     known = READERS.get(extension(path)) if form is None else form
     if known is None:
-        raise UserError(f"cannot read {path}: the extension decides the format, and {', '.join(READERS)} are known")
+        texts = "; texts without labels (.txt) can be predicted alone" if extension(path) == ".txt" else ""
+        raise UserError(
+            f"cannot read {path}: the extension decides the format, and {', '.join(READERS)} are known{texts}"
+        )
     try:
         if known == "parquet":
-            data = _read_bytes(path)
-            dataset = Dataset(pq.read_table(io.BytesIO(data))) if data else None
+            data = read_bytes(path)
+            dataset = with_rows(_typed(pq.read_table(io.BytesIO(data))), path.name) if data else None
         elif known in DELIMITERS:
             dataset = _table(path.name, delimited(path, read_text(path), known), header)
         elif known == "xlsx":
             dataset = _table(path.name, _sheet(path), header)
         else:
-            dataset = _from_objects(path, objects(path, read_text(path)))
-    except (pa.ArrowException, OSError, EOFError) as error:
+            dataset = _from_objects(path.name, objects(str(path), read_text(path)))
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"cannot read {path}: {first_line(error)}") from None
     if dataset is None or len(dataset) == 0:
         raise UserError(f"{path} is empty: it holds no rows")
-    return with_rows(dataset, path.name)
+    return dataset
 
 
 def existing(path: str | Path) -> Path:
     """The path of a file that is there. UserError where there is none."""
     path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a file is needed here")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     return path
@@ -90,7 +97,12 @@ def existing(path: str | Path) -> Path:
 
 def extension(path: Path) -> str:
     """`.csv` of `rows.csv` and of `rows.csv.gz`."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    return Path(path.stem if path.suffix.lower() in COMPRESSED else path.name).suffix.lower()
+
+
+def stem(path: Path) -> str:
+    """`rows` of `rows.csv` and of `rows.csv.gz`."""
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
 
 
 def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
@@ -99,7 +111,7 @@ def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
     Raises:
         UserError: files of two kinds for the same rows, parts that are missing, or what `read_file` raises.
     """
-    first, parts = files[0], [SHARD.search(file.stem) for file in files]
+    first, parts = files[0], [SHARD.search(stem(file)) for file in files]
     if len(files) > 1 and None in parts:
         raise UserError(f"{first.parent} holds both {first.name} and {files[1].name}: remove one")
     numbers = [int(part[1]) for part in parts if part]
@@ -112,15 +124,15 @@ def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
         rows = concatenate_datasets([read_file(file, header).remove_columns(ROW) for file in files])
     except ValueError as error:  # of datasets: the columns do not agree
         raise UserError(f"{first.parent}: the parts of {first.name} do not agree: {first_line(error)}") from None
-    return with_rows(rows, f"{SHARD.sub('', first.stem)} ({total} parts)")
+    return with_rows(rows, f"{SHARD.sub('', stem(first))} ({total} parts)")
 
 
-def with_rows(dataset: Dataset, name: str) -> Dataset:
-    """The dataset with what errors say of a row: its number, and the name of where it comes from. What it holds in
-    fields within fields gets columns of its own."""
+def with_rows(dataset: Dataset, name: str, numbers: Sequence[int | str] | None = None) -> Dataset:
+    """The dataset with what errors say of a row: its number (by default its place), and the name of where it comes
+    from. What it holds in fields within fields gets columns of its own."""
     if any(isinstance(feature, dict) for feature in dataset.features.values()):
         dataset = dataset.flatten()
-    dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1))
+    dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1) if numbers is None else list(numbers))
     dataset.info.description = name
     return dataset
 
@@ -130,59 +142,104 @@ def with_rows(dataset: Dataset, name: str) -> Dataset:
 MARKS = [(b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe\0\0", "utf-32"), (b"\0\0\xfe\xff", "utf-32")]
 MARKS += [(b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")]
 NOT_TEXT = {
-    b"PK\x03\x04": "an Excel workbook or another zip archive (.xlsx)",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save it as .xlsx",
-    b"PAR1": "a parquet file (.parquet)",
-    b"\x1f\x8b": "compressed (.gz)",
-    b"%PDF": "a PDF file",
+    rb"PK\x03\x04": "an Excel workbook or another zip archive (.xlsx)",
+    rb"\xd0\xcf\x11\xe0": "an old or encrypted Excel workbook: save it as .xlsx",
+    rb"PAR1": "a parquet file (.parquet)",
+    rb"\x1f\x8b": "compressed (.gz)",
+    rb"BZh[1-9]1AY": "compressed (.bz2)",
+    rb"\x28\xb5\x2f\xfd": "compressed (.zst)",
+    rb"\xfd7zXZ": "compressed by xz: unpack it",
+    rb"%PDF-": "a PDF file",
+    rb"SQLite format 3": "an SQLite data base",
+    rb"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    rb"\s*(?i:<!doctype|<html|<head|<body|<table|<\?xml)": "a web page or XML: download the data itself",
 }
+"""How bytes begin that are no rows in text, and what they are."""
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """What is in a file, or compressed in it."""
     data = path.read_bytes()
-    return gzip.decompress(data) if path.suffix.lower() == ".gz" else data
+    codec = COMPRESSED.get(path.suffix.lower())
+    return pa.CompressedInputStream(pa.BufferReader(data), codec).read() if codec else data
 
 
 def read_text(path: Path) -> str:
     """A file's text, in whatever encoding it is. UserError for a file that holds none."""
-    data = _read_bytes(path)
+    data = read_bytes(path)
     encoding = encoding_of(data, str(path))
+    say_encoding(encoding, str(path))
+    return _decode(data, encoding, str(path))
+
+
+def read_texts(paths: Sequence[Path], name: str) -> list[str]:
+    """The texts of many files, one each. Those that are not UTF-8 say together in which encoding they are."""
+    found = [read_bytes(path) for path in paths]
+    others = b"\n".join(data for data in found if not _is_utf8(data))
+    encoding = encoding_of(others, name)
+    say_encoding(encoding, name)
+    return [
+        _decode(data, "utf-8-sig" if _is_utf8(data) else encoding, str(path))
+        for path, data in zip(paths, found, strict=True)
+    ]
+
+
+def _decode(data: bytes, encoding: str, name: str) -> str:
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not {encoding}, as its first bytes say; save it as UTF-8") from None
+        raise UserError(f"{name}, line {line}: not {encoding}, as the rest is; save it as UTF-8") from None
+    check_text(text, name)
+    return text
 
 
-def encoding_of(data: bytes, name: str) -> str:
-    """How bytes encode text: as their first ones say, else UTF-8, else a guess, which is logged.
+def check_text(text: str, name: str, first: int = 1) -> None:
+    """Raises UserError for a text with NUL bytes. `first` is the number of its first line."""
+    if "\0" in text:
+        line = sum(1 for _ in lines_of(text[: text.index("\0") + 1])) + first - 1
+        raise UserError(f"{name}, line {line}: it holds NUL bytes: the file is damaged, or no text")
+
+
+def say_encoding(encoding: str, name: str) -> None:
+    """Log an encoding that is not UTF-8."""
+    if not encoding.startswith("utf-8"):
+        logger.info("%s is not UTF-8; it is read as %s", name, encoding)
+
+
+def encoding_of(data: bytes, name: str, whole: bool = True) -> str:
+    """How bytes encode text: as their first ones say, else UTF-8, else a guess.
+
+    Args:
+        whole: whether this is all; otherwise the rest of the last character may be to come.
 
     Raises:
-        UserError: they are no text.
+        UserError: they are no text, or some lines are UTF-8 and others are not.
     """
-    if kind := next((kind for mark, kind in NOT_TEXT.items() if data.startswith(mark)), None):
+    if kind := next((kind for mark, kind in NOT_TEXT.items() if re.match(mark, data)), None):
         raise UserError(f"{name} is no text: it is {kind}")
-    if re.match(rb"\s*<(!doctype|html)", data[:200], re.IGNORECASE):
-        raise UserError(f"{name} is a web page and no data: look at it, and download the file itself")
     if marked := next((encoding for mark, encoding in MARKS if data.startswith(mark)), None):
         return marked
-    if b"\0" in data[:200]:
-        zeros = [data[:200][start::2].count(0) for start in (0, 1)]
-        encoding = "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
-        if 3 * max(zeros) < len(data[:200]):
-            raise UserError(f"{name} is no text: it holds NUL bytes")
-    else:
-        try:
-            data.decode("utf-8")
-            return "utf-8"
-        except UnicodeDecodeError as error:
-            if error.end == len(data) and error.reason == "unexpected end of data":
-                return "utf-8"  # the rest of the last character is to come
-        encoding = (chardet.detect(data)["encoding"] or "").lower()
-        if not encoding:
-            raise UserError(f"{name} is neither UTF-8 nor another encoding of text that is known: save it as UTF-8")
-    logger.info("%s is not UTF-8; it is read as %s", name, encoding)
-    return encoding
+    zeros = [data[:200][start::2].count(0) for start in (0, 1)]
+    if 3 * max(zeros) > len(data[:200]):
+        return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
+    if _is_utf8(data, whole):
+        return "utf-8"
+    lines = [(number, line) for number, line in enumerate(data.splitlines(), start=1) if not line.isascii()]
+    odd = [(number, line) for number, line in lines if not _is_utf8(line)]
+    if len(lines) >= 2 * len(odd):
+        raise UserError(f"{name}, line {odd[0][0]}: not UTF-8, as the rest is; save it as UTF-8")
+    sample = b"\n".join(line for _, line in odd)  # chardet looks at the first 200,000 bytes
+    guess = (chardet.detect(sample, encoding_era=chardet.EncodingEra.MODERN_WEB)["encoding"] or "").lower()
+    return "windows-1252" if guess in ("", "ascii", "utf-8") else guess  # too little to tell
+
+
+def _is_utf8(data: bytes, whole: bool = True) -> bool:
+    try:
+        codecs.utf_8_decode(data, "strict", whole)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$")
@@ -196,14 +253,21 @@ def lines_of(text: str) -> Iterator[str]:
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
+SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+"""The line by which Excel is told what separates the cells below it."""
+
+
 def delimited(path: Path, text: str, form: str) -> Records:
     """The records of CSV or TSV text. What separates its cells is found out, and logged where the extension says
     another."""
+    if re.match(r'\s*(\[\s*)?{\s*"', text):
+        raise UserError(f"{path} holds JSON and no table: call it .jsonl")
     sample = list(itertools.islice(lines_of(text), 200))
-    delimiter = _find_delimiter(sample, DELIMITERS[form])
+    said = SEPARATOR.fullmatch(sample[0]) if sample else None
+    delimiter = said[1] if said else _find_delimiter(sample, DELIMITERS[form])
     if delimiter not in (ALONE, DELIMITERS[form][0]):
         logger.info("%s: its cells are separated by %r", path, delimiter)
-    return records(lines_of(text), delimiter, path.name)
+    return records(itertools.islice(lines_of(text), 1 if said else 0, None), delimiter, path.name)
 
 
 def _find_delimiter(sample: list[str], delimiters: str) -> str:
@@ -238,8 +302,10 @@ def records(lines: Iterable[str], delimiter: str, name: str) -> Records:
         except csv.Error as error:
             if "unexpected end" in str(error):
                 reason = "a quotation mark is opened and never closed"
+            elif "expected after" in str(error):
+                reason = "a quoted cell goes on behind its quotation mark: within one, write a quotation mark twice"
             else:
-                reason = f"{first_line(error)}: within a quoted cell, write a quotation mark twice"
+                reason = first_line(error)
             raise UserError(f"{_place(name, number)}: {reason}") from None
         if record is None:
             return
@@ -253,51 +319,63 @@ def _place(name: str, number: int) -> str:
 
 
 def table_rows(found: Records, name: str, header: str | None = None) -> Rows:
-    """The rows of a table, by the names of their columns. An empty cell is None.
+    """The rows of a table, by the names of their columns. An empty cell is None. Records without any text are passed
+    over, and logged.
 
     Raises:
         UserError: two columns of one name, a row with more or fewer cells than the first, the header once more.
     """
-    first = next(found, None)
-    if first is None:
-        return
-    if header == "none":
-        names = [f"column_{number}" for number in range(1, len(first) + 1)]
-        found = itertools.chain([first], found)
-    else:
-        names = [cell.strip() or f"Unnamed: {number}" for number, cell in enumerate(first)]
-        if twice := [cell for cell, count in Counter(names).items() if count > 1]:
-            raise UserError(f"{name}: two columns are called {twice[0]!r}: rename or remove one")
-    for number, record in enumerate(found, start=1):
+    blank = 0
+    names: list[str] = []
+    number = 0
+    for record in found:
+        cells = [cell.strip() for cell in record]
+        if not any(cells):
+            blank += len(record) > 1
+            number += bool(names)
+            continue
+        if not names and header == "none":
+            names = [f"column_{place}" for place in range(1, len(record) + 1)]
+        elif not names:
+            names = [cell or f"Unnamed: {place}" for place, cell in enumerate(cells)]
+            if twice := [cell for cell, count in Counter(names).items() if count > 1]:
+                raise UserError(f"{name}: two columns are called {twice[0]!r}: rename or remove one")
+            continue
+        number += 1
         if len(record) != len(names):
-            cells = f"{len(record)} cell{'s' if len(record) > 1 else ''}"
+            seen = f"{len(record)} cell{'s' if len(record) > 1 else ''}"
             raise UserError(
-                f"{_place(name, number)}: it has {cells}, and the first row has {len(names)}; a text that holds the "
+                f"{_place(name, number)}: it has {seen}, and the first row has {len(names)}; a text that holds the "
                 'separator belongs in "quotes"'
             )
-        if header != "none" and record == first:
-            raise UserError(f"{_place(name, number)}: it is the header again: remove that line")
+        if header != "none" and cells == names:
+            raise UserError(
+                f"{_place(name, number)}: it is the first row again. Remove that line, or give data.header=none if "
+                "the first row is no header"
+            )
         yield number, {name: cell if cell else None for name, cell in zip(names, record, strict=True)}
+    if blank:
+        logger.info("%s: %d rows without any text are passed over", name, blank)
 
 
 def _table(name: str, found: Records, header: str | None) -> Dataset | None:
-    rows = [row for _, row in table_rows(found, name, header)]
-    if not rows:
+    numbered = list(table_rows(found, name, header))
+    if not numbered:
         return None
-    columns = {column: [row[column] for row in rows] for column in rows[0]}
+    columns = {column: [row[column] for _, row in numbered] for column in numbered[0][1]}
     if header is None and (cell := _looks_like_data(columns)):
         raise UserError(
             f"{name}: its first row looks like data and not like the names of the columns: it holds {cell[:40]!r}. "
             "data.header=none takes it as a row, data.header=first as names"
         )
-    return Dataset(pa.table({column: pa.array(cells, pa.string()) for column, cells in columns.items()}))
+    table = pa.table({column: pa.array(cells, pa.string()) for column, cells in columns.items()})
+    return with_rows(Dataset(table), name, [number for number, _ in numbered])
 
 
 def _looks_like_data(columns: dict[str, list[str | None]]) -> str | None:
-    """A name that no column has: a number, a long text, or what stands in the column more than once."""
+    """A name that no column has: a number, a long text, or what stands in the column itself."""
     for name, cells in columns.items():
-        number = re.fullmatch(r"[-+]?\d+([.,]\d+)?", name)
-        if number or len(name) > 60 or sum(cell is not None and cell.strip() == name for cell in cells) > 1:
+        if re.fullmatch(r"[-+]?\d+([.,]\d+)?", name) or len(name) > 60 or name in cells:
             return name
     return None
 
@@ -307,58 +385,91 @@ def _sheet(path: Path) -> Records:
     import openpyxl
 
     try:
-        book = openpyxl.load_workbook(io.BytesIO(_read_bytes(path)), read_only=True, data_only=True)
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        book = openpyxl.load_workbook(io.BytesIO(read_bytes(path)), read_only=True, data_only=True)
+        rows = [list(row) for row in book.worksheets[0].iter_rows()]
+    except Exception as error:  # of zip files, XML, and openpyxl's own
         raise UserError(f"cannot read {path}: it is no Excel workbook ({first_line(error)})") from None
     if len(book.sheetnames) > 1:
         logger.info("%s has %d sheets; the first one, %r, is read", path, len(book.sheetnames), book.sheetnames[0])
-    rows = [[_written(cell) for cell in row] for row in book.worksheets[0].iter_rows(values_only=True)]
-    width = max((place + 1 for row in rows for place, cell in enumerate(row) if cell), default=0)
-    return ([*row, *[""] * width][:width] for row in rows if any(row))
+    if wrong := next((cell for row in rows for cell in row if cell.value is not None and cell.data_type == "e"), None):
+        raise UserError(f"{path}, cell {wrong.coordinate}: it holds the error {wrong.value}; mend its formula")
+    written = [[_written(cell.value, cell) for cell in row] for row in rows]
+    width = max((place + 1 for row in written for place, text in enumerate(row) if text), default=0)
+    return ([*row, *[""] * width][:width] for row in written)
 
 
-def _written(cell: Any) -> str:
-    """A cell of a workbook as a person sees it."""
-    if isinstance(cell, float) and cell.is_integer():
-        cell = int(cell)
-    return "" if cell is None else str(cell)
+def _written(value: Any, cell: Any) -> str:
+    """A cell of a workbook as a person sees it: a number by a format such as 000 or 0.00, a date without a time."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        return str(value.date())
+    if isinstance(value, int | float) and (form := re.fullmatch(r"(0+)(?:\.(0+))?", cell.number_format)):
+        decimals = len(form[2] or "")
+        return f"{value:0{len(form[1]) + decimals + bool(decimals)}.{decimals}f}"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
 
 
-# --- JSON -----------------------------------------------------------------------------------------------------------
+# --- what has types -------------------------------------------------------------------------------------------------
 
 
-def objects(path: Path, text: str) -> list[tuple[int, Any]]:
+def objects(name: str, text: str) -> list[tuple[int, Any]]:
     """The values of JSON lines, or of a JSON list, each with the number of its line or its place."""
-    if not text.lstrip().startswith("["):
-        return parse_lines(path, text)
     try:
-        return list(enumerate(json.loads(text), start=1))
+        whole = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+        if not text.lstrip().startswith("["):
+            return parse_lines(name, text)
+        raise UserError(f"{name}, line {error.lineno}: broken JSON ({error.msg})") from None
+    return list(enumerate(whole, start=1)) if isinstance(whole, list) else [(1, whole)]
 
 
-def parse_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+def parse_lines(name: str | Path, text: str) -> list[tuple[int, Any]]:
     """The values in JSON lines, with the number of each line; empty ones are passed over. UserError: a broken one."""
-    rows = []
-    for number, line in enumerate(lines_of(text), start=1):
-        if line.strip():
-            try:
-                rows.append((number, json.loads(line.rstrip("\r\n"))))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from None
-    return rows
+    return [(number, parse_line(name, number, line)) for number, line in numbered_lines(text)]
 
 
-def _from_objects(path: Path, rows: list[tuple[int, Any]]) -> Dataset:
+def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, with their numbers."""
+    return ((number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip())
+
+
+def parse_line(name: str | Path, number: int, line: str) -> Any:
+    """The value of a line of JSON. UserError: it is broken."""
+    try:
+        return json.loads(line.rstrip("\r\n"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {number}: broken JSON ({error.msg} at column {error.colno})") from None
+
+
+def checked(name: str, rows: Rows) -> list[tuple[int, dict[str, Any]]]:
+    """The rows. UserError for one that is no object."""
+    rows = list(rows)
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(
-                f'{path}, row {number}: expected an object such as {{"text": ...}}, found {str(row)[:40]!r}'
+                f'{name}, row {number}: expected an object such as {{"text": ...}}, found {str(row)[:40]!r}'
             )
-    columns = {}
-    for name in dict.fromkeys(name for _, row in rows for name in row):
-        try:
-            columns[name] = pa.array([row.get(name) for _, row in rows])
-        except (pa.ArrowException, OverflowError) as error:
-            raise UserError(f"{path}: column {name!r} holds values of several types: {first_line(error)}") from None
-    return Dataset(pa.table(columns))
+    return rows
+
+
+def _from_objects(name: str, rows: Rows) -> Dataset | None:
+    numbered = checked(name, rows)
+    columns = {
+        column: as_array([row.get(column) for _, row in numbered], column, [f"{name}, row {n}" for n, _ in numbered])
+        for column in dict.fromkeys(column for _, row in numbered for column in row)
+    }
+    numbers = [number for number, _ in numbered]
+    return with_rows(Dataset(pa.table(columns)), name, numbers) if columns else None
+
+
+def _typed(table: pa.Table) -> Dataset:
+    """A parquet table; where pandas wrote a category, a column of its texts."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):
+            table = table.set_column(place, field.name, table[place].cast(field.type.value_type))
+    return Dataset(table)

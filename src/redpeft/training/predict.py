@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -28,14 +25,12 @@ from redpeft.adapters.files import (
     load_adapter,
     read_config,
     read_tensors,
-    write_atomically,
 )
 from redpeft.console import Progress
 from redpeft.errors import UserError
 from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts, require_folder
-from redpeft.tasks.columns import ROW, values, where
-from redpeft.tasks.files import existing, extension, read_file
+from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.training.base import autocast, load_base
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
@@ -44,7 +39,7 @@ from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run import plain_scores
 from redpeft.training.run_folder import MODEL, RESULT, TRAINED
-from redpeft.training.stream import NAME, Row, batched, read_stream
+from redpeft.training.stream import Row, batched
 from redpeft.training.trainer import arguments, trainer_classes
 
 BATCH = 32
@@ -198,7 +193,8 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
     `config_name` is a hub data set's configuration. The rows are checked before the model is loaded, and where the
     recipe says so those that lack a text or label are left out.
     """
-    dataset = read_evaluation(str(data), config_name, run.recipe.data.header)
+    dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first")
+    dataset = with_columns(dataset, run.task.columns)
     if run.recipe.data.drop_missing:
         dataset = leave_out_missing(dataset, run.task.columns)
     run.task.check(dataset)
@@ -244,81 +240,19 @@ def predict(
     longest text to generate, if not the task's own.
     """
     total = len(rows) if isinstance(rows, Sized) else None
-    return predict_batches(run, batched(rows, batch_size), max_new_tokens, total)
+    found = answer_batches(run, batched(rows, batch_size), max_new_tokens, total)
+    return ({**identity(row, read), **answer} for row, read, answer in found)
 
 
-QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
-"""Of a task's columns, those that a row to answer has."""
-
-
-def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
-    """The rows of a file, or with "-" of standard input, in lists as they are answered; their number if it is known;
-    and what errors call them.
-
-    `form` is one of `stream.FORMATS`, and overrides the file's extension. A .txt file holds a text a line. Raises
-    `UserError` as `read_file` and `read_stream` do.
-    """
-    header = run.recipe.data.header
-    columns = [column for key, column in run.task.columns.items() if key in QUESTIONS]
-    if source == "-":
-        return read_stream(sys.stdin.buffer, BATCH, columns, form, header), None, NAME
-    path = existing(source)
-    if form == "lines" or (form is None and extension(path) == ".txt"):
-        return read_stream(io.BytesIO(path.read_bytes()), BATCH, columns, "lines", header), None, path.name
-    rows = read_file(path, header, form)
-    return batched(rows, BATCH), len(rows), path.name
-
-
-def save_answers(path: Path, answers: Iterable[dict[str, Any]]) -> int:
-    """Write answers as a table (.csv, .tsv) or JSON lines (.jsonl), by a temporary file and a rename; their number.
-
-    In a table lists and objects are JSON, and each probability has a column.
-    """
-    rows = list(answers)
-    if path.suffix.lower() == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    else:
-        flat = [
-            {name: _cell(value) for name, value in row.items() if name != "probabilities"}
-            | {f"probability {label}": value for label, value in row.get("probabilities", {}).items()}
-            for row in rows
-        ]
-        out = io.StringIO()
-        names = dict.fromkeys(name for row in flat for name in row)
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        writer = csv.DictWriter(out, names, delimiter=separator, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-        text = out.getvalue()
-    write_atomically(path, text.removesuffix("\n"))
-    return len(rows)
-
-
-def _cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else value
-
-
-def rounded(value: Any) -> Any:
-    """An answer with its numbers in four digits, as a person reads them."""
-    if isinstance(value, dict):
-        return {key: rounded(inner) for key, inner in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def predict_batches(
+def answer_batches(
     run: Run,
     batches: Iterable[list[Row]],
     max_new_tokens: int | None = None,
     total: int | None = None,
     source: str | None = None,
-    whole: bool = False,
-) -> Iterator[dict[str, Any]]:
-    """`predict` for rows that come in lists, each of which goes through the model at once. `total`, where it is known,
-    is how many rows there are in all, and `source` what errors call them.
-
-    With `whole` an answer begins with all of its row; what it says has "predicted_" before its name where the row has
-    that name already.
-    """
+) -> Iterator[tuple[Row, dict[str, Any], dict[str, Any]]]:
+    """Each row, what was read of it, and its answer, for rows that come in lists, each of which goes through the model
+    at once. `total`, where it is known, is how many rows there are in all, and `source` what errors call them."""
     first, answered = 1, set[str]()
     progress = Progress()
     notes: dict[str, int] = {}  # what happened to rows, and to how many
@@ -350,13 +284,7 @@ def predict_batches(
                 room = [new_tokens(run.model, run.tokenizer, asked, len(prompt)) for prompt in prompts]
                 note(f"room for fewer than {asked} new tokens", dataset, np.flatnonzero(np.array(room) < asked))
                 answers = run.task.decode(_generate(run, prompts, room))
-        for row, read, answer in zip(batch, dataset, answers, strict=True):
-            if whole:
-                fields = dict(row) if isinstance(row, dict) else dict(read)
-                fields.pop(ROW, None)
-                yield fields | {f"predicted_{key}" if key in fields else key: value for key, value in answer.items()}
-            else:
-                yield {**_identity(row, read), **answer}
+        yield from zip(batch, dataset, answers, strict=True)
         if total is not None:
             progress.show("row", first - 1, total)
     for what, rows in notes.items():
@@ -364,7 +292,7 @@ def predict_batches(
             say(f"{rows:,} of {first - 1:,} rows: {what}")
 
 
-def _identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
+def identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
     """What tells which row an answer belongs to."""
     if isinstance(row, dict) and row.get("id") is not None:
         return {"id": row["id"]}

@@ -1,0 +1,103 @@
+"""Rows to answer, from a file or standard input, and a file of their answers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from redpeft.adapters.files import write_atomically
+from redpeft.errors import UserError
+from redpeft.tasks.columns import ROW
+from redpeft.tasks.files import existing, extension, read_bytes, read_file
+from redpeft.training.predict import BATCH, Run
+from redpeft.training.stream import NAME, Row, batched, read_stream
+
+QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
+"""Of a task's columns, those that a row to answer has."""
+
+WRITTEN = (".csv", ".tsv", ".jsonl")
+
+
+def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
+    """The rows of a file, or with "-" of standard input, in lists as they are answered; their number if it is known;
+    and what errors call them.
+
+    `form` is one of `stream.FORMATS`, and overrides the file's extension. A .txt file is read as standard input is.
+    Raises `UserError` as `read_file` and `read_stream` do.
+    """
+    header = run.recipe.data.header or "first"
+    columns = [column for key, column in run.task.columns.items() if key in QUESTIONS]
+    if source == "-":
+        return read_stream(sys.stdin.buffer, BATCH, columns, form, header), None, NAME
+    path = existing(source)
+    if form == "lines" or (form is None and extension(path) == ".txt"):
+        stream = io.BytesIO(read_bytes(path))
+        return read_stream(stream, BATCH, columns, form, header, path.name), None, path.name
+    rows = read_file(path, header, form)
+    return batched(rows, BATCH), len(rows), path.name
+
+
+def check_name(path: Path) -> None:
+    """Raises `UserError` for a file of answers that cannot be written, or is there already."""
+    if path.suffix.lower() not in WRITTEN:
+        raise UserError(f"--out {path}: the extension decides the format, and {', '.join(WRITTEN)} are known")
+    if path.exists():
+        raise UserError(f"{path} is there already: give another name, or remove it")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {path}: no such folder: {path.parent}")
+
+
+def save_answers(path: Path, answers: Iterable[tuple[Row, dict[str, Any], dict[str, Any]]]) -> int:
+    """Write rows with their answers behind them, by a temporary file and a rename: a table (.csv, .tsv) or JSON lines
+    (.jsonl). How many there are.
+
+    A name that the row has already gets "predicted_" before it. In a table lists and objects are JSON, and each
+    probability has a column.
+    """
+    table = path.suffix.lower() != ".jsonl"
+    rows = []
+    for row, read, answer in answers:
+        fields = {name: value for name, value in (row if isinstance(row, dict) else read).items() if name != ROW}
+        answer = rounded(answer)
+        if table:
+            answer |= {f"probability {label}": value for label, value in answer.pop("probabilities", {}).items()}
+        for name, value in answer.items():
+            while name in fields:
+                name = f"predicted_{name}"
+            fields[name] = value
+        rows.append(fields)
+    if not table:
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    else:
+        out = io.StringIO()
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        writer = csv.DictWriter(
+            out, dict.fromkeys(name for row in rows for name in row), delimiter=separator, lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+        text = out.getvalue().removesuffix("\n")
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return len(rows)
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+
+
+def rounded(answer: dict[str, Any]) -> dict[str, Any]:
+    """An answer as people read it: probabilities in four digits, a value in six."""
+    answer = dict(answer)
+    if "probabilities" in answer:
+        answer["probabilities"] = {label: float(f"{p:.4g}") for label, p in answer["probabilities"].items()}
+    if answer.get("value") is not None:
+        answer["value"] = float(f"{answer['value']:.6g}")
+    return answer
