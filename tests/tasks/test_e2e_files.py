@@ -59,7 +59,7 @@ def test_predictions_as_predict_writes_them(tmp_path):
         ("pred.txt", "One.\nTwo.\n\n", "pred.txt, line 3: the line is empty"),
         ("pred.txt", "\nOne.", "pred.txt, line 1: the line is empty"),
         ("pred.txt", b"PK\x03\x04", "pred.txt is no text: it is an Excel workbook or another zip archive"),
-        ("pred.jsonl", b'{"text": "Caf\0"}\n', "pred.jsonl is no text: it holds NUL bytes"),
+        ("pred.jsonl", b'{"text": "Caf\0"}\n', "pred.jsonl, line 1: it holds NUL bytes"),
         ("pred.jsonl", '{"mr": "a"}\n', "pred.jsonl has no column 'text'; its columns are mr."),
         ("pred.jsonl", '{"text": "a"}\n{"text": null}\n', "pred.jsonl, row 2: column 'text' holds None, which is not"),
         ("pred.jsonl", '{"text": "a"}\n{"text"\n', "pred.jsonl, line 2: broken JSON"),
@@ -99,7 +99,7 @@ def test_files_that_are_not_there_or_differ_in_length(tmp_path):
         "prediction for each is needed, in their order"
     )
     for pair in ((tmp_path / "none.txt", predictions), (references, tmp_path / "none.jsonl"), (tmp_path, predictions)):
-        with pytest.raises(UserError, match="^no such file: "):
+        with pytest.raises(UserError, match="^no such file: |is a folder, and a file is needed here$"):
             score_files(*pair)
 
 

@@ -152,6 +152,7 @@ def test_one_foreign_character_far_down_is_seen(tmp_path, said):
     assert "a.csv is not UTF-8; it is read as windows-1252" in said.text
     path = write(tmp_path / "b.csv", "text,label\ngood,café".encode("latin-1"))
     assert read_file(path)["label"] == ["café"]
+    assert "b.csv is not UTF-8; it is read as windows-1252" in said.text
 
 
 def test_a_file_that_is_utf8_but_for_a_line(tmp_path):
