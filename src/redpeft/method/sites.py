@@ -48,6 +48,8 @@ KINDS = ("ffn", "attention", "qkv")
 RED_PLUS = "red+"
 RED_PLUS_KINDS = ("ffn", "attention", "qkv")  # the paper's enhanced variant; a kind to come is no part of it
 
+SHARED_EXPERT = "shared_mlp"  # as GraniteMoeShared calls what it adds to its experts
+
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)", re.I)
 _CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.I)
 _ASIDE = re.compile(r"mamba|(^|_)ssm|bottleneck|adapter", re.I)  # neither attention nor FFN
@@ -383,7 +385,7 @@ def shared_expert(experts: nn.Module, siblings: Iterable[Named]) -> str | None:
     GraniteMoeShared's `shared_mlp`. None for a module that holds no experts or sums them all itself."""
     if not any(_says(_EXPERT, *child) for child in _children("", experts)):
         return None
-    shared = (_last(name) for name, module in siblings if _last(name) == "shared_mlp" and _linears("", module))
+    shared = (_last(name) for name, module in siblings if _last(name) == SHARED_EXPERT and _linears("", module))
     return next(shared, None)
 
 

@@ -60,6 +60,13 @@ class SlotTable(nn.Module):
         edits = self.rows[self.token_slots[: tokens.shape[0]]]
         return apply_edit(tokens, edits[:, 0], edits[:, 1]).reshape(hidden.shape)
 
+    def added_hook(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        """As the forward hook of a module whose output g the model adds to the site's, h: `scale * (h + g) + bias` is
+        what `hook` makes of h, and `scale * g`."""
+        tokens = output.reshape(-1, self.width)
+        scales = self.rows[self.token_slots[: tokens.shape[0]], 0]
+        return (tokens * scales).to(output.dtype).reshape(output.shape)
+
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
         """As the forward hook of the site's module. The engine's linears return their output and a bias that is still
         to be added, of which `_table` in `engine` has made sure that there is none."""

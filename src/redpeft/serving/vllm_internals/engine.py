@@ -27,6 +27,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
+from redpeft.method.sites import SHARED_EXPERT
 from redpeft.serving.base import Base
 from redpeft.serving.folder import Source, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
@@ -102,6 +103,8 @@ class RedModelManager(LRUCacheLoRAModelManager):
             raise UserError(next(iter(problems.values())))
         for name, table in tables.items():
             modules[name].register_forward_hook(table.hook)
+            if (shared := _shared_expert(name, modules)) is not None:
+                shared.register_forward_hook(table.added_hook)
         if problems:  # of a folder's adapters, those of another base model are none of the others' business
             reason = next(iter(problems.values()))
             logger.warning("adapters that edit %s will be refused: %s", some(list(problems)), reason)
@@ -194,6 +197,13 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if lora_model.loras:  # vLLM's own takes the first of them
             super()._create_merged_loras_inplace(lora_model)
+
+
+def _shared_expert(experts: str, modules: dict[str, nn.Module]) -> nn.Module | None:
+    """The module whose output a block adds to that of its `experts`: both are one site, as `method.sites` says."""
+    if not any(isinstance(part, MoERunner) for part in modules[experts].modules()):
+        return None
+    return modules.get(f"{experts.rpartition('.')[0]}.{SHARED_EXPERT}")
 
 
 class RedWorkerManager(LRUCacheWorkerLoRAManager):
