@@ -71,7 +71,7 @@ def run(core: EngineCore) -> None:
         base, edited, again = _answers(core, sites)
         noise = _distance(base, again)
         idle = [site for site, each in edited.items() if not _distance(base, each) > max(LEAST, TIMES * noise)]
-        problem = idle and f"an edit of {some(idle)} does not change what vLLM answers, or not in each step"
+        problem = f"an edit of {some(idle)} does not change what vLLM answers, or not in each step" if idle else ""
     if not problem:
         logger.info("edits act at %d sites, as tried in %.1f s", len(sites), time.monotonic() - began)
         return
