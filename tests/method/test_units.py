@@ -348,3 +348,16 @@ def test_a_site_that_is_all_zero_names_itself():
     torch.nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)
     with pytest.raises(UserError, match=r"output of model\.layers\.1\.mlp\.down_proj is zero everywhere"):
         get_peft_model(model, RedConfig()).train()(torch.randint(0, 60, (2, 8)))
+
+
+def test_what_is_loaded_for_inference_has_no_hook(tmp_path):
+    """A hook would be a break in the graph of every compiled forward."""
+    get_peft_model(llama(torch.float32), RedConfig(scale_origin=0, init_weights=False)).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(torch.float32), tmp_path)
+    assert not model.get_base_model()._forward_pre_hooks
+    model.set_adapter("default")  # to be trained, after all
+    with pytest.raises(UserError, match=r"has not been measured: it was loaded for inference, .* redpeft.calibrate"):
+        model.train()(torch.randint(0, 60, (2, 8)))
+    calibrate(model)
+    model(torch.randint(0, 60, (2, 8)))
+    assert [layer.redpeft_edit["default"].origin for layer in sites(model)] == [1, 1]

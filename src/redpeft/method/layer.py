@@ -176,8 +176,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
                 and edit.unit_pending
             ):
                 raise UserError(
-                    f"the unit of the bias at {self.site} has not been measured, since the base model's own forward "
-                    "was not called: call redpeft.calibrate(model) before training"
+                    f"the unit of the bias at {self.site} has not been measured: it was loaded for inference, or the "
+                    "base model's own forward was not called; call redpeft.calibrate(model) before training"
                 )
         return edits
 

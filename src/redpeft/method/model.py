@@ -75,10 +75,9 @@ class RedModel(BaseTuner):
         if was_saved and config.scale_origin == 0 and config.unit == "auto" and not config.unit_measured:
             for edit in edits.values():
                 edit.from_elsewhere = True
-        if any(edit.is_to_begin for edit in edits.values()):
+        if config.unit == "auto" and not config.inference_mode:
             hook_on(model)
-        for edit in edits.values():
-            if config.unit == "auto" and not config.inference_mode:
+            for edit in edits.values():
                 watch_rate(edit)
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         _let_skip_calls(model, False)

@@ -73,8 +73,10 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
     Raises `UserError`, which names `calibrate`, where inputs cannot be made up and several processes train: each has a
     batch of its own. One process then measures on its batch.
     """
+    if not base.training:
+        return
     layers = [module for module in base.modules() if isinstance(module, RedLayer)]
-    if not base.training or any(edit.unit.is_meta for layer in layers for edit in layer.edits):
+    if any(edit.unit.is_meta for layer in layers for edit in layer.edits):
         return
     pending = [layer for layer in layers if _pending(layer, of_trained=True)]
     if pending:
