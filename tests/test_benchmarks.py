@@ -51,7 +51,9 @@ def test_a_red_step_keeps_one_activation_a_site_and_two_vectors_of_optimiser_sta
         assert red["parameters"] == 2 * 2 * 32
         # The effective scale, a vector, counts beside so few tokens; 2.0 or 3.0 where an fp32 copy is kept.
         assert red["saved_activations_per_site"] == pytest.approx(1.0, abs=0.07)
-        assert red["saved_bytes"] - floor["saved_bytes"] == 2 * (2 * 8 * 32) * (4 if dtype == "fp32" else 2) + 32 * 4  # an fp32 vector
+        assert (
+            red["saved_bytes"] - floor["saved_bytes"] == 2 * (2 * 8 * 32) * (4 if dtype == "fp32" else 2) + 32 * 4
+        )  # an fp32 vector
         assert red["optimizer_bytes"] == 4 * (2 * 128 + 4)  # per vector two fp32 moments, and a step count
         assert by_method["floor again"]["saved_bytes"] == floor["saved_bytes"]
         assert by_method["LoRA r=8 on q, v"]["saved_bytes"] > red["saved_bytes"]
