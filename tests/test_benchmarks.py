@@ -49,11 +49,9 @@ def test_a_red_step_keeps_one_activation_a_site_and_two_vectors_of_optimiser_sta
         by_method = {row["method"]: row for row in rows}
         red, floor = by_method["RED"], by_method["frozen floor"]
         assert red["parameters"] == 2 * 2 * 32
-        # The effective scale, a vector, counts beside so few tokens; 2.0 or 3.0 where an fp32 copy is kept.
-        assert red["saved_activations_per_site"] == pytest.approx(1.0, abs=0.07)
-        assert (
-            red["saved_bytes"] - floor["saved_bytes"] == 2 * (2 * 8 * 32) * (4 if dtype == "fp32" else 2) + 32 * 4
-        )  # an fp32 vector
+        activations, scale = 2 * (2 * 8 * 32) * (4 if dtype == "fp32" else 2), 32 * 4  # an effective scale is fp32
+        assert red["saved_bytes"] - floor["saved_bytes"] == activations + scale
+        assert red["saved_activations_per_site"] == 1 + scale / activations  # 2 or 3 where an fp32 copy is kept
         assert red["optimizer_bytes"] == 4 * (2 * 128 + 4)  # per vector two fp32 moments, and a step count
         assert by_method["floor again"]["saved_bytes"] == floor["saved_bytes"]
         assert by_method["LoRA r=8 on q, v"]["saved_bytes"] > red["saved_bytes"]
@@ -78,7 +76,7 @@ def test_an_edit_adds_the_same_to_every_quantised_base(capsys):
     assert [row["format"] for row in rows] == list(module.formats())
     for row in rows:
         assert row["edit_bytes"] == 2 * 4 * (64 + 64 + 1)
-        assert row["saved_activations_per_site"] == pytest.approx(1.0, abs=0.07)
+        assert row["saved_activations_per_site"] in (1 + 1 / 32, 1 + 1 / 16)  # the effective scale is an fp32 vector
         assert row["base_bytes"] > row["block_bytes"]
     bits = {row["format"]: row["bits_per_block_weight"] for row in rows}
     assert (bits["fp32"], bits["bf16"]) == (32, 16)
