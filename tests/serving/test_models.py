@@ -37,7 +37,7 @@ SERVED = {
     "transformer.h.N.mlp.fc_out": "GPTJ",
     # mixtures of experts
     "model.layers.N.mlp": """AXK1 Cohere2Moe DeepseekV2 DeepseekV3 Ernie4_5_Moe ExaoneMoe FlexOlmo Glm4Moe Glm4MoeLite
-        GptOss HunYuanMoEV1 Laguna LongcatFlash Mellum Olmoe Qwen2Moe Qwen3Moe Qwen3Next""",
+        GptOss HunYuanMoEV1 Laguna Mellum Olmoe Qwen2Moe Qwen3Moe Qwen3Next""",
     "model.layers.N.block_sparse_moe": """GraniteMoe GraniteMoeHybrid GraniteMoeShared GraniteMoeSWA MiniMaxM2
         Mixtral""",
     "model.layers.N.feed_forward": "Jamba Lfm2Moe",
@@ -50,7 +50,7 @@ WITHOUT_LORA = "Bloom Cohere2Moe Dbrx Falcon GPT2LMHeadModel GPTJ Gemma3n HrmTex
 REFUSED = {
     "kernels of its own": """DeepseekV32 DeepseekV4 GlmMoeDsa HYV4 InklingForConditionalGeneration Inkling KimiLinear
         Qwen4Exp""",
-    "cannot tell the FFN's output": "FalconMamba Mamba",
+    "cannot tell the FFN's output": "FalconMamba LongcatFlash Mamba",
 }
 
 # What cannot be built here, so that nothing is known of it: it is served if each of its sites has a module, and

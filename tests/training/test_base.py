@@ -21,7 +21,7 @@ from transformers import (
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.tasks import TASKS, read_splits
-from redpeft.training.base import SLOW, bf16_slowdown, load_base, tokenizer_digest
+from redpeft.training.base import bf16_slowdown, load_base, tokenizer_digest
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
 
@@ -166,20 +166,27 @@ def test_a_missing_extra_is_named_before_anything_is_written(load_in, says, make
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="computes on a GPU")
-def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_recipe, tmp_path, capsys):
-    """oneDNN uses a CPU's instructions for bf16, and without it every CPU is as if it had none."""
-    says = "times as long as fp32 on this CPU, which has no instructions for it: set "
-    with torch.backends.mkldnn.flags(enabled=False):
-        train(make_recipe(precision="bf16", max_steps=1), tmp_path / "slow")
-        said = capsys.readouterr().err
-        assert f"{says}precision to fp32\n" in said
-        assert said.index(says) < said.index("step 1:")
-        train(make_recipe(base__dtype="bf16", max_steps=1), tmp_path / "by_dtype")
-        assert f"{says}precision and base.dtype to fp32\n" in capsys.readouterr().err
-        train(make_recipe(max_steps=1), tmp_path / "fp32")
-        assert says not in capsys.readouterr().err
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert bf16_slowdown() < SLOW
+def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_recipe, tmp_path, capsys, monkeypatch):
+    says = "bf16 takes 42 times as long as fp32 on this CPU, which has no instructions for it: set "
+    monkeypatch.setattr("redpeft.training.base.bf16_slowdown", lambda: 41.7)
+    train(make_recipe(precision="bf16", max_steps=1), tmp_path / "slow")
+    said = capsys.readouterr().err
+    assert f"{says}precision to fp32\n" in said
+    assert said.index(says) < said.index("step 1:")
+    train(make_recipe(base__dtype="bf16", max_steps=1), tmp_path / "by_dtype")
+    assert f"{says}precision and base.dtype to fp32\n" in capsys.readouterr().err
+    train(make_recipe(max_steps=1), tmp_path / "fp32")
+    assert says not in capsys.readouterr().err
+    monkeypatch.setattr("redpeft.training.base.bf16_slowdown", lambda: 1.2)
+    train(make_recipe(precision="bf16", max_steps=1), tmp_path / "quick")
+    assert says not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no instructions for bf16")
+def test_bf16_is_slow_without_instructions_for_it():
+    with_them = bf16_slowdown()
+    with torch.backends.mkldnn.flags(enabled=False):  # every CPU is then as if it had none
+        assert bf16_slowdown() > 2 * with_them
 
 
 def test_a_tokenizers_digest_tells_other_tokens_and_not_its_use(tiny_encoder_folder):
