@@ -581,7 +581,7 @@ def test_predict_reads_standard_input_as_it_reads_the_file(redpeft, trained, tmp
 def test_predict_writes_rows_with_their_answers(redpeft, trained, tmp_path, name):
     (tmp_path / "rows.csv").write_text("number,text,label\n007,the film is good,x\n2,the film is bad,\n")
     code, out, _ = redpeft("predict", trained[0], tmp_path / "rows.csv", "--out", tmp_path / name)
-    assert (code, out) == (0, f"Wrote 2 rows with their answers to {tmp_path / name}\n")
+    assert (code, out) == (0, f"Wrote 2 rows with answers to {tmp_path / name}\n")
     rows = read_file(tmp_path / name)
     assert (rows["number"], rows["label"]) == (["007", "2"], ["x", None])
     assert set(rows["predicted_label"]) <= {"yes", "no"}

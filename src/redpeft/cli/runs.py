@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from redpeft.cli.command import Answer, RunFolder, command, recipe_and_fields
-from redpeft.console import rounded
+from redpeft.console import counted, rounded
 from redpeft.errors import RunError, UserError
 
 MATRIX = 20  # labels, of a confusion matrix that is shown
@@ -105,7 +105,7 @@ def predict(
 ) -> Iterator[dict[str, Any]] | Answer:
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
     from redpeft.adapters import find_run
-    from redpeft.training.answer_files import check_name, read_rows, rounded, save_answers
+    from redpeft.training.answer_files import check_name, read_rows, rounded_answer, save_answers
     from redpeft.training.predict import answer_batches, identity, open_run
 
     if out is not None:
@@ -114,9 +114,9 @@ def predict(
     batches, total, name = read_rows(opened, file, format)
     answers = answer_batches(opened, batches, total=total, source=name)
     if out is None:
-        return ({**identity(row, read), **rounded(answer)} for row, read, answer in answers)
+        return ({**identity(row, read), **rounded_answer(answer)} for row, read, answer in answers)
     written = save_answers(out, answers)
-    return Answer({"out": out, "rows": written}, [f"Wrote {written:,} rows with their answers to {out}"])
+    return Answer({"out": out, "rows": written}, [f"Wrote {counted(written, 'row')} with answers to {out}"])
 
 
 @command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")

@@ -63,7 +63,7 @@ def save_answers(path: Path, answers: Iterable[tuple[Row, dict[str, Any], dict[s
     rows = []
     for row, read, answer in answers:
         fields = {name: value for name, value in (row if isinstance(row, dict) else read).items() if name != ROW}
-        answer = rounded(answer)
+        answer = rounded_answer(answer)
         if table:
             answer |= {f"probability {label}": value for label, value in answer.pop("probabilities", {}).items()}
         for name, value in answer.items():
@@ -93,7 +93,7 @@ def _cell(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
 
 
-def rounded(answer: dict[str, Any]) -> dict[str, Any]:
+def rounded_answer(answer: dict[str, Any]) -> dict[str, Any]:
     """An answer as people read it: probabilities in four digits, a value in six."""
     answer = dict(answer)
     if "probabilities" in answer:
