@@ -70,7 +70,7 @@ test-peft: .venv/.ready  ## PEFT's own tests with RED among its methods: PEFT=pa
 		$(PEFT_TESTS:%="$(PEFT)/tests/test_%.py")
 
 test-oldest: .venv-oldest/.ready  ## the method on the oldest PEFT and transformers that it supports
-	.venv-oldest/bin/python -m pytest -o pythonpath= tests/method
+	.venv-oldest/bin/python -m pytest -o pythonpath= tests/tuner
 
 .venv-oldest/.ready: pyproject.toml constraints/oldest.txt
 	$(call environment,.venv-oldest,oldest)

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from redpeft import RedConfig
-from redpeft.method.edit import Edit
+from redpeft.tuner.edit import Edit
 
 MB = 1e6
 

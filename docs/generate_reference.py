@@ -73,10 +73,11 @@ def signatures() -> str:
     from redpeft import adapters, tasks
     from redpeft.adapters import card, compose, expression, listing, pack, packing, preview, released
     from redpeft.adapters import inspect as inspection
-    from redpeft.reproduce import command, generate, language_model, lm_harness, plan
+    from redpeft.evaluation import generate, language_model, lm_harness
+    from redpeft.reproduce import command, plan
     from redpeft.runs import fleet, on_ray, runner, sweep
     from redpeft.tasks import e2e_files, e2e_metrics, files
-    from redpeft.training import methods, predict, recipe, train
+    from redpeft.training import baselines, predict, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
@@ -98,7 +99,7 @@ def signatures() -> str:
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
-        "redpeft.training.methods": [methods.trainable_parameters, methods.Trained],
+        "redpeft.training.baselines": [baselines.trainable_parameters, baselines.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
         "redpeft.runs.sweep": [sweep.run_sweep],
@@ -110,9 +111,9 @@ def signatures() -> str:
         "redpeft.tasks.files": [files.read_file],
         "redpeft.tasks.e2e_metrics": [e2e_metrics.score, e2e_metrics.nist],
         "redpeft.tasks.e2e_files": [e2e_files.score_files],
-        "redpeft.reproduce.generate": [generate.generate],
-        "redpeft.reproduce.language_model": [language_model.open_language_model, language_model.Decoding],
-        "redpeft.reproduce.lm_harness": [lm_harness.evaluate_adapters, lm_harness.parse_tasks],
+        "redpeft.evaluation.generate": [generate.generate],
+        "redpeft.evaluation.language_model": [language_model.open_language_model, language_model.Decoding],
+        "redpeft.evaluation.lm_harness": [lm_harness.evaluate_adapters, lm_harness.parse_tasks],
         "redpeft.errors": [redpeft.errors.UserError, redpeft.errors.RunError],
     }
     sections = [f"### `{module}`\n\n" + "\n".join(map(_signature, names)) for module, names in shown.items()]

@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from redpeft import cli, demo
-from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.recipe import load_recipe
 from versions import TOO_OLD
 

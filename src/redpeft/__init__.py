@@ -15,13 +15,13 @@ from redpeft import errors as errors
 from redpeft.import_hook import after_import
 
 if TYPE_CHECKING:
-    from redpeft.method import RedConfig, RedLayer, RedModel, Site, calibrate, find_sites
+    from redpeft.tuner import RedConfig, RedLayer, RedModel, Site, calibrate, find_sites
 
 __version__ = "0.1.0"
 
 __all__ = ["RedConfig", "RedLayer", "RedModel", "Site", "calibrate", "find_sites"]
 
-METHOD = "redpeft.method"
+METHOD = "redpeft.tuner"
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from redpeft.fleet.adamw import Rates
-from redpeft.fleet.member import Work
+from redpeft.fleet.job import Work
 from redpeft.fleet.packing import pack
 
 RATES = Rates(0.1, 0.1)

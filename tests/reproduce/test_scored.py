@@ -5,8 +5,8 @@ import json
 import pytest
 
 from redpeft.errors import UserError
+from redpeft.evaluation.lm_harness import PRESETS
 from redpeft.reproduce import scored
-from redpeft.reproduce.lm_harness import PRESETS
 from redpeft.reproduce.published import find_table
 from redpeft.reproduce.scored import LM_EVAL, Scoring, extra_scores, score_run, what_is_left
 

@@ -4,7 +4,7 @@ import pytest
 
 from redpeft.reproduce.published import tables
 from redpeft.reproduce.settings import base_of, family_of, recipe_for, recipes_folder, row_values, source_of, values
-from redpeft.training.methods import DEFAULT_RATES, check_options
+from redpeft.training.baselines import DEFAULT_RATES, check_options
 from redpeft.training.recipe import load_recipe
 
 ORDER = ["mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]

@@ -61,7 +61,7 @@ def fake_fleets(monkeypatch):
     """
     from redpeft.errors import RunError, Stopped
     from redpeft.runs import batch
-    from redpeft.training.loop import to_json
+    from redpeft.training.callbacks import to_json
     from redpeft.training.run_folder import finished, read_result
 
     def use(score):

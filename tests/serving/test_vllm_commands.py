@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from redpeft.serving.tally import DELAY
+from redpeft.serving.counters import DELAY
 
 from .making import TOKENS, adapter
 from .server import Server

@@ -17,7 +17,7 @@ from transformers import (
     T5Config,
 )
 
-from redpeft.training.methods import METHODS, trainable_parameters
+from redpeft.training.baselines import METHODS, trainable_parameters
 from redpeft.training.recipe import load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "baselines.md"

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from redpeft.errors import Stopped
-from redpeft.training.loop import RunTrainer
+from redpeft.training.callbacks import RunTrainer
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
 

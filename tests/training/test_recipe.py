@@ -8,7 +8,7 @@ import yaml
 
 from redpeft import RedConfig
 from redpeft.errors import UserError
-from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, template
 
 SMALL = {"base": "some/model", "data": "rows.csv"}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from redpeft import console
 from redpeft.adapters.files import read_adapter, usual_mode
 from redpeft.errors import RunError, Stopped, UserError
-from redpeft.training import loop
-from redpeft.training.methods import DEFAULT_RATES
+from redpeft.training import callbacks
+from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
@@ -31,14 +31,14 @@ def write(path, text):
 
 def before_step(monkeypatch, action, at):
     """Call `action(trainer)` before step `at` (the first is 1)."""
-    step = loop.RunTrainer.training_step
+    step = callbacks.RunTrainer.training_step
 
     def wrapped(self, *args, **kwargs):
         if self.state.global_step + 1 == at:
             action(self)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(loop.RunTrainer, "training_step", wrapped)
+    monkeypatch.setattr(callbacks.RunTrainer, "training_step", wrapped)
 
 
 def terminate(_, number=signal.SIGTERM):
@@ -64,7 +64,7 @@ def assert_same_run(folder, other):
 
 def history(folder):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = [{key: value for key, value in e.items() if not key.endswith(loop.TIMES)} for e in entries]
+    timeless = [{key: value for key, value in e.items() if not key.endswith(callbacks.TIMES)} for e in entries]
     return [entry for entry in timeless if "train_loss" not in entry]
 
 
@@ -120,7 +120,7 @@ def test_training_moves_every_edit_and_keeps_the_best_epoch(whole):
 
 def test_a_finished_run_is_not_repeated(whole, make_recipe, monkeypatch):
     folder, result = whole
-    monkeypatch.setattr(loop.RunTrainer, "training_step", None)
+    monkeypatch.setattr(callbacks.RunTrainer, "training_step", None)
     assert train(make_recipe(output="elsewhere"), folder) == result
 
 
@@ -152,14 +152,14 @@ def test_a_signal_leaves_a_run_that_resumes_bit_for_bit(number, at, whole, make_
 
 def test_a_signal_during_an_evaluation_stops_at_its_end(make_recipe, tmp_path, monkeypatch):
     """The last one: no step comes after it in which it would be seen."""
-    folder, evaluate = tmp_path / "run", loop.RunCallback.on_evaluate
+    folder, evaluate = tmp_path / "run", callbacks.RunCallback.on_evaluate
 
     def stopping(self, args, state, control, **others):
         if state.global_step == STEPS and self.trainer.is_in_train:
             terminate(None)
         return evaluate(self, args, state, control, **others)
 
-    monkeypatch.setattr(loop.RunCallback, "on_evaluate", stopping)
+    monkeypatch.setattr(callbacks.RunCallback, "on_evaluate", stopping)
     with pytest.raises(Stopped, match=f"stopped at step {STEPS}"):
         train(make_recipe(), folder)
     assert not (folder / "result.json").exists()

@@ -26,8 +26,8 @@ import torch
 
 from redpeft.adapters.files import Adapter, Edit
 from redpeft.errors import UserError, some
-from redpeft.method import compose as method
-from redpeft.method.fingerprint import difference
+from redpeft.tuner import compose as method
+from redpeft.tuner.fingerprint import difference
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

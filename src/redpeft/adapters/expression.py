@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 from redpeft.adapters import compose as functions
 from redpeft.adapters.files import TASK, Adapter, find_adapter, find_run, read_adapter, write_adapter
 from redpeft.errors import UserError
-from redpeft.method.compose import combine_configs, same_tensors
+from redpeft.tuner.compose import combine_configs, same_tensors
 
 _TOKEN = re.compile(r"""\s*("[^"]*"|'[^']*'|>>|[+:(),]|[^\s"'+:(),>]+)""")
 _Part = TypeVar("_Part")

@@ -27,11 +27,11 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from redpeft.errors import UserError, some
-from redpeft.method.compiled import compile_in_place, plain_name
-from redpeft.method.config import FORMAT, check_format
-from redpeft.method.edit import ORIGINS, effective_edit, name_of_scale
-from redpeft.method.fingerprint import difference, fingerprint
-from redpeft.method.layer import output_width
+from redpeft.tuner.compiled import compile_in_place, plain_name
+from redpeft.tuner.config import FORMAT, check_format
+from redpeft.tuner.edit import ORIGINS, effective_edit, name_of_scale
+from redpeft.tuner.fingerprint import difference, fingerprint
+from redpeft.tuner.layer import output_width
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -18,7 +18,7 @@ from redpeft.adapters.pack import Pack, open_pack, within
 from redpeft.adapters.search import Found, find_adapters
 from redpeft.console import counted
 from redpeft.errors import UserError
-from redpeft.method.fingerprint import difference
+from redpeft.tuner.fingerprint import difference
 
 Facts = dict[str, Any]  # some fields of a row
 

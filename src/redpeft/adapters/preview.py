@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from redpeft.adapters.inspect import place
 from redpeft.adapters.loading import checkpoint_class, on_meta
 from redpeft.errors import UserError, first_line
-from redpeft.method.sites import Site, find_sites
+from redpeft.tuner.sites import Site, find_sites
 
 LORA_RANK = 16
 

@@ -33,8 +33,8 @@ from redpeft.adapters.released_files import (
 )
 from redpeft.console import counted
 from redpeft.errors import UserError, some
-from redpeft.method.config import RedConfig
-from redpeft.method.sites import RED_PLUS, find_sites
+from redpeft.tuner.config import RedConfig
+from redpeft.tuner.sites import RED_PLUS, find_sites
 
 ENCODER, CLASSIFIER = "roberta.", "classifier."  # in transformers' RobertaForSequenceClassification
 # The models that the released code edits, by how it names their modules: transformers' model_type, PEFT's task type.

@@ -36,8 +36,8 @@ def generate(
     ] = 5,
 ) -> Answer:
     """Answer the questions of AlpacaEval or MT-Bench, decoding greedily as the paper does, for their own judges."""
-    from redpeft.reproduce.generate import generate
-    from redpeft.reproduce.language_model import Decoding
+    from redpeft.evaluation.generate import generate
+    from redpeft.evaluation.language_model import Decoding
 
     decoding = Decoding(max_new_tokens, repetition_penalty, no_repeat_ngrams)
     done = generate(
@@ -65,7 +65,7 @@ def lm_eval(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task: a try.")] = None,
 ) -> Answer:
     """Score adapters by EleutherAI's lm-evaluation-harness, all on one base model that is loaded once."""
-    from redpeft.reproduce.lm_harness import evaluate_adapters, parse_tasks, results_table
+    from redpeft.evaluation.lm_harness import evaluate_adapters, parse_tasks, results_table
 
     asked = parse_tasks(tasks, num_fewshot)
     result = evaluate_adapters(

@@ -26,9 +26,9 @@ from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates, adamw, clip
 from redpeft.fleet.heads import Groups, StackedHead
 from redpeft.fleet.losses import row_loss
-from redpeft.method.edit import effective_edit
-from redpeft.method.mixed import EditTable, RowIndex
-from redpeft.method.model import red_layers
+from redpeft.tuner.edit import effective_edit
+from redpeft.tuner.mixed import EditTable, RowIndex
+from redpeft.tuner.model import red_layers
 
 
 class SlotState(NamedTuple):

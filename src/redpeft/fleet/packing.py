@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from redpeft.fleet.member import Work
+from redpeft.fleet.job import Work
 
 
 def pack(waiting: Mapping[int, Work], tokens: int) -> list[int]:

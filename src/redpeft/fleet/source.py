@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.fleet.memory import NoRoom
-from redpeft.fleet.mould import kind_of, shape_of
+from redpeft.fleet.template_model import kind_of, shape_of
 from redpeft.tasks import Task
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import check_recipe, read_task

@@ -9,8 +9,4 @@ aggregate.py       run folders -> cells: means, best k of n, spreads
 scored.py          scores that do not come from a run's own test split
 report.py          cells beside the published values; layout.py, pages.py and plots.py show them
 command.py         `redpeft reproduce`: all of it in order
-
-language_model.py  a model that answers; generate.py lets it answer the questions of alpaca_eval.py and mt_bench.py
-lm_harness.py      scores by lm-eval, with adapters_lm.py as its model
-journal.py         what both have done so far, on disk, so that a killed command goes on
 """

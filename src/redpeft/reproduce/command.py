@@ -16,7 +16,7 @@ from redpeft.reproduce.scored import Scoring, score_run
 from redpeft.reproduce.smoke import make_scoring
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.runner import run_jobs
-from redpeft.training.loop import bars_on_terminals_only, say
+from redpeft.training.callbacks import bars_on_terminals_only, say
 from redpeft.training.run_folder import finished, locked
 
 ASSETS = ".smoke"  # in the output folder

@@ -17,7 +17,7 @@ from redpeft.reproduce.scored import what_is_left
 from redpeft.reproduce.settings import base_of
 from redpeft.runs import pages
 from redpeft.runs.machine import machine, versions_of
-from redpeft.training.loop import to_json
+from redpeft.training.callbacks import to_json
 
 
 @dataclass(frozen=True)

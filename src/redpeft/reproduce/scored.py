@@ -12,9 +12,9 @@ from pathlib import Path
 
 from redpeft.adapters.files import ADAPTER, write_atomically
 from redpeft.errors import UserError
-from redpeft.reproduce.generate import generate
-from redpeft.reproduce.language_model import Decoding
-from redpeft.reproduce.lm_harness import PRESETS, Task, evaluate_adapters
+from redpeft.evaluation.generate import generate
+from redpeft.evaluation.language_model import Decoding
+from redpeft.evaluation.lm_harness import PRESETS, Task, evaluate_adapters
 from redpeft.training.run_folder import MODEL
 
 LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")

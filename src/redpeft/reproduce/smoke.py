@@ -22,8 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from redpeft.reproduce.language_model import Decoding
-from redpeft.reproduce.lm_harness import Task
+from redpeft.evaluation.language_model import Decoding
+from redpeft.evaluation.lm_harness import Task
 from redpeft.reproduce.scored import Scoring
 from redpeft.tasks.glue import GLUE, HELD_OUT
 

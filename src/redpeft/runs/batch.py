@@ -11,8 +11,8 @@ from typing import Any
 
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError, some
-from redpeft.fleet.mould import why_alone
 from redpeft.fleet.source import Report
+from redpeft.fleet.template_model import why_alone
 from redpeft.runs.fleets_on_ray import run_fleets_on_ray
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.output import check_folder, claim, read_record
@@ -20,7 +20,7 @@ from redpeft.runs.progress import saying_once, showing
 from redpeft.runs.queue import Job
 from redpeft.runs.runner import run_fleets, run_jobs
 from redpeft.runs.tally import Tally
-from redpeft.training.loop import bars_on_terminals_only, finite, say
+from redpeft.training.callbacks import bars_on_terminals_only, finite, say
 from redpeft.training.run_folder import finished, locked
 
 TOTALS = "totals"  # of the record

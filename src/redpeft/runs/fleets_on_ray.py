@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import Stopped
-from redpeft.fleet.crew import SLOTS, train_fleets
+from redpeft.fleet.scheduler import SLOTS, train_fleets
 from redpeft.fleet.source import Assignment, Event, Report, silent
 from redpeft.runs.on_ray import RETRIES, connect
 from redpeft.runs.queue import Job, JobQueue

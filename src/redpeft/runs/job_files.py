@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import UserError
-from redpeft.fleet.mould import why_alone
+from redpeft.fleet.template_model import why_alone
 from redpeft.runs.queue import Job
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
-from redpeft.training.loop import say
+from redpeft.training.callbacks import say
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
 from redpeft.training.run import check_recipe
 

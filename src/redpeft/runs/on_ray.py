@@ -8,7 +8,7 @@ from typing import Any
 from redpeft.errors import Stopped, UserError, first_line
 from redpeft.runs.queue import Job
 from redpeft.runs.runner import run_jobs
-from redpeft.training.loop import say
+from redpeft.training.callbacks import say
 from redpeft.training.run_folder import finished
 
 RETRIES = 3

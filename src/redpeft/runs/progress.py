@@ -18,7 +18,7 @@ from redpeft.console import Progress, counted, say
 from redpeft.fleet.source import Report
 from redpeft.runs.pages import number
 from redpeft.runs.tally import Tally
-from redpeft.training.loop import no_bars
+from redpeft.training.callbacks import no_bars
 
 REFRESH = 2  # times a second
 

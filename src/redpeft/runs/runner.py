@@ -12,13 +12,13 @@ import torch
 
 from redpeft.adapters.files import write_atomically
 from redpeft.errors import RunError, Stopped, UserError
-from redpeft.fleet.crew import train_fleets
-from redpeft.fleet.mould import kind_of, why_alone
+from redpeft.fleet.scheduler import train_fleets
 from redpeft.fleet.source import Event, Report, silent
+from redpeft.fleet.template_model import kind_of, why_alone
 from redpeft.runs.progress import saying_once, showing
 from redpeft.runs.queue import Job, JobQueue
 from redpeft.runs.tally import Tally
-from redpeft.training.loop import is_first_process, last_checkpoint, say, to_json
+from redpeft.training.callbacks import is_first_process, last_checkpoint, say, to_json
 from redpeft.training.recipe import Recipe
 from redpeft.training.run_folder import CHECKPOINTS, finished, locked
 from redpeft.training.train import train

@@ -15,8 +15,8 @@ from redpeft.adapters.fold.base import checkpoint_fingerprint
 from redpeft.adapters.fold.checkpoint import Checkpoint
 from redpeft.adapters.fold.names import Names
 from redpeft.errors import UserError, first_line
-from redpeft.method.fingerprint import difference
 from redpeft.serving.sites import empty_model
+from redpeft.tuner.fingerprint import difference
 
 logger = logging.getLogger("vllm.redpeft")
 

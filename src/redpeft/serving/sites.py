@@ -13,8 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.loading import checkpoint_class, on_meta
 from redpeft.errors import UserError, first_line
-from redpeft.method.layer import output_width
-from redpeft.method.sites import find_sites
+from redpeft.tuner.layer import output_width
+from redpeft.tuner.sites import find_sites
 
 
 def widths_of_sites(config: PretrainedConfig, sites: Sequence[str]) -> tuple[dict[str, int], dict[str, str]]:

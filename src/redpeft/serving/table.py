@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from redpeft.adapters import Edit
-from redpeft.method.edit import apply_edit
+from redpeft.tuner.edit import apply_edit
 
 
 class SlotTable(nn.Module):

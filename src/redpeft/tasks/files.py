@@ -1,7 +1,7 @@
 """A user's rows, read in one way from files and from streams: what is wrong is said in one line, with the row.
 
     bytes ── decode ──> lines ── a format ──> rows, dicts by column ──> Dataset     (read_file)
-                                                                   └──> batches     (redpeft.training.stream)
+                                                                   └──> batches     (redpeft.training.stdin_rows)
 
 A cell of CSV, TSV or a spreadsheet is the text as it is written, and an empty one is missing: `007`, `1E3`, `NA` and
 `None` are texts. JSON and parquet have types, which are kept. pandas and `load_dataset` would guess types, turn some

@@ -15,7 +15,7 @@ from redpeft.errors import UserError
 from redpeft.tasks.columns import ROW
 from redpeft.tasks.files import existing, extension, read_bytes, read_file
 from redpeft.training.predict import BATCH, Run
-from redpeft.training.stream import NAME, Row, batched, read_stream
+from redpeft.training.stdin_rows import NAME, Row, batched, read_stream
 
 QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
 """Of a task's columns, those that a row to answer has."""

@@ -20,8 +20,8 @@ from transformers.activations import ACT2FN
 
 from redpeft import Site, find_sites
 from redpeft.errors import UserError
-from redpeft.method.sites import find_blocks
-from redpeft.training.part import norm_parameters
+from redpeft.training.partial import norm_parameters
+from redpeft.tuner.sites import find_blocks
 
 NAME = "bottleneck"  # the adapter's name within the module that it follows
 INITIAL_STD = 1e-3  # of the released code (google-research/adapter-bert): the adapter begins close to the identity

@@ -32,14 +32,14 @@ from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_di
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.training.base import autocast, load_base
+from redpeft.training.baselines import METHODS, all_options, apply_method
+from redpeft.training.callbacks import bars_on_terminals_only, no_bars, say, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
-from redpeft.training.loop import bars_on_terminals_only, no_bars, say, show_progress
-from redpeft.training.methods import METHODS, all_options, apply_method
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run import plain_scores
 from redpeft.training.run_folder import MODEL, RESULT, TRAINED
-from redpeft.training.stream import Row, batched
+from redpeft.training.stdin_rows import Row, batched
 from redpeft.training.trainer import arguments, trainer_classes
 
 BATCH = 32

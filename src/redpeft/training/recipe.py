@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
 from redpeft.tasks.data import DataConfig
-from redpeft.training.methods import DEFAULT_RATES, METHODS, all_options
+from redpeft.training.baselines import DEFAULT_RATES, METHODS, all_options
 
 HEADER = """\
 # A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others

@@ -34,9 +34,9 @@ from redpeft.errors import UserError
 from redpeft.tasks import Task, read_data
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser, tokenizer_digest
+from redpeft.training.baselines import apply_method, before_last, check_options, head_modules, head_parameters
+from redpeft.training.callbacks import TIMES, say, to_json
 from redpeft.training.encoding import by_length, encode_splits
-from redpeft.training.loop import TIMES, say, to_json
-from redpeft.training.methods import apply_method, before_last, check_options, head_modules, head_parameters
 from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
 from redpeft.training.run_folder import CHECKPOINTS, MODEL, RESULT, TRAINED, tidy

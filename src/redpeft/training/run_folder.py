@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from redpeft.adapters.files import MODEL as MODEL
 from redpeft.adapters.files import RECIPE, RESULT, TASK, write_atomically
 from redpeft.errors import RunError, UserError
-from redpeft.training.loop import CHECKPOINT_STATE, checkpoint_state, is_first_process
+from redpeft.training.callbacks import CHECKPOINT_STATE, checkpoint_state, is_first_process
 from redpeft.training.recipe import Recipe, load_recipe
 
 CHECKPOINTS, LOCK, TRAINED = "checkpoints", ".lock", "trained.safetensors"

@@ -11,8 +11,7 @@ from transformers import set_seed
 
 from redpeft.errors import some
 from redpeft.tasks.columns import unread_columns
-from redpeft.training.generating import answer_scores
-from redpeft.training.loop import (
+from redpeft.training.callbacks import (
     attach,
     bars_on_terminals_only,
     checkpoint_state,
@@ -20,6 +19,7 @@ from redpeft.training.loop import (
     say,
     stop_on_signals,
 )
+from redpeft.training.generating import answer_scores
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import Run, best_evaluation, build_learner, check_recipe, plain_scores, prepare, read_task
 from redpeft.training.run import save_model as save

@@ -24,9 +24,9 @@ from redpeft import calibrate
 from redpeft.errors import UserError
 from redpeft.tasks import TASKS, Task
 from redpeft.training.base import autocast, precision
+from redpeft.training.baselines import head_parameters
+from redpeft.training.callbacks import EpochOrder, RunTrainer
 from redpeft.training.generating import GeneratingTrainer, metrics_function
-from redpeft.training.loop import EpochOrder, RunTrainer
-from redpeft.training.methods import head_parameters
 from redpeft.training.recipe import Recipe
 from redpeft.training.run_folder import CHECKPOINTS
 

@@ -8,7 +8,7 @@ import torch
 
 from redpeft.adapters.files import Edit
 from redpeft.errors import UserError
-from redpeft.method.edit import fold_edit
+from redpeft.tuner.edit import fold_edit
 
 WARN_ABOVE = 0.1  # of the edit's effect lost, or of the scale's entries vanished
 

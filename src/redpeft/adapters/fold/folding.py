@@ -38,9 +38,9 @@ from redpeft.adapters.fold.write import changes, write_rest, write_weights
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
 from redpeft.adapters.preview import empty_model, model_config
 from redpeft.errors import UserError, some
-from redpeft.method.fingerprint import FLOATS, difference
-from redpeft.method.layer import output_width
-from redpeft.method.sites import find_sites
+from redpeft.tuner.fingerprint import FLOATS, difference
+from redpeft.tuner.layer import output_width
+from redpeft.tuner.sites import find_sites
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, Edit
 from redpeft.errors import UserError, some
-from redpeft.method.sites import SHARED_EXPERT
 from redpeft.serving.base import Base
 from redpeft.serving.folder import Source, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
@@ -36,6 +35,7 @@ from redpeft.serving.table import SlotTable
 from redpeft.serving.vllm_internals import metrics
 from redpeft.serving.vllm_internals.checks import FOLD, check_model, check_site, is_partial
 from redpeft.serving.vllm_internals.self_check import checked_site, known_edit
+from redpeft.tuner.sites import SHARED_EXPERT
 
 logger = init_logger("vllm.redpeft")
 

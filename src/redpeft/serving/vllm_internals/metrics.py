@@ -15,7 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from redpeft.serving.tally import COUNTED, Tally, read_counts, share
+from redpeft.serving.counters import COUNTED, Tally, read_counts, share
 
 tally = Tally()
 MOST_MIXES = 256  # of adapters in a batch

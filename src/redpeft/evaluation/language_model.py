@@ -1,0 +1,189 @@
+"""A language model that answers: a model folder, a run, or a base model with an adapter.
+
+Decoding is the paper's, greedy. A batch gives every question the answer that it would get alone: prompts are padded on
+the left, and the penalties see no padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from safetensors import SafetensorError
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from redpeft.adapters.files import RECIPE, WEIGHTS_NAME, find_adapter, find_run, load_adapter, read_config
+from redpeft.adapters.loading import DTYPE_ARGUMENT, quiet
+from redpeft.errors import UserError, first_line
+from redpeft.tasks import InstructionTask
+from redpeft.tasks.base_model import input_limit, load_decoder, load_tokenizer, pad_prompts, require_folder
+from redpeft.tasks.instruction import Chat
+from redpeft.training.base import autocast
+from redpeft.training.callbacks import bars_on_terminals_only
+from redpeft.training.predict import open_run
+
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""Said in full, since a model folder may bring other settings in its generation_config.json."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are made, beside greedily; the defaults are the paper's.
+
+    Attributes:
+        max_new_tokens: where an answer is cut off.
+        repetition_penalty: what tokens that were seen already, in the prompt too, are held back by; 1 is nothing.
+        no_repeat_ngrams: no sequence of so many tokens comes twice, in prompt and answer together; 0 allows all.
+    """
+
+    max_new_tokens: int = 768
+    repetition_penalty: float = 1.1
+    no_repeat_ngrams: int = 5
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model with its tokenizer, how a chat becomes its prompt, and the context in which it computes."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    task: InstructionTask
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+    def prompt(self, chat: Chat, decoding: Decoding) -> list[int]:
+        """The tokens that the next answer of a chat goes on from.
+
+        Raises `UserError` where the chat template refuses the chat, or there is no room for the answer.
+        """
+        [prompt] = self.task.prompt_tokens([chat], self.tokenizer)
+        limit = input_limit(self.model, self.tokenizer)
+        if len(prompt) + decoding.max_new_tokens > limit.tokens:
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens and {decoding.max_new_tokens} new ones are more than "
+                f"{limit.source}: {'lower --max-new-tokens' if len(prompt) < limit.tokens else 'shorten it'}"
+            )
+        return prompt
+
+    def answer(self, chats: list[Chat], decoding: Decoding) -> list[str]:
+        """The next answer of each chat, made together as one batch, without spaces around it. Raises as `prompt`."""
+        prompts = [self.prompt(chat, decoding) for chat in chats]
+        inputs = pad_prompts(self.tokenizer, prompts, "left").to(self.model.device)
+        padding = (inputs["attention_mask"] == 0).sum(1).tolist()
+        with torch.inference_mode(), self.context(), quiet():
+            tokens = self.model.generate(
+                **inputs,
+                **GREEDY,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                max_new_tokens=decoding.max_new_tokens,
+                logits_processor=LogitsProcessorList([WithoutPadding(penalties(decoding), padding)]),
+                eos_token_id=_ends(self.model, self.tokenizer),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+class WithoutPadding(LogitsProcessor):
+    """Other processors, each row without the padding on its left: those of transformers would count it as seen.
+
+    `padding` is the number of such tokens in each row. input_ids (batch, length), scores (batch, vocabulary).
+    """
+
+    def __init__(self, processors: LogitsProcessorList, padding: list[int]) -> None:
+        self.processors, self.padding = processors, padding
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        rows = enumerate(self.padding)
+        return torch.cat([self.processors(input_ids[i : i + 1, left:], scores[i : i + 1]) for i, left in rows])
+
+
+def penalties(decoding: Decoding) -> LogitsProcessorList:
+    """transformers' processors for what `decoding` forbids or holds back."""
+    processors = LogitsProcessorList()
+    if decoding.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(float(decoding.repetition_penalty)))
+    if decoding.no_repeat_ngrams:
+        processors.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngrams))
+    return processors
+
+
+def open_language_model(name: str, adapter: str | Path | None = None) -> LanguageModel:
+    """The model that `name` means, on the GPU where there is one: a run folder, a model folder or a hub name, with
+    `adapter` on it, if given.
+
+    A run, and an adapter that lies in a run folder, answer as they were trained: their prompts, tokenizer and number
+    format. Elsewhere prompts go by the tokenizer's chat template, or the plain template where it has none.
+
+    Raises `UserError` for what cannot be loaded, a run of another task, and an adapter of another base model.
+    """
+    run_folder = find_run(adapter or name)
+    if (run_folder / RECIPE).is_file() or any(run_folder.glob(f"seed-*/{RECIPE}")):
+        run = open_run(run_folder, base=name if adapter else None)
+        if run.task.name != InstructionTask.name:
+            raise UserError(f"the run in {run_folder} learned {run.task.name}; answers need a run of instruction")
+        task = InstructionTask({"messages": "messages"}, template=run.task.template)
+        return LanguageModel(run.model, run.tokenizer, task, lambda: autocast(run.recipe, run.model.device))
+    model, tokenizer = load_language_model(name)
+    if adapter is not None:
+        model = attach(model, adapter)
+    return LanguageModel(model, tokenizer, InstructionTask({"messages": "messages"}))
+
+
+def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain language model in evaluation mode and its tokenizer: on a GPU in the checkpoint's number format,
+    otherwise in fp32. UserError as `tasks.base_model.load_base`."""
+    bars_on_terminals_only()
+    require_folder(name)
+    cuda = torch.cuda.is_available()
+    with quiet():
+        tokenizer = load_tokenizer(name)
+        model = load_decoder(name, tokenizer, **{DTYPE_ARGUMENT: "auto" if cuda else torch.float32})
+    return model.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def attach(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
+    """`base` with an adapter of any PEFT type on it, in evaluation mode; `detach` gives `base` back.
+
+    Raises `UserError` for a folder that holds none, and for one that does not fit this base model.
+    """
+    folder = find_adapter(adapter)
+    if read_config(folder)["peft_type"] == "REDPEFT":
+        return load_adapter(base, folder).eval()
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:  # PEFT's, of many kinds
+        raise UserError(f"{folder}: PEFT cannot load this adapter onto the base model: {first_line(error)}") from error
+
+
+def detach(model: PeftModel) -> PreTrainedModel:
+    """The base model as it was before `attach`."""
+    tuner = model.base_model
+    return tuner.unload() if isinstance(tuner, BaseTuner) else tuner  # prompts and prefixes leave it as it is
+
+
+def weights_digest(adapter: str | Path | None) -> str | None:
+    """A digest of an adapter's weights, by which unfinished work notices that it was trained again; None without."""
+    weights = find_adapter(adapter) / WEIGHTS_NAME if adapter is not None else None
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the model's, and the tokenizer's, which training put behind each response."""
+    own = model.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return sorted(ends)

@@ -1,0 +1,250 @@
+"""Scores of several adapters on one base model, by EleutherAI's lm-evaluation-harness (the extra `lm-eval`)."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from redpeft.adapters.files import write_atomically
+from redpeft.errors import UserError, first_line
+from redpeft.evaluation.journal import Journal, journal_of
+from redpeft.evaluation.language_model import weights_digest
+from redpeft.training.callbacks import say, to_json
+from redpeft.training.run_folder import naming_a_full_disk
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, tag or group of lm-eval, or a task's YAML file; how many examples its prompts begin with (None: as the
+    task says); and the metric that counts (None: all are shown)."""
+
+    name: str
+    shots: int | None = None
+    metric: str | None = None
+
+
+PRESETS = {
+    # The paper's, with the metrics of the Open LLM leaderboard. Its released script takes 5 examples for MMLU.
+    "open-llm-leaderboard": (
+        Task("ai2_arc", 25, "acc_norm,none"),
+        Task("truthfulqa_mc2", 0, "acc,none"),
+        Task("winogrande", 5, "acc,none"),
+        Task("gsm8k", 5, "exact_match,strict-match"),
+        Task("hellaswag", 10, "acc_norm,none"),
+        Task("mmlu", 10, "acc,none"),
+    )
+}
+
+
+def parse_tasks(names: str, num_fewshot: int | None = None) -> list[Task]:
+    """The tasks in a list such as "arc_easy,gsm8k", each once; a preset's name stands for its tasks, which keep their
+    own number of examples."""
+    asked = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
+    found = [task for name in asked for task in PRESETS.get(name, (Task(name, num_fewshot),))]
+    return list({task.name: task for task in reversed(found)}.values())[::-1]
+
+
+def evaluate_adapters(
+    base: str,
+    adapters: Sequence[str | Path],
+    tasks: Sequence[Task],
+    out: str | Path,
+    *,
+    with_base: bool = False,
+    include_path: str | Path | None = None,
+    batch_size: int | str = 8,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Score every adapter on every task, with `base` loaded once; returns what is written to `out`, a JSON file.
+
+    That is `base`, `limit`, `lm_eval` (its version), `tasks` (name: examples in a prompt), `results` (adapter: task:
+    metric: value, in lm-eval's names), `parts` (the same of the tasks that a tag or group is made of) and `average`
+    (adapter: mean of the metrics that count, where every task has one). Without adapters, or `with_base`, the base
+    model alone is scored too, under its own name. A tag has the mean of its tasks, weighted by their sizes.
+
+    `include_path` is a folder with task files of your own, and `limit` scores the first so many rows of each task.
+
+    Each score is kept in `out`.journal as soon as it is there, so that the same call after a kill, or with more
+    adapters or tasks, does what is missing. Raises `UserError` before anything is scored for an unknown task or one
+    whose data cannot be loaded, and for an adapter that does not fit the base model.
+    """
+    _require_harness()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    _check_names(tasks, manager.all_tasks)
+    models = [*([None] if with_base or not adapters else []), *dict.fromkeys(map(str, adapters))]
+    weights = {model: weights_digest(model) for model in models}
+    out, harness = Path(out), version("lm_eval")
+    settings = {"base": base, "limit": limit, "lm_eval": harness, "task_files": _digest(tasks, include_path)}
+    cells = [(model, task) for model in models for task in tasks]
+    with journal_of(out, settings) as journal:
+        todo = [cell for cell in cells if not _find(journal.entries, *cell, weights)]
+        if todo:
+            _check_data(dict.fromkeys(task for _, task in todo), manager)
+            _score(base, todo, weights, journal, manager, batch_size, limit)
+        found = {cell: _find(journal.entries, *cell, weights) or {} for cell in cells}
+        result = {"base": base, "limit": limit, "lm_eval": harness, **_collect(base, found)}
+        with naming_a_full_disk(out.parent):
+            write_atomically(out, to_json(result, indent=2))
+    return result
+
+
+def results_table(result: dict[str, Any], tasks: Sequence[Task]) -> Table:
+    """A row for each task and metric, a column for each adapter, with the standard errors that lm-eval gives."""
+    models = list(result["results"])
+    table = Table("task", "shots", "metric", *models)
+    for task in tasks:
+        found = {model: result["results"][model][task.name] for model in models}
+        names = [task.metric] if task.metric else [name for name in found[models[0]] if "_stderr," not in name]
+        for name in names:
+            shots = result["tasks"][task.name]
+            table.add_row(task.name, str(shots), _short(name), *(_figure(found[model], name) for model in models))
+    if result["average"]:
+        table.add_section()
+        table.add_row("average", "", "", *(f"{result['average'][model]:.4f}" for model in models))
+    return table
+
+
+def _require_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("scores by lm-eval need its package: pip install redpeft[lm-eval]")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of what it takes for granted
+
+
+def _check_names(tasks: Sequence[Task], known: Iterable[str]) -> None:
+    if not tasks:
+        raise UserError(f"no tasks: name some of lm-eval's, or {', '.join(PRESETS)}")
+    known = list(known)
+    for task in tasks:
+        if task.name in known or (Path(task.name).suffix == ".yaml" and Path(task.name).is_file()):
+            continue
+        near = difflib.get_close_matches(task.name, [*known, *PRESETS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; task files of your own are found by --include-path"
+        raise UserError(f"lm-eval has no task {task.name!r}{hint}")
+
+
+def _check_data(tasks: Iterable[Task], manager: Any) -> None:
+    """Load each task once before anything is scored, which also downloads its data."""
+    for task in tasks:
+        try:
+            manager.load([task.name])
+        except Exception as error:  # of datasets, the hub's client, YAML, Jinja and the task's own code
+            raise UserError(f"lm-eval cannot load the task {task.name}: {first_line(error)}") from error
+
+
+def _digest(tasks: Sequence[Task], include_path: str | Path | None) -> str | None:
+    """Of the task files that are not lm-eval's own, so that scores of a task that was changed are not taken over."""
+    folder = sorted(Path(include_path).rglob("*.yaml")) if include_path is not None else []
+    files = [*folder, *(Path(task.name) for task in tasks if Path(task.name).is_file())]
+    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
+
+
+def _score(
+    base: str,
+    todo: list[tuple[str | None, Task]],
+    weights: dict[str | None, str | None],
+    journal: Journal,
+    manager: Any,
+    batch_size: int | str,
+    limit: int | None,
+) -> None:
+    from lm_eval import simple_evaluate
+
+    from redpeft.evaluation.adapters_lm import AdaptersLM
+
+    lm = AdaptersLM(base, batch_size=batch_size)
+    for model in dict.fromkeys(model for model, _ in todo):
+        lm.use(model)  # an adapter that does not fit is found out now, and not after hours
+    for number, (model, task) in enumerate(todo, start=1):
+        say(f"{number} of {len(todo)}: {model or base} on {task.name}")
+        lm.use(model)
+        try:
+            found = simple_evaluate(
+                lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, task_manager=manager, log_samples=False
+            )
+        except (AssertionError, ValueError) as error:  # such as an answer that is longer than the model reads
+            raise UserError(f"lm-eval cannot score {model or base} on {task.name}: {first_line(error)}") from error
+        metrics = {name: _metrics(values) for name, values in found["results"].items()}
+        shots = sorted(set(found["n-shot"].values()))
+        journal.append(
+            [
+                {
+                    "adapter": model,
+                    "weights": weights[model],
+                    "task": task.name,
+                    "asked_shots": task.shots,
+                    "shots": shots[0] if len(shots) == 1 else shots,
+                    "metrics": metrics,
+                    "rows": {name: count["effective"] for name, count in found["n-samples"].items()},
+                }
+            ]
+        )
+
+
+def _find(
+    entries: Iterable[dict[str, Any]], model: str | None, task: Task, weights: dict[str | None, str | None]
+) -> dict[str, Any] | None:
+    key = (model, weights[model], task.name, task.shots)
+    fields = ("adapter", "weights", "task", "asked_shots")
+    return next((entry for entry in entries if tuple(entry[field] for field in fields) == key), None)
+
+
+def _metrics(values: dict[str, Any]) -> Metrics:
+    """The numbers among what lm-eval says of a task; their names are `metric,filter`."""
+    return {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
+
+
+def _collect(base: str, cells: dict[tuple[str | None, Task], dict[str, Any]]) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(task for _, task in cells))
+    names = {model: model or base for model, _ in cells}
+    results: dict[str, dict[str, Metrics]] = {name: {} for name in names.values()}
+    parts: dict[str, dict[str, dict[str, Metrics]]] = {name: {} for name in names.values()}
+    for (model, task), cell in cells.items():
+        results[names[model]][task.name] = _whole(task, cell)
+        if len(cell["metrics"]) > 1:
+            parts[names[model]][task.name] = cell["metrics"]
+    average = {
+        name: sum(found[task.name][task.metric] for task in tasks if task.metric) / len(tasks)
+        for name, found in results.items()
+        if all(task.metric for task in tasks)
+    }
+    shots = {task.name: cell["shots"] for (_, task), cell in cells.items()}
+    return {"tasks": shots, "results": results, "parts": parts, "average": average}
+
+
+def _whole(task: Task, cell: dict[str, Any]) -> Metrics:
+    """What lm-eval says of the task or group itself; of a tag, of which it says nothing, the mean over its rows."""
+    metrics, rows = cell["metrics"], cell["rows"]
+    if task.name in metrics:
+        return metrics[task.name]
+    if len(metrics) == 1:
+        return next(iter(metrics.values()))
+    shared = [name for name in next(iter(metrics.values())) if all(name in values for values in metrics.values())]
+    total = sum(rows[part] for part in metrics)
+    return {
+        name: sum(values[name] * rows[part] for part, values in metrics.items()) / total
+        for name in shared
+        if "_stderr," not in name
+    }
+
+
+def _figure(metrics: Metrics, name: str) -> str:
+    error = metrics.get(name.replace(",", "_stderr,"))
+    return f"{metrics[name]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _short(name: str) -> str:
+    metric, _, filter_ = name.partition(",")
+    return metric if filter_ == "none" else f"{metric} ({filter_})"

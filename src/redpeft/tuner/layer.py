@@ -1,0 +1,300 @@
+"""The PEFT layer of RED: wraps a module and edits its output.
+
+                    ┌──────────────┐             ┌────────── redpeft_edit ──────────┐
+    arguments ────> │  base_layer  │ ──── h ───> │ h' = scale * h + unit * bias     │ ──> h'
+                    │   (frozen)   │             │ (one Edit per adapter, by name)  │
+                    └──────────────┘             └──────────────────────────────────┘
+
+The edit touches the output only, so it does not matter what computes it: a linear layer, a quantised one of any maker,
+a mixture-of-experts block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from redpeft.errors import UserError
+from redpeft.tuner.compose import Combination
+from redpeft.tuner.config import RedConfig
+from redpeft.tuner.edit import Edit, apply_edit, fold_edit
+from redpeft.tuner.fingerprint import FLOATS
+from redpeft.tuner.mixed import EditTable, RowIndex
+
+
+def output_width(module: nn.Module, model: nn.Module) -> int:
+    """The last dimension of a module's output: a linear layer says it, any other has the model's hidden width."""
+    for name in ("out_features", "nf"):
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise UserError(f"cannot tell the width of {type(module).__name__}'s output: it has no out_features")
+    return width
+
+
+class RedLayer(nn.Module, BaseTunerLayer):
+    """Edits the output of `base_layer`, whose last dimension is `width`.
+
+    Parameters are named `redpeft_edit.<adapter>.scale_offset` and `.bias`. A base layer that returns a tuple (some
+    mixture-of-experts blocks) has its first element edited. Several active adapters act one after another.
+    """
+
+    adapter_layer_names = ("redpeft_edit",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: RedConfig, *, width: int, site: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.redpeft_edit = nn.ModuleDict()
+        self.width = width
+        self.site = site
+        self.watch: Callable[[RedLayer, torch.Tensor], None] | None = None  # gets the outputs while units are measured
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
+            self.register_buffer(name, None, persistent=False)
+        self._mixed: tuple[RowIndex, EditTable] | None = None
+        self._added: RemovableHandle | None = None  # the hook on a module whose output is edited too
+        self._first_part: torch.Tensor | None = None  # of a sum of two outputs, while they are watched
+        if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
+            self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: RedConfig) -> None:
+        """Add an adapter's edit, on the base layer's device. Its unit is a sibling's, if that has been measured: the
+        unit describes the base layer's output, and TRL's reference adapter gets copies of the parameters alone."""
+        tensor = self._base_tensor()
+        edit = Edit(
+            self.width,
+            unit=config.unit,
+            unit_measured=config.unit_measured,
+            origin=config.scale_origin,
+            use_scale=config.use_scale,
+            use_bias=config.use_bias,
+            dtype=torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32,
+            device=self.device_of_base,
+        )
+        measured = next((e for e in self.edits if e.auto_unit and not e.unit_pending), None)
+        if edit.unit_pending and measured is not None and not edit.bias.is_meta:
+            edit.express(unit=float(measured.unit))
+        if not config.init_weights:
+            edit.reset(identity=False)
+        self.redpeft_edit[adapter_name] = edit
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_tensor(self) -> torch.Tensor | None:
+        """A tensor of the base layer that tells its device and floating dtype."""
+        tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]
+        return next((tensor for tensor in tensors if tensor.is_floating_point()), next(iter(tensors), None))
+
+    @property
+    def device_of_base(self) -> torch.device | None:
+        """Where the base layer computes: where its tensors are, or where accelerate brings them if offloaded."""
+        hooks = (getattr(module, "_hf_hook", None) for module in self.get_base_layer().modules())
+        offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+        if offloaded is not None:
+            return torch.device(offloaded.execution_device)
+        tensor = self._base_tensor()
+        return None if tensor is None else tensor.device
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own looks for `weight`, which a mixture-of-experts block has not, and casts to the base's dtype.
+        device = device or self.device_of_base
+        if adapter_name in self.redpeft_edit and device is not None:
+            edit = self.redpeft_edit[adapter_name]
+            if not edit.bias.is_meta:
+                edit.to(device)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """PEFT's name for an adapter's strength: 0 is the identity, 1 the edit as it was learned. Nothing stored
+        changes, and nothing of it is saved. A layer without this adapter ignores it; a merged one refuses."""
+        if self.merged:
+            raise UserError("the strength of a merged adapter is fixed: call model.unmerge_adapter() first")
+        if adapter in self.redpeft_edit:
+            self.redpeft_edit[adapter].set_strength(float(scale))
+
+    def combine(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination: Combination
+    ) -> None:
+        """Fill the edit of `adapter_name` with a combination of those of other adapters, in the first one's unit, or 1
+        where not all of them have been measured."""
+        weighted = [
+            (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.redpeft_edit
+        ]
+        if weighted:
+            edits = [self.redpeft_edit[name] for name, _ in weighted]
+            d, bias = combination([edit.difference for edit in edits], [weight for _, weight in weighted])
+            unit = torch.ones_like(edits[0].unit) if any(edit.unit_pending for edit in edits) else edits[0].unit
+            combined = self.redpeft_edit[adapter_name]
+            offset = d + (1 - combined.origin)
+            combined.load_state_dict({combined.scale_name: offset, "bias": bias / unit, "unit": unit})
+
+    @property
+    def edits(self) -> list[Edit]:
+        return list(self.redpeft_edit.values())
+
+    @property
+    def active_edits(self) -> list[Edit]:
+        return [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.merged and (self.disable_adapters or self.watch is not None):
+            self.unmerge()
+        output = self.base_layer(*args, **kwargs)
+        if self.watch is not None:
+            self._show(output[0] if isinstance(output, tuple) else output)
+        if self.disable_adapters or self.merged or self.watch is not None:
+            return output
+        if isinstance(output, tuple):
+            return self._edit(output[0]), *output[1:]
+        return self._edit(output)
+
+    def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self._mixed is not None:
+            return self._edit_mixed(hidden, *self._mixed)
+        for edit in self._acting_edits():
+            hidden = edit(hidden)
+        return hidden
+
+    def _acting_edits(self) -> list[Edit]:
+        edits = self.active_edits
+        for edit in edits:
+            if (
+                not edit.unit_known
+                and edit.training
+                and edit.trainable
+                and not edit.unit.is_meta
+                and edit.unit_pending
+            ):
+                raise UserError(
+                    f"the unit of the bias at {self.site} has not been measured: it was loaded for inference, or the "
+                    "base model's own forward was not called; call redpeft.calibrate(model) before training"
+                )
+        return edits
+
+    def _show(self, hidden: torch.Tensor) -> None:
+        """Give an output to `watch`; of a sum of two the sum, when the second comes."""
+        assert self.watch is not None
+        if self._added is not None and self._first_part is None:
+            self._first_part = hidden
+            return
+        if self._first_part is not None:
+            hidden, self._first_part = hidden + self._first_part.view_as(hidden), None
+        self.watch(self, hidden)
+
+    def edit_too(self, module: nn.Module) -> None:
+        """Let the edit act on the sum of this layer's output and `module`'s, which the model adds elsewhere:
+        `scale * (h + g) + bias = (scale * h + bias) + scale * g`."""
+        self._added = module.register_forward_hook(self._edit_added)
+
+    def release(self) -> None:
+        """Leave the module of `edit_too` as it was."""
+        if self._added is not None:
+            self._added.remove()
+            self._added = None
+
+    def _edit_added(self, module: nn.Module, args: Any, added: torch.Tensor) -> torch.Tensor:
+        if self.watch is not None:
+            self._show(added)
+        if self.disable_adapters or self.watch is not None:
+            return added
+        if self._mixed is not None:
+            index, table = self._mixed
+            return self._edit_mixed(added, index, table.without_bias())
+        for edit in self._acting_edits():
+            scale, bias = edit.effective
+            added = apply_edit(added, scale, torch.zeros_like(bias))
+        return added
+
+    def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
+        """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""
+        self._mixed = None if index is None or table is None else (index, table)
+
+    @torch.compiler.disable
+    def _edit_mixed(self, hidden: torch.Tensor, index: RowIndex, table: EditTable) -> torch.Tensor:
+        return table.apply(hidden, index.rows(hidden.shape[0], hidden.device))
+
+    # Merging. PEFT calls it merge; a merged layer is a folded one.
+
+    def why_not_mergeable(self) -> str | None:
+        """What keeps the edit from being folded into the base layer's weights, or None."""
+        base = self.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            return f"{type(base).__name__} is not a linear layer"
+        if type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS:
+            return f"the weights of {type(base).__name__} are quantised or sharded"
+        return None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the adapters (the active ones by default) into the base layer's weight and bias.
+
+        The arithmetic is fp32 (fp64 on an fp64 base) from the original weights, rounded once; a layer without a bias
+        gets one if the adapters add anything. Raises `UserError` for a layer that cannot be folded, and with
+        `safe_merge` for a result that is not finite in the layer's dtype; nothing is changed then.
+        """
+        if adapter_names is not None and not adapter_names:
+            return  # PEFT's check would warn of a merged layer
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.redpeft_edit]
+        if not names:
+            return
+        reason = self.why_not_mergeable()
+        if reason:
+            raise UserError(f"cannot merge at {self.site}: {reason}; keep the adapter unmerged (its cost is one pass)")
+        base = self.get_base_layer()
+        own = (self.original_weight, self.original_bias) if self.merged else (base.weight, base.bias)
+        weight, bias = self._folded(*own, names=[*self.merged_adapters, *names])
+        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise UserError(
+                f"{self.site}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
+                f"broken, or goes beyond the range of {weight.dtype}"
+            )
+        for name, original in zip(("original_weight", "original_bias"), own, strict=True):
+            self.register_buffer(name, original, persistent=False)
+        base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
+        base.bias = None if bias is None else nn.Parameter(bias, requires_grad=base.weight.requires_grad)
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    @torch.no_grad()
+    def _folded(
+        self, weight: torch.Tensor, own_bias: torch.Tensor | None, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        transposed = isinstance(self.get_base_layer(), Conv1D)  # (in, out)
+        rows, bias = weight.T if transposed else weight, own_bias
+        for name in names:
+            edit: Edit = self.redpeft_edit[name]
+            rows, bias = fold_edit(rows, bias, *edit.effective)
+        folded = (rows.T if transposed else rows).to(weight.dtype).contiguous()
+        if bias is None or (own_bias is None and not bias.any()):
+            return folded, None  # scales alone: the layer still needs no bias
+        return folded, bias.to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Put the original weight and bias back, bit for bit: dividing by a scale near 0 could not."""
+        if not self.merged:
+            return
+        base = self.get_base_layer()
+        for name in ("weight", "bias"):
+            original = getattr(self, f"original_{name}")
+            if original is not None and not isinstance(original, nn.Parameter):  # it was moved or cast meanwhile
+                original = nn.Parameter(original.detach(), requires_grad=base.weight.requires_grad)
+            setattr(base, name, original)
+            self.register_buffer(f"original_{name}", None, persistent=False)
+        self.merged_adapters = []
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks of the wrapped module (`in_features`, `gate`, `experts`, ...), that answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not yet set while copying or unpickling
+                raise
+            return getattr(self.base_layer, name)

@@ -1,0 +1,467 @@
+"""The PEFT tuner of RED: finds the sites, wraps them, and serves batches that mix adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from redpeft.errors import UserError, some
+from redpeft.tuner.biases import add_biases
+from redpeft.tuner.compiled import compile_in_place, plain_name, unwrapped
+from redpeft.tuner.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
+from redpeft.tuner.config import FORMAT, RedConfig
+from redpeft.tuner.edit import ORIGINS
+from redpeft.tuner.fingerprint import difference, fingerprint
+from redpeft.tuner.layer import RedLayer, output_width
+from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
+from redpeft.tuner.quantised import leave_unpacked
+from redpeft.tuner.rates import watch_rate
+from redpeft.tuner.register import PREFIX
+from redpeft.tuner.sites import find_sites, shared_expert
+from redpeft.tuner.units import hook_on
+
+logger = logging.getLogger(__name__)
+
+_PEFT_PREFIX = "base_model.model."  # of the keys in adapter files
+
+
+class RedModel(BaseTuner):
+    """A model whose sites are wrapped in `RedLayer`s, as `get_peft_model(model, RedConfig(...))` makes it."""
+
+    prefix = PREFIX
+    tuner_layer_cls = RedLayer
+    target_module_mapping: ClassVar[dict] = {}  # sites are found by structure
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _check_plain(model)  # before PEFT puts its configuration in the place of another's
+        super().__init__(model, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)  # PEFT until 0.20: model.forward, past what `model.compile()` has compiled
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        model = self.model = compile_in_place(model)
+        config = self.peft_config[adapter_name]
+        config.serve(self.peft_config, adapter_name)
+        was_saved = config.resolved
+        if config.sites is not None and not config.resolved:
+            sites = find_sites(model, config.sites, config.layers_to_transform)
+            config.resolve(target_modules={site.name for site in sites}, resolved=True)
+        if config.resolved:
+            config.resolve(target_modules=frozenset(config.target_modules))  # PEFT shortens a large set to endings
+        if not config.inference_mode:
+            leave_unpacked(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Full names, also where PEFT was given endings: loading goes by these.
+        edits = {name: layer.redpeft_edit for name, layer in red_layers(model).items()}
+        edits = {name: of_site[adapter_name] for name, of_site in edits.items() if adapter_name in of_site}
+        if config.format == 1:
+            for edit in edits.values():
+                edit.await_values()
+        if was_saved and config.scale_origin == 0 and config.unit == "auto" and not config.unit_measured:
+            for edit in edits.values():
+                edit.from_elsewhere = True
+        if config.unit == "auto" and not config.inference_mode:
+            hook_on(model)
+            for edit in edits.values():
+                watch_rate(edit)
+        config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
+        _let_skip_calls(model, False)
+        self._check_base(model, config, adapter_name)
+
+    def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
+        found = fingerprint(model, config.target_modules or ())
+        if found is None:
+            logger.info(
+                "adapter '%s': the base model's weights are quantised, sharded or not loaded, so its fingerprint "
+                "cannot be taken, and another base model of the same shape would not be noticed",
+                adapter_name,
+            )
+        differs = difference(config.base_fingerprint, found)
+        if differs:
+            named = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+            warnings.warn(
+                f"adapter '{adapter_name}' was trained on another base model{named} than this one: {differs}",
+                stacklevel=2,
+            )
+        config.resolve(base_fingerprint=config.base_fingerprint or found)
+
+    def _prepare_adapter_config(self, peft_config: RedConfig, model_config: dict) -> RedConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(config: RedConfig, key: str) -> Any:
+        if config.resolved and config.layers_to_transform is not None:
+            # The names are those of the chosen blocks already; PEFT would look for block numbers in them again.
+            config = copy.copy(config)
+            config.layers_to_transform = None
+        found = BaseTuner._check_target_module_exists(config, key)
+        # Full names are names: PEFT would take them as endings too, which modules of another tower may have.
+        return key in (config.target_modules or ()) if found and config.resolved else found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Also without the name that a module gets that is compiled after the adapter was added."""
+        return plain_name(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RedConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """An adapter file with keys missing or left over is an error, where PEFT would warn or say nothing."""
+        state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name in ORIGINS:  # an edit takes either, and PEFT finds the one that it has
+            for key in [key for key in remapped if key.endswith(f".redpeft_edit.{name}")]:
+                site = key.removesuffix(name)
+                remapped[f"{site}{adapter_name}.{name}"] = remapped.pop(key)
+        known = {_either_scale(key) for key in model.state_dict()}
+        given = {_either_scale(key): key for key in remapped}
+        given = {same if same in known else same.removeprefix(_PEFT_PREFIX): key for same, key in given.items()}
+        edits = {  # of a layer that stands in several places, its edit in the first one: so it is saved
+            f"{name}.redpeft_edit.{adapter_name}.{key}"
+            for name, layer in red_layers(model).items()
+            if adapter_name in layer.redpeft_edit
+            for key in layer.redpeft_edit[adapter_name].state_dict()
+        }
+        missing = sorted(key for key in edits if _either_scale(key) not in given)
+        left_over = sorted(key for same, key in given.items() if same not in known)
+        if missing or left_over:
+            raise UserError(
+                f"the file of adapter '{adapter_name}' does not fit this model; "
+                f"keys missing: {some(missing) or 'none'}; left over: {some(left_over) or 'none'}. "
+                "Load it on the base model that it was trained on, or save it again"
+            )
+        return remapped
+
+    def _create_and_replace(
+        self,
+        peft_config: RedConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, RedLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        width = output_width(target, self.model)
+        layer = RedLayer(target, adapter_name, peft_config, width=width, site=current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained until it is set
+        self._replace_module(parent, target_name, layer, target)
+        if added := shared_expert(target, parent.named_children()):
+            layer.edit_too(parent.get_submodule(added))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Wherever it stands: several blocks may share a linear. PEFT's own would move the layer to another device too.
+        for owner in list(self.model.modules()):
+            for name, module in list(owner._modules.items()):
+                if module is child:
+                    setattr(owner, name, new_module)
+        if isinstance(child, RedLayer):  # this is unloading
+            child.release()
+            _let_skip_calls(self.model, True)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
+
+        `h' = h + scale * (edit(h) - h)` in forward passes, mixed batches and merges from now on. What is stored stays,
+        and the strength is not saved: `add_weighted_adapter([name], [scale], other)` makes an adapter to save. Heads
+        are not touched. Raises `UserError` for an unknown name, a scale that is not finite, and a merged adapter.
+        """
+        self._check_known([adapter_name])
+        if not math.isfinite(scale):
+            raise UserError(f"the strength of an adapter must be a finite number, not {scale}")
+        for layer in red_layers(self.model).values():
+            layer.set_scale(adapter_name, scale)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        head: str | None = None,
+    ) -> None:
+        """Add an adapter that is made from others, by exact arithmetic at each site.
+
+        "linear": the weighted sum of their differences from the identity, `scale = 1 + sum of w (s - 1)` and
+        `bias = sum of w b`; "sequence": one after another in this order, each with its weight as its strength. They
+        count as they act now (`set_scale`). A site that an adapter lacks is the identity there. Heads
+        (`modules_to_save`): one that comes alone is kept, several are averaged where the weights sum to 1 (a warning
+        says so), or `head` names the adapter whose head to take. The new adapter is neither active nor trained yet:
+        `set_adapter` does it.
+
+        Raises `UserError` for unknown or taken names, weights that are not one finite number for each adapter, an
+        unknown `combination_type`, and heads that cannot be combined; the model is unchanged then.
+        """
+        self._check_known([*adapters, *([head] if head else [])])
+        if adapter_name in self.peft_config:
+            raise UserError(f"there is an adapter '{adapter_name}' already: choose another name, or delete it first")
+        if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+            raise UserError(f"an adapter cannot be called '{adapter_name}': torch keeps that name for itself")
+        if not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+            raise UserError(f"give one finite weight for each adapter, not {list(weights)} for {list(adapters)}")
+        if combination_type not in COMBINATIONS:
+            raise UserError(f"unknown combination_type {combination_type!r}: choose {' or '.join(COMBINATIONS)}")
+        bringing = [head] if head else list(adapters)
+        heads = [_head(self.model, name) for name in bringing]
+        new_head = combine_heads(bringing, heads, weights if combination_type == "linear" else None)
+        owner = next((name for name, found in zip(bringing, heads, strict=True) if found), None)
+        if new_head and not any(same_tensors(new_head, found) for found in heads):
+            warnings.warn(
+                f"the head (modules_to_save) of '{adapter_name}' is the average of those of {', '.join(adapters)}, "
+                "which is right where these began as one; head=... takes that of one adapter",
+                stacklevel=2,
+            )
+        configs = [self.peft_config[name] for name in adapters]
+        sites = {site for config in configs for site in config.target_modules}
+        self.peft_config[adapter_name] = replace(
+            configs[0],
+            **combine_configs([config.to_dict() for config in configs], sites),
+            modules_to_save=list(self.peft_config[owner].modules_to_save) if owner else None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in red_layers(self.model).values():
+            layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
+        for name, module in _head_modules(self.model, adapter_name).items():
+            module.load_state_dict({key: new_head[f"{name}.{key}"] for key in module.state_dict()})
+
+    def _check_known(self, adapters: Sequence[str]) -> None:
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise UserError(f"unknown adapters: {', '.join(unknown)}; loaded: {', '.join(self.peft_config)}")
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's. Raises `UserError` for unknown names and for several heads; nothing is changed then."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._check_known(names)
+        for module, wrapper in _wrappers(self.model).items():
+            owners = [name for name in names if name in wrapper.modules_to_save]
+            if len(owners) > 1:
+                raise UserError(
+                    f"Only one adapter can be set at a time for ModulesToSaveWrapper: {' and '.join(owners)} bring a "
+                    f"{module} each. Make one adapter of them: add_weighted_adapter(names, weights, new_name, "
+                    "'sequence', head=...)"
+                )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. If it alone was active, the first of the others becomes so, at all sites and with its
+        head, where PEFT chooses one for each site. Raises `UserError` for an unknown and for a merged adapter."""
+        self._check_known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in red_layers(self.model).values()):
+            raise UserError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
+        if adapter_name in self.active_adapters:
+            left = [name for name in self.active_adapters if name != adapter_name]
+            if not left and (left := sorted(self.peft_config.keys() - {adapter_name})[:1]):
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=2,
+                )
+            if left:
+                self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
+        for wrapper in _wrappers(self.model).values():  # PEFT asks these to take all active adapters, and fails
+            if adapter_name not in wrapper.active_adapters:
+                wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
+        super().delete_adapter(adapter_name)
+
+    # Merging. A merged model has one head: its adapters' own, or the base's if they have none. PEFT keeps the active
+    # adapter's, whatever is merged.
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        reasons = {layer.why_not_mergeable(): name for name, layer in red_layers(self.model).items()}
+        reasons.pop(None, None)
+        if reasons:
+            reason, name = next(iter(reasons.items()))
+            raise UserError(
+                f"this model cannot be merged: {reason} (at {name}). Keep the adapter unmerged, which costs one pass "
+                "over each edited output, or merge into the unquantised model"
+            )
+
+    def _merged_heads(self, adapter_names: list[str] | None, head: str | None) -> dict[str, nn.Module]:
+        """By the names of the modules to save: what the model has there once these adapters are merged too."""
+        names = [name for layer in red_layers(self.model).values() for name in layer.merged_adapters]
+        names += self.active_adapters if adapter_names is None else adapter_names
+        self._check_known([*names, *([head] if head else [])])
+        found = {}
+        for module, wrapper in _wrappers(self.model).items():
+            copies = wrapper.modules_to_save
+            owners = [name for name in dict.fromkeys([head] if head else names) if name in copies]
+            combine_heads(owners, [copies[name].state_dict() for name in owners], None)  # UserError where they differ
+            found[module] = copies[owners[0]] if owners else wrapper.original_module
+        return found
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, head: str | None = None
+    ) -> None:
+        """Merge adapters (the active ones by default) into the base's weights, until `unmerge_adapter`.
+
+        The active head has to be theirs; where they bring different heads, `head` names the adapter whose head it is.
+        Raises `UserError` otherwise, for unknown names, and for what `RedLayer.merge` refuses.
+        """
+        for name, module in self._merged_heads(adapter_names, head).items():
+            wrapper = self.model.get_submodule(name)
+            active = [wrapper.modules_to_save[n] for n in wrapper.active_adapters if n in wrapper.modules_to_save]
+            if not same_tensors(module.state_dict(), next(iter(active), wrapper.original_module).state_dict()):
+                raise UserError(
+                    f"the active {name} (modules_to_save) is not that of the adapters to merge: call set_adapter with "
+                    "the adapter whose head is to act first"
+                )
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        head: str | None = None,
+    ) -> nn.Module:
+        """Merge adapters (the active ones by default) into the base's weights and return the plain model.
+
+        Its head is theirs, or the base's own if they have none; where they bring different heads, `head` names the
+        adapter whose head to keep. Layers without a bias get one where the adapters need it, and the configuration the
+        switch that says so (Llama: `mlp_bias=True`, which adds biases of zeros beside); a warning where it has none,
+        since a checkpoint of such a model loads without these biases. Raises `UserError` as `merge_adapter` does; the
+        adapted model still works then.
+        """
+        heads = self._merged_heads(adapter_names, head)
+        bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
+        without = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
+        super().merge_adapter(adapter_names, safe_merge)
+        self._put_heads(heads)
+        model = super().merge_and_unload(progressbar, adapter_names=[])
+        got = sorted(name for name in without if model.get_submodule(name).bias is not None)
+        if got and not (isinstance(model, PreTrainedModel) and add_biases(model, got)):
+            warnings.warn(
+                f"{len(got)} layers without a bias have got one ({some(got)}): the model in memory is right, but its "
+                "configuration has no place for them, so a checkpoint of it loads without these biases. `redpeft "
+                "fold` writes a checkpoint that is right, or says why there is none",
+                stacklevel=2,
+            )
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was: unmerged, and with its own head, where PEFT leaves the active adapter's in."""
+        self.unmerge_adapter()
+        self._put_heads({name: wrapper.original_module for name, wrapper in _wrappers(self.model).items()})
+        return super().unload()
+
+    def _put_heads(self, heads: Mapping[str, nn.Module]) -> None:
+        for name, module in heads.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around `forward` and `generate`: `adapter_names` gives each sequence its adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise UserError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
+        layers = list(red_layers(self.model).values())
+        if any(layer.merged for layer in layers):
+            raise UserError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        batch = MixedBatch(names, list(self.peft_config))
+        heads = list(_wrappers(self.model).values())
+        try:
+            _mix(layers, batch)
+            for head in heads:
+                modules = {**head.modules_to_save, BASE: head.original_module}
+                head.forward = partial(run_by_adapter, modules, batch)
+            yield
+        finally:
+            for layer in layers:
+                layer.mix(None)
+            for head in heads:
+                head.__dict__.pop("forward", None)
+
+
+@torch.compiler.disable  # or every other mix of adapters would be compiled anew
+def _mix(layers: Sequence[RedLayer], batch: MixedBatch) -> None:
+    for layer in layers:
+        if layer.redpeft_edit:
+            layer.mix(batch.index, EditTable.of_adapters(layer.redpeft_edit, batch.adapters))
+
+
+def _wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """The modules to save, with all adapters' copies, by their names in the base model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
+def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+    """An adapter's copies of the modules to save."""
+    return {
+        name: wrapper.modules_to_save[adapter]
+        for name, wrapper in _wrappers(model).items()
+        if adapter in wrapper.modules_to_save
+    }
+
+
+def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    heads = _head_modules(model, adapter).items()
+    return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
+
+
+def _either_scale(key: str) -> str:
+    """The key of a tensor, the same for `scale_offset` and `scale`."""
+    return key.removesuffix("_offset")
+
+
+def _check_plain(model: nn.Module) -> None:
+    if isinstance(unwrapped(model), PeftModel):
+        raise UserError(
+            "this model is a PeftModel: add to it by model.add_adapter(name, config), or give the base model, which "
+            "model.unload() or model.merge_and_unload() returns"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, RedLayer):
+            raise UserError(
+                f"RED cannot be mixed with other methods in one model, and {name} is a layer of another "
+                f"({type(module).__module__}): merge that adapter (merge_and_unload), or load the base model anew"
+            )
+
+
+def red_layers(model: nn.Module) -> dict[str, RedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}
+
+
+_SKIPS = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def _let_skip_calls(model: nn.Module, may: bool) -> None:
+    """Whether torch's own encoder may run its fused kernel in evaluation, as it does by itself. The kernel reads the
+    weights of the linears and never calls them, so that no edit of their outputs would act."""
+    for module in model.modules():
+        for kind, (name, off) in _SKIPS.items():
+            if isinstance(module, kind):
+                kept = vars(module).setdefault(f"_redpeft_{name}", getattr(module, name, off))
+                setattr(module, name, kept if may else off)

@@ -1,0 +1,48 @@
+"""A word where an optimiser would learn almost nothing: trainers' default rates are made for whole models.
+
+A step of Adam moves an edit by about the learning rate, of 1 or of a unit. At the default of Trainer, 5e-5, a hundred
+steps move a scale by a thousandth; a rate of 3e-2 suits RED.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from redpeft.tuner.edit import Edit
+
+LOW, USUAL = 1e-3, 3e-2
+_edits: WeakSet[Edit] = WeakSet()
+_handle: RemovableHandle | None = None
+
+
+def watch_rate(edit: Edit) -> None:
+    """Look at the rate of the first optimiser step of an edit whose unit is automatic."""
+    global _handle
+    _edits.add(edit)
+    if _handle is None:
+        _handle = register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _handle
+    learned = {id(vector) for edit in _edits for vector in (edit.offset, edit.bias)}
+    groups = [group for group in optimizer.param_groups if any(id(each) in learned for each in group["params"])]
+    if not groups:
+        return
+    _edits.clear()
+    if _handle is not None and next(reversed(_global_optimizer_pre_hooks)) == _handle.id:
+        _handle.remove()  # torch walks through the hooks: with others behind it, it stays and finds nothing
+        _handle = None
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # not what a warm-up begins with
+    if "adam" in type(optimizer).__name__.lower() and 0 < rate < LOW:
+        warnings.warn(
+            f"a learning rate of {rate:g} teaches RED almost nothing: its edits learn at about {USUAL:g} "
+            f"(learning_rate={USUAL:g}), whatever the model",
+            stacklevel=2,
+        )

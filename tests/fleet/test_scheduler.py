@@ -1,0 +1,192 @@
+"""Jobs that fail, pause, are stopped or killed: each alone, and none is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from redpeft.errors import Stopped, UserError
+from redpeft.fleet import scheduler, train_fleets
+from redpeft.fleet.fleet import Fleet
+from redpeft.fleet.source import Assignment
+from redpeft.training.train import train
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_job_whose_loss_is_not_finite_is_evicted_alone(make_job, source_of, assert_same):
+    jobs = [
+        make_job("good", "small", seed=1),
+        make_job("broken", "short", seed=2, learning_rate=1e200, max_grad_norm=0, warmup=0, schedule="constant"),
+        make_job("other", "large", seed=3),
+    ]
+    source = source_of(jobs)
+    train_fleets(source)
+    failed = source.results["broken"]
+    assert failed["kind"] == "RunError"
+    assert "the loss is not finite at step" in failed["error"]
+    assert "try a lower learning_rate" in failed["error"]
+    for job in (jobs[0], jobs[2]):
+        alone = job.folder.with_name(f"{job.folder.name}-alone")
+        train(job.recipe, alone)
+        assert_same(job.folder, alone, 1e-8)
+
+
+def test_a_job_that_cannot_begin_fails_alone(make_job, source_of, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "good", "label": "x"}\n{"text": "bad", "label": "x"}\n')
+    source = source_of(
+        [make_job("none", tmp_path / "nowhere"), make_job("good", "tiny"), make_job("one", tmp_path / "data")]
+    )
+    events = []
+    train_fleets(source, report=events.append)
+    assert "no such file or folder" in source.results["none"]["error"]
+    assert "every row has the label 'x'" in source.results["one"]["error"]
+    assert "error" not in source.results["good"]
+    assert [event["event"] for event in events if event["event"] != "pass"] == [
+        "failed", "fleet", "started", "failed", *["epoch"] * 3, "finished",
+    ]  # fmt: skip
+
+
+def test_what_is_finished_is_not_trained_again(make_job, source_of, monkeypatch):
+    job = make_job("job", "tiny")
+    train_fleets(source_of([job]))
+    monkeypatch.setattr(scheduler, "Mould", lambda *_: pytest.fail("loaded the model"))
+    source = source_of([job])
+    train_fleets(source)
+    assert source.results["job"]["steps"] == 3
+
+
+def test_a_folder_in_use_is_left_alone(make_job, source_of):
+    from redpeft.training.run_folder import locked
+
+    jobs = [make_job("used", "tiny"), make_job("free", "tiny")]
+    source = source_of(jobs)
+    with locked(jobs[0].folder):
+        train_fleets(source)
+    assert "another process is at work" in source.results["used"]["error"]
+    assert "error" not in source.results["free"]
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_after_sigterm_every_job_goes_on_from_its_last_step(make_job, source_of, assert_same, monkeypatch):
+    jobs = [make_job("a", "small", seed=1), make_job("b", "large", seed=2), make_job("c", "short", seed=3)]
+    steps, step = [], Fleet.step
+
+    def stopping(self, batch, slots, rates):
+        steps.append(len(rates) if self.slots > 1 else 0)  # not the probe of the memory
+        if self.slots > 1 and sum(steps) == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, slots, rates)
+
+    monkeypatch.setattr(Fleet, "step", stopping)
+    with pytest.raises(Stopped, match="stopped with 3 jobs under way; run the same command again"):
+        train_fleets(source_of(jobs), tokens=1)
+    source = source_of(jobs)
+    train_fleets(source, tokens=1)
+    assert sum(steps) == sum(result["steps"] for result in source.results.values())
+    for job in jobs:
+        alone = job.folder.with_name(f"{job.folder.name}-alone")
+        train(job.recipe, alone)
+        assert_same(job.folder, alone, 1e-8)
+        assert not (job.folder / "checkpoints").exists()
+
+
+def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, source_of, tmp_path):
+    """Killed without a word after the first results; what is left ends as if nothing had been."""
+    jobs = [make_job(f"job{seed}", "small", seed=seed, epochs=30) for seed in range(3)]
+    jobs.append(make_job("first", "tiny", epochs=1))
+    code = "\n".join(
+        [
+            "import sys; sys.path.insert(0, sys.argv[1])",
+            "import json, pathlib",
+            "from conftest import Source",
+            "from redpeft.fleet import train_fleets",
+            "from redpeft.fleet.source import Assignment",
+            "from redpeft.training.recipe import Recipe",
+            "jobs = [Assignment(Recipe(**r), pathlib.Path(f)) for r, f in json.loads(sys.argv[2])]",
+            "train_fleets(Source(jobs))",
+        ]
+    )
+    listed = json.dumps([[job.recipe.model_dump(), str(job.folder)] for job in jobs])
+    process = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), listed])
+    snapshots = [job.folder / "checkpoints" / "fleet.safetensors" for job in jobs[:3]]
+    deadline = time.monotonic() + 120
+    while not ((jobs[3].folder / "result.json").exists() and all(path.exists() for path in snapshots)):
+        assert process.poll() is None, "it came to its end before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    left = [job for job in jobs if not (job.folder / "result.json").exists()]
+    assert left, "all had come to their end"
+    source = source_of(jobs)
+    train_fleets(source)
+    assert {result["steps"] for name, result in source.results.items() if name != "first"} == {90}
+    for job in jobs[:3]:
+        log = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["epoch"] for entry in log if "eval_loss" in entry] == list(range(1, 31))
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_job_pauses_and_goes_on_or_ends(make_job, source_of, assert_same):
+    long, short = make_job("long", "small", epochs=5), make_job("short", "small", epochs=5, seed=1)
+    source = source_of([Assignment(job.recipe, job.folder, until=2) for job in (long, short)])
+    train_fleets(source)
+    assert source.scores.keys() == {"long", "short"}
+    assert source.results == {}
+    source = source_of([long, Assignment(short.recipe, short.folder, over=True)])
+    train_fleets(source)
+    assert source.results["short"]["epochs"] == 2
+    assert source.results["long"]["epochs"] == 5
+    alone = long.folder.with_name("alone")
+    train(long.recipe, alone)
+    assert_same(long.folder, alone, 1e-8)
+
+
+def test_slots_that_do_not_fit_are_refused(make_job, source_of, monkeypatch):
+    monkeypatch.setattr("redpeft.fleet.memory.free_memory", lambda device: 3_000)
+    source = source_of([make_job("a", "tiny"), make_job("b", "tiny")])
+    with pytest.raises(
+        UserError, match=r"2 slots cannot fit into memory: a slot takes .* ask for at most 0 \(--slots\)"
+    ):
+        train_fleets(source, slots=2)
+    assert source.results == {}
+
+
+def test_a_pass_that_does_not_fit_is_made_smaller(make_job, source_of, monkeypatch):
+    """What a GPU does when it is full."""
+    step, sizes = Fleet.step, []
+
+    def full(self, batch, slots, rates):
+        sizes.append(len(rates))
+        if self.slots > 1 and len(rates) > 2:
+            raise torch.OutOfMemoryError
+        return step(self, batch, slots, rates)
+
+    monkeypatch.setattr(Fleet, "step", full)
+    source = source_of([make_job(str(seed), "small", seed=seed, epochs=1) for seed in range(6)])
+    train_fleets(source)
+    assert max(sizes) > 2
+    assert all("error" not in result for result in source.results.values())
+
+
+def test_a_fleet_of_one_batch_that_does_not_fit(make_job, source_of, monkeypatch):
+    step = Fleet.step
+
+    def full(self, batch, slots, rates):
+        if self.slots > 1 and len(slots) > 4:
+            raise torch.OutOfMemoryError
+        return step(self, batch, slots, rates)
+
+    monkeypatch.setattr(Fleet, "step", full)
+    source = source_of([make_job("big", "large", batch_size=16), make_job("good", "small")])
+    train_fleets(source)
+    assert "its batch does not fit into memory: lower batch_size or max_length" in source.results["big"]["error"]
+    assert "error" not in source.results["good"]

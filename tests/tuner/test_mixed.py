@@ -1,0 +1,92 @@
+"""Mixed batches against one adapter at a time: identical, distinct, uneven, repeated and unknown names."""
+
+import pytest
+import torch
+from torch import nn
+
+from redpeft.errors import UserError
+from redpeft.tuner.edit import Edit, apply_edit
+from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
+
+NAMES = ["a", "b", "c"]
+
+
+def edits(width=6, names=("a", "b")):
+    made = nn.ModuleDict()
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        made[name] = Edit(width)
+        made[name].reset(identity=False)
+        made[name].express(unit=0.3)
+        with torch.no_grad():
+            made[name].offset.mul_(30)
+    return made
+
+
+def one_by_one(edits, names, hidden):
+    rows = [
+        apply_edit(hidden[i], *edits[name].effective) if name in edits else hidden[i] for i, name in enumerate(names)
+    ]
+    return torch.stack(rows).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize(
+    "names", [["a"] * 4, ["a", "b", BASE, "c"], ["b", "a", "a", "a"], [BASE] * 4, ["c", "b", "c", "b"]], ids=",".join
+)
+def test_each_row_gets_its_own_edit(names, shape, dtype):
+    some = edits()  # "c" has no edit at this site: the identity
+    hidden = torch.randn(4, *shape).to(dtype)
+    batch = MixedBatch(names, NAMES)
+    mixed = EditTable.of_adapters(some, batch.adapters).apply(hidden, batch.index.rows(4, hidden.device))
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed, one_by_one(some, names, hidden))
+
+
+def test_beams_stand_beside_each_other():
+    batch = MixedBatch(["a", "b"], NAMES)
+    assert batch.index.rows(6, torch.device("cpu")).tolist() == [0, 0, 0, 1, 1, 1]
+    assert batch.index.rows(2, torch.device("cpu")).tolist() == [0, 1]
+
+
+def test_wrong_names_and_counts_are_errors():
+    with pytest.raises(UserError, match="unknown adapters in adapter_names: x; loaded: a, b, c"):
+        MixedBatch(["a", "x"], NAMES)
+    for names in (["a", "b"], []):
+        message = f"the same as the number of inputs, but got {len(names)} and 3 respectively"
+        with pytest.raises(UserError, match=message):
+            MixedBatch(names, NAMES).index.rows(3, torch.device("cpu"))
+
+
+def test_heads_follow_the_row():
+    heads = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2), BASE: nn.Linear(4, 2)}
+    hidden = torch.randn(4, 4)
+    names = ["b", BASE, "a", "c"]  # "c" brought no head of its own
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), hidden)
+    expected = [heads[name if name in heads else BASE](hidden[i]) for i, name in enumerate(names)]
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+class Scorer(nn.Module):
+    """A head that takes keywords: rows and a mask of them, and what is the same for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, states, mask=None, factor=1.0, table=None):
+        return self.linear(states * mask[:, None]) * factor + table.sum()
+
+
+def test_heads_that_are_called_by_keyword_follow_the_row_with_all_their_tensors():
+    heads = {"a": Scorer(), "b": Scorer(), BASE: Scorer()}
+    states, mask, table = torch.randn(4, 4), torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.randn(7)
+    names = ["b", BASE, "a", "b"]
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), states=states, mask=mask, factor=2.0, table=table)
+    rows = [slice(i, i + 1) for i in range(4)]
+    expected = [
+        heads[name](states=states[i], mask=mask[i], factor=2.0, table=table)
+        for i, name in zip(rows, names, strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(expected))
