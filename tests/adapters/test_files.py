@@ -22,7 +22,7 @@ from redpeft.adapters import (
 )
 from redpeft.adapters.files import new_folder, save_tensors
 from redpeft.errors import UserError
-from redpeft.tuner.fingerprint import fingerprint
+from redpeft.models import fingerprint
 
 from .folders import SITES, WIDTH, random_tensors, write_folder
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from redpeft.tuner.fingerprint import fingerprint
+from redpeft.models import fingerprint
 
 from .making import LAYERS, SITES, TOKENS, WIDTH, adapter
 

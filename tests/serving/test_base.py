@@ -47,7 +47,7 @@ def test_modules_may_have_other_names_in_the_adapter(base, check):
     """As where it was trained on the model without its head."""
     from transformers import AutoModel
 
-    from redpeft.tuner.fingerprint import fingerprint
+    from redpeft.models import fingerprint
 
     own = {site.removeprefix("model."): site for site in SITES}
     saved = fingerprint(AutoModel.from_pretrained(base), own)

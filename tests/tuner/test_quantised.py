@@ -15,7 +15,7 @@ from torch import nn
 
 from redpeft import RedConfig, calibrate
 from redpeft.errors import UserError
-from redpeft.tuner.quantised import PACKS, leave_unpacked
+from redpeft.models import PACKS
 
 QUANTISERS = ["8bit", "4bit", "int8_weight_only"]
 LINEARS = {"8bit": "Linear8bitLt", "4bit": "Linear4bit", "int8_weight_only": "Linear"}
@@ -251,32 +251,6 @@ def test_that_there_is_no_fingerprint_is_said(case, folders, caplog, tmp_path):
     caplog.clear()
     get_peft_model(dequantised(case.load()), copy.copy(case.config))
     assert not caplog.records
-
-
-# bitsandbytes' packing of 4-bit weights, on any machine
-
-
-class Packing(nn.Linear):
-    """A linear layer with bitsandbytes' switch."""
-
-    def __init__(self, packed: bool = False) -> None:
-        super().__init__(4, 4)
-        setattr(self, PACKS, True)
-        self.weight.quant_state = SimpleNamespace(packing_format_for_cpu=packed)
-
-
-def test_weights_stay_unpacked():
-    model = nn.Sequential(Packing(), nn.Linear(4, 4))
-    leave_unpacked(model)
-    assert not getattr(model[0], PACKS)
-    assert not hasattr(model[1], PACKS)
-
-
-def test_packed_weights_are_refused_and_nothing_is_changed():
-    model = nn.Sequential(Packing(), Packing(packed=True))
-    with pytest.raises(UserError, match=r"packed for inference \(at 1: .*load the base model again and add the ad"):
-        leave_unpacked(model)
-    assert all(getattr(linear, PACKS) for linear in model)
 
 
 @pytest.mark.parametrize("quantiser", ["4bit"], indirect=True)

@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from redpeft import RedConfig, RedLayer, calibrate
 from redpeft.errors import UserError
-from redpeft.tuner.units import MAX_VALUES, example_inputs, typical_size
+from redpeft.models import example_inputs
+from redpeft.tuner.units import MAX_VALUES, typical_size
 
 
 def test_it_is_the_standard_deviation_of_a_normal_sample_whatever_a_few_outliers_do():
@@ -163,7 +164,7 @@ def test_the_unit_is_the_size_of_the_base_layers_output_on_tokens_of_its_own():
         torch.set_rng_state(before)
         measured.append(units(model))
     assert measured[0] == measured[1]
-    ids = example_inputs(llama(), sites(model)[0])["input_ids"]
+    ids = example_inputs(llama())["input_ids"]
     outputs = {}
     plain = llama(torch.float32).eval()
     for index, block in enumerate(plain.model.layers):

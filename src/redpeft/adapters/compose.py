@@ -26,8 +26,8 @@ import torch
 
 from redpeft.adapters.files import Adapter, Edit
 from redpeft.errors import UserError, some
+from redpeft.models import fingerprint_difference
 from redpeft.tuner import compose as method
-from redpeft.tuner.fingerprint import difference
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -121,7 +121,7 @@ def _other_base(one: Adapter, other: Adapter) -> str | None:
             return f"the output of {site} has width {widths[0]} in one and {widths[1]} in the other"
     prints = one.config.get("base_fingerprint"), other.config.get("base_fingerprint")
     if all(prints) and one.edits.keys() == other.edits.keys():
-        return difference(*prints)
+        return fingerprint_difference(*prints)
     names = [adapter.config.get("base_model_name_or_path") for adapter in (one, other)]
     if all(names) and names[0] != names[1]:
         return (

@@ -27,10 +27,9 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from redpeft.errors import UserError, some
-from redpeft.tuner.compiled import compile_in_place, plain_name
+from redpeft.models import compile_in_place, fingerprint, fingerprint_difference, plain_name
 from redpeft.tuner.config import FORMAT, check_format
 from redpeft.tuner.edit import ORIGINS, effective_edit, name_of_scale
-from redpeft.tuner.fingerprint import difference, fingerprint
 from redpeft.tuner.layer import output_width
 
 CONFIG_NAME = "adapter_config.json"
@@ -365,7 +364,7 @@ def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
         width = output_width(modules[site], base_model)
         if width != edit.scale.numel():
             return f"the output of {site} has width {width} here and {edit.scale.numel()} in the adapter"
-    return _head_misfit(base_model, adapter) or difference(
+    return _head_misfit(base_model, adapter) or fingerprint_difference(
         adapter.config.get("base_fingerprint"), fingerprint(base_model, adapter.edits)
     )
 

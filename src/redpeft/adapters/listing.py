@@ -18,7 +18,7 @@ from redpeft.adapters.pack import Pack, open_pack, within
 from redpeft.adapters.search import Found, find_adapters
 from redpeft.console import counted
 from redpeft.errors import UserError
-from redpeft.tuner.fingerprint import difference
+from redpeft.models import fingerprint_difference
 
 Facts = dict[str, Any]  # some fields of a row
 
@@ -111,7 +111,7 @@ class _Prints:
         if not fingerprint:
             return None
         for known, short in self._known:
-            if difference(known, fingerprint) is None:
+            if fingerprint_difference(known, fingerprint) is None:
                 return short
         short = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
         self._known.append((fingerprint, short))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from redpeft.models import leave_unpacked
 from redpeft.tasks import TASKS, Task
 from redpeft.training.base import draw_weights, precision
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import Run, build_learner, prepare
-from redpeft.tuner.quantised import leave_unpacked
 
 ADAPTER_NAME = "default"
 

@@ -15,8 +15,8 @@ from redpeft.adapters.fold.base import checkpoint_fingerprint
 from redpeft.adapters.fold.checkpoint import Checkpoint
 from redpeft.adapters.fold.names import Names
 from redpeft.errors import UserError, first_line
+from redpeft.models import fingerprint_difference
 from redpeft.serving.sites import empty_model
-from redpeft.tuner.fingerprint import difference
 
 logger = logging.getLogger("vllm.redpeft")
 
@@ -36,7 +36,7 @@ class Base:
         """Refuse an adapter of other weights (`UserError`). What cannot be compared is let through, with a word in the
         log. `sites`: the modules that the adapter edits, by its own names of them."""
         saved = adapter.config.get("base_fingerprint")
-        if saved and (differs := difference(saved, self._fingerprint(sites))):
+        if saved and (differs := fingerprint_difference(saved, self._fingerprint(sites))):
             raise UserError(f"{adapter.folder} is for another base model than {self.name}: {differs}")
 
     def _fingerprint(self, sites: Mapping[str, str]) -> dict | None:

@@ -21,12 +21,12 @@ from transformers import (
 
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, quiet
 from redpeft.errors import UserError
+from redpeft.models import leave_unpacked
 from redpeft.tasks import Task
 from redpeft.tasks.base_model import load_tokenizer
 from redpeft.training.baselines import METHODS, head_modules
 from redpeft.training.callbacks import say
 from redpeft.training.recipe import Recipe
-from redpeft.tuner.quantised import leave_unpacked
 
 QUANTISERS = {  # load_in: what does it, and the extra that brings it
     "8bit": ("bitsandbytes", "bnb"),

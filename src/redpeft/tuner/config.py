@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 
 from redpeft.errors import UserError
-from redpeft.tuner.compiled import plain_name
+from redpeft.models import plain_name
 from redpeft.tuner.register import REDPEFT
 from redpeft.tuner.sites import KINDS, RED_PLUS
 

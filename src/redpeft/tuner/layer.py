@@ -21,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
+from redpeft.models import FLOATS
 from redpeft.tuner.compose import Combination
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.edit import Edit, apply_edit, fold_edit
-from redpeft.tuner.fingerprint import FLOATS
 from redpeft.tuner.mixed import EditTable, RowIndex
 
 

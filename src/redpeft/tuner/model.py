@@ -20,15 +20,20 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, some
-from redpeft.tuner.biases import add_biases
-from redpeft.tuner.compiled import compile_in_place, plain_name, unwrapped
+from redpeft.models import (
+    add_biases,
+    compile_in_place,
+    fingerprint,
+    fingerprint_difference,
+    leave_unpacked,
+    plain_name,
+    unwrapped,
+)
 from redpeft.tuner.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.tuner.config import FORMAT, RedConfig
 from redpeft.tuner.edit import ORIGINS
-from redpeft.tuner.fingerprint import difference, fingerprint
 from redpeft.tuner.layer import RedLayer, output_width
 from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
-from redpeft.tuner.quantised import leave_unpacked
 from redpeft.tuner.rates import watch_rate
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
@@ -91,7 +96,7 @@ class RedModel(BaseTuner):
                 "cannot be taken, and another base model of the same shape would not be noticed",
                 adapter_name,
             )
-        differs = difference(config.base_fingerprint, found)
+        differs = fingerprint_difference(config.base_fingerprint, found)
         if differs:
             named = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
             warnings.warn(

@@ -42,7 +42,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
-from redpeft.tuner.compiled import unwrapped
+from redpeft.models import unwrapped
 
 KINDS = ("ffn", "attention", "qkv")
 RED_PLUS = "red+"

@@ -26,10 +26,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, first_line, some
+from redpeft.models import example_inputs
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.layer import RedLayer
 
-ROWS, POSITIONS = 8, 64  # of random tokens
 MAX_VALUES = 2**20
 STD_PER_MEDIAN = 1.4826
 
@@ -240,7 +240,7 @@ def _several_processes() -> bool:
 def _run_made_up(base: nn.Module, layers: Sequence[RedLayer], model: nn.Module) -> None:
     """One forward pass of random inputs, of the model without its head where that holds all the layers. `model` is the
     one to call where FSDP has spread the weights."""
-    inputs = example_inputs(base, layers[0])
+    inputs = example_inputs(base, layers[0].device_of_base)
     module: nn.Module = base
     if isinstance(base, PreTrainedModel) and set(layers) <= set(base.base_model.modules()):
         module = base.base_model
@@ -252,45 +252,3 @@ def _run_made_up(base: nn.Module, layers: Sequence[RedLayer], model: nn.Module) 
         base.forward(**inputs)  # in a hook before its forward
     else:
         module(**inputs)
-
-
-def example_inputs(base: nn.Module, layer: RedLayer) -> dict[str, Any]:
-    """Random inputs for a transformers model, from its `main_input_name` and configuration, where `layer` computes."""
-    config: Any = getattr(base, "config", None)
-    name = getattr(base, "main_input_name", None)
-    if config is None or name is None:
-        raise UserError("it is no model of transformers")
-    inputs: dict[str, Any] = {name: _noise(name, config)}
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = _noise("input_ids", config)[: len(inputs[name])]
-    device = layer.device_of_base
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
-
-
-def _noise(name: str, config: Any) -> torch.Tensor:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    generator = torch.Generator().manual_seed(0)
-    if name == "input_ids":
-        positions = min(POSITIONS, getattr(text, "max_position_embeddings", None) or POSITIONS)
-        positions = max(1, positions - 2)  # RoBERTa-like models keep two positions for padding
-        ids = torch.randint(0, text.vocab_size, (ROWS, positions), generator=generator)
-        special = torch.tensor(sorted(_special_tokens(config) | _special_tokens(text)))
-        plain = next((token for token in range(text.vocab_size) if token not in special), 0)
-        return ids.masked_fill(torch.isin(ids, special), plain)
-    if name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        return torch.randn(ROWS, getattr(config, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features":
-        frames = 2 * getattr(config, "max_source_positions", 1500)
-        return torch.randn(2, getattr(config, "num_mel_bins", 80), frames, generator=generator)
-    if name == "input_values":
-        return torch.randn(2, 16000, generator=generator)
-    raise UserError(f"it takes {name}")
-
-
-def _special_tokens(config: Any) -> set[int]:
-    """Padding, ends, and places of images, which a model counts."""
-    values = [value for key, value in vars(config).items() if key.endswith(("_token_id", "_token_index"))]
-    tokens = [token for value in values for token in (value if isinstance(value, list) else [value])]
-    return {token for token in tokens if isinstance(token, int)}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, BertForSequenceC
 from redpeft.adapters import read_adapter
 from redpeft.adapters.fold import fold
 from redpeft.errors import UserError
-from redpeft.tuner.quantised import leave_unpacked
+from redpeft.models import leave_unpacked
 
 from .models import (
     CAUSAL,

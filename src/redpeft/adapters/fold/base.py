@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from redpeft.adapters.fold.checkpoint import Checkpoint
 from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.plan import is_quantised
-from redpeft.tuner.fingerprint import fingerprint_of
+from redpeft.models import fingerprint_of
 
 
 def checkpoint_fingerprint(

@@ -38,7 +38,7 @@ from redpeft.adapters.fold.write import changes, write_rest, write_weights
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
 from redpeft.adapters.preview import empty_model, model_config
 from redpeft.errors import UserError, some
-from redpeft.tuner.fingerprint import FLOATS, difference
+from redpeft.models import FLOATS, fingerprint_difference
 from redpeft.tuner.layer import output_width
 from redpeft.tuner.sites import find_sites
 
@@ -218,7 +218,7 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
     if not saved:
         return
     found = checkpoint_fingerprint({site: site for site in adapter.edits}, original, checkpoint, names)
-    if differs := difference(saved, found):
+    if differs := fingerprint_difference(saved, found):
         raise UserError(f"{adapter.folder} is for another base model than {checkpoint.folder}: {differs}")
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from redpeft.adapters.fold.ties import tied_weights
 from redpeft.errors import UserError, some
-from redpeft.tuner.biases import switch_on_biases
+from redpeft.models import switch_on_biases
 
 # What becomes of a site's edit
 FOLDED = "weight and bias"

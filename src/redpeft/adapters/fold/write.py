@@ -21,8 +21,8 @@ from redpeft.adapters.fold.plan import Plan
 from redpeft.adapters.fold.survey import FoldedSite, rows
 from redpeft.adapters.loading import ensure_pad_token
 from redpeft.errors import UserError
+from redpeft.models import FLOATS
 from redpeft.tuner.edit import fold_edit
-from redpeft.tuner.fingerprint import FLOATS
 
 
 @dataclass
