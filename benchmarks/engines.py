@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from redpeft import RedConfig
-from redpeft.adapters.files import WEIGHTS_NAME
+from redpeft.storage import WEIGHTS_NAME
 
 BASE = "base"
 METHODS = {

@@ -37,8 +37,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from engines import BASE, METHODS, engines, make_adapters, make_base
-from redpeft.adapters.files import WEIGHTS_NAME
 from redpeft.runs.machine import machine
+from redpeft.storage import WEIGHTS_NAME
 
 AGAIN = "base again"
 MEMORY = 0.4  # of what is free, for the adapters of one engine

@@ -1,4 +1,4 @@
-"""What people are told while work goes on: lines on standard error, from one process for all."""
+"""Messages and progress: lines on standard error, from one process for all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ SECONDS, SHARE, SILENCE = 30.0, 0.05, 120.0
 
 
 def is_first_process() -> bool:
-    """Whether this is the process of a distributed run that speaks and writes for all, or the only one."""
+    """Whether this is the main process of a distributed run, which prints and writes for all, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(line: str) -> None:
+def log_main(line: str) -> None:
     """A line on standard error (standard output is kept for results), from the first process alone."""
     if is_first_process():
         print(line, file=sys.stderr)
@@ -42,7 +42,7 @@ class Progress:
         self._told, self._told_of = now, done
         new = done - self._before
         left = [f"{in_words((now - self._began) * (total - done) / new)} left"] if new > 0 else []
-        say(", ".join([f"{what} {done:,} of {total:,}", *notes, *left]))
+        log_main(", ".join([f"{what} {done:,} of {total:,}", *notes, *left]))
 
 
 def in_words(seconds: float) -> str:

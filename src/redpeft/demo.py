@@ -18,9 +18,9 @@ from redpeft import tasks
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError
 from redpeft.runs.runner import jobs_of, run_jobs
+from redpeft.storage import locked
 from redpeft.training.predict import load_run, predict
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import locked
 
 METHODS = ("red", "lora", "ia3", "head", "full")
 SEEDS = (0, 1)

@@ -326,7 +326,7 @@ def test_it_is_said_whose_head_results(tmp_path, tiny_encoder_folder, capsys):
         (run / "recipe.yaml").touch()
         (run / "task.json").write_text(json.dumps({"label_names": labels}))
 
-    def say(expression, *options):
+    def log_main(expression, *options):
         expression = re.sub(r"\b[ABC]\b", lambda name: f'"{tmp_path / name[0].lower()}"', expression)
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         with contextlib.suppress(SystemExit):
@@ -336,13 +336,13 @@ def test_it_is_said_whose_head_results(tmp_path, tiny_encoder_folder, capsys):
 
     for run in runs:
         label(run, "x", "y", "z")
-    assert f"Head (modules_to_save): {runs[0]} Adapter" in say("C >> A:0.5")
-    assert f"Head (modules_to_save): the average of {runs[0]} and {runs[1]}, by their w" in say("A:0.25 + B:0.75")
-    assert "Head" not in say("C:2")
+    assert f"Head (modules_to_save): {runs[0]} Adapter" in log_main("C >> A:0.5")
+    assert f"Head (modules_to_save): the average of {runs[0]} and {runs[1]}, by their w" in log_main("A:0.25 + B:0.75")
+    assert "Head" not in log_main("C:2")
     label(runs[1], "x", "z", "y")
     for expression in ("A:0.25 + B:0.75", "A:0.5 + (B + C:-1):0.5"):
-        assert f"{runs[0]} and {runs[1]} bring heads (modules_to_save) of different labels" in say(expression)
-    assert f"Head (modules_to_save): {runs[1]} Adapter" in say("A:0.25 + B:0.75", "--head", runs[1])
+        assert f"{runs[0]} and {runs[1]} bring heads (modules_to_save) of different labels" in log_main(expression)
+    assert f"Head (modules_to_save): {runs[1]} Adapter" in log_main("A:0.25 + B:0.75", "--head", runs[1])
 
 
 @pytest.mark.parametrize("model", ["RoBERTa/RoBERTa_base/checkpoint/mnli", "GPT-2/gpt2_medium/checkpoint"])

@@ -10,19 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from redpeft.adapters import (
-    Adapter,
-    Edit,
-    find_adapter,
-    load_adapter,
-    pack_adapters,
-    read_adapter,
-    unpack_adapters,
-    write_adapter,
-)
-from redpeft.adapters.files import new_folder, save_tensors
+from redpeft.adapters import Adapter, Edit, load_adapter, pack_adapters, read_adapter, unpack_adapters, write_adapter
 from redpeft.errors import UserError
 from redpeft.models import fingerprint
+from redpeft.storage import find_adapter, save_tensors
 
 from .folders import SITES, WIDTH, random_tensors, write_folder
 
@@ -267,25 +258,6 @@ def test_the_edits_say_which_modules(adapter, tmp_path):
     assert written.config["target_modules"] == ["x.1"]
     assert written.config["resolved"] is True
     assert torch.equal(written.edits["x.1"].bias, ones.float())
-
-
-def test_a_folder_has_one_writer_and_nothing_beside_it_is_touched(adapter, tmp_path):
-    theirs = tmp_path / "new.partial"
-    theirs.mkdir()
-    (theirs / "notes").touch()
-    (tmp_path / ".new.lock").touch()  # of a process that was killed: nobody holds it
-    with new_folder(tmp_path / "new") as first:
-        (first / "whole").touch()
-        with pytest.raises(UserError, match=f"another process is writing {tmp_path}/new: wait for it, or choose"):
-            write_adapter(dataclasses.replace(adapter, folder=tmp_path / "new"))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["whole"]
-    with pytest.raises(ValueError, match="stops"), new_folder(tmp_path / "other"):
-        raise ValueError("stops")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "new", "new.partial"]
-    assert (theirs / "notes").exists()
-    umask = os.umask(0)
-    os.umask(umask)
-    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

@@ -64,7 +64,7 @@ def test_what_is_finished_is_not_trained_again(make_job, source_of, monkeypatch)
 
 
 def test_a_folder_in_use_is_left_alone(make_job, source_of):
-    from redpeft.training.run_folder import locked
+    from redpeft.storage import locked
 
     jobs = [make_job("used", "tiny"), make_job("free", "tiny")]
     source = source_of(jobs)

@@ -61,8 +61,7 @@ def fake_fleets(monkeypatch):
     """
     from redpeft.errors import RunError, Stopped
     from redpeft.runs import batch
-    from redpeft.training.callbacks import to_json
-    from redpeft.training.run_folder import finished, read_result
+    from redpeft.storage import read_result, to_json
 
     def use(score):
         trained = []
@@ -71,7 +70,7 @@ def fake_fleets(monkeypatch):
             report({"event": "fleet", "slots": slots or 4, "tokens": tokens or 64, "plan": "a slot takes nothing"})
             for job in jobs:
                 folder, recipe = job.folder, job.recipe.alone()
-                if finished(recipe, folder):
+                if recipe.result_in(folder):
                     continue
                 trained.append(folder)
                 report({"event": "started", "folder": str(folder)})

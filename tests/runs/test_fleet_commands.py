@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from redpeft.training.run_folder import read_result
+from redpeft.storage import read_result
 
 
 @pytest.fixture(scope="module")

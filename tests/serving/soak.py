@@ -27,7 +27,7 @@ import psutil
 import pytest
 from safetensors.torch import save_file
 
-from redpeft.adapters.files import CONFIG_NAME, WEIGHTS_NAME
+from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME
 
 from .making import TOKENS, WIDTH, adapter, edits
 from .server import Server

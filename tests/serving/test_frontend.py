@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from redpeft.adapters.files import WEIGHTS_NAME
+from redpeft.storage import WEIGHTS_NAME
 
 from .making import adapter
 

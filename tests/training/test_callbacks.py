@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from redpeft.training.callbacks import EpochOrder, checkpoint_state, last_checkpoint, to_json
+from redpeft.storage import checkpoint_state, last_checkpoint, to_json
+from redpeft.training.callbacks import EpochOrder
 
 
 def test_an_epochs_order_depends_on_seed_and_epoch_alone():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from redpeft.training.run_folder import read_result
+from redpeft.storage import read_result
 
 JOB = """
 import os, signal, sys

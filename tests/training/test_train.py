@@ -7,14 +7,18 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from redpeft import console
-from redpeft.adapters.files import read_adapter, usual_mode
+from redpeft.adapters.files import read_adapter
 from redpeft.errors import RunError, Stopped, UserError
+from redpeft.runs.runner import run_recipe
+from redpeft.storage import default_mode
 from redpeft.training import callbacks
 from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.predict import evaluate, load_run, open_run, predict
@@ -82,7 +86,7 @@ def test_a_run_folder_and_its_result(whole, make_recipe, data_folder):
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "accuracy.png"}
     files = {path.name for path in (folder / "adapter").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md"}  # the tokenizer is the base's
-    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {usual_mode(folder)}
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {default_mode(folder)}
     assert json.loads((folder / "result.json").read_text()) == result
     assert (result["steps"], result["metric"], result["learning_rate"]) == (STEPS, "accuracy", DEFAULT_RATES["red"])
     assert result["head_parameters"] == 32 * 2 + 2
@@ -449,3 +453,58 @@ def test_wrong_input_writes_nothing(changes, message, make_recipe, tmp_path):
         train(make_recipe(**changes), tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+HOLD = """
+import sys, filelock
+lock = filelock.FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_process():
+    """Another process that holds the lock of a folder until it is killed: call it with the folder."""
+    started = []
+
+    def hold(folder):
+        folder.mkdir(exist_ok=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen([sys.executable, "-c", HOLD, str(folder / ".lock")], **pipes))
+        assert started[-1].stdout.readline() == b"held\n"
+        return started[-1]
+
+    yield hold
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(other_process, make_recipe, tmp_path):
+    folder = tmp_path / "run"
+    first = other_process(folder)
+    with pytest.raises(UserError, match=r"^another process is at work in .*run: wait, or choose another folder$"):
+        train(make_recipe(), folder)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    first.kill()  # no time to tidy up: the file stays, and locks nobody out
+    first.wait()
+    assert (folder / ".lock").exists()
+    assert train(make_recipe(max_steps=1), folder)["steps"] == 1
+    assert not (folder / ".lock").exists()
+
+
+def test_several_seeds_are_locked_as_one(other_process, make_recipe, tmp_path):
+    other_process(tmp_path / "seeds")
+    with pytest.raises(UserError, match="another process is at work in"):
+        run_recipe(make_recipe(seeds=[1, 2]), tmp_path / "seeds")
+    assert [path.name for path in (tmp_path / "seeds").iterdir()] == [".lock"]
+
+
+def test_no_run_within_a_run(make_recipe, tmp_path):
+    train(make_recipe(max_steps=1), tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    with pytest.raises(UserError, match=r"seed-1 would lie inside the run folder .*run: choose another"):
+        run_recipe(make_recipe(max_steps=1, seeds=[1, 2]), tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before

@@ -1,6 +1,6 @@
 """A trained edit as a thing on disk: read it, load it onto its base model, look into it, describe it, pack many."""
 
-from redpeft.adapters.files import Adapter, Edit, find_adapter, find_run, load_adapter, read_adapter, write_adapter
+from redpeft.adapters.files import Adapter, Edit, load_adapter, read_adapter, write_adapter
 from redpeft.adapters.listing import list_adapters
 from redpeft.adapters.pack import open_pack, unpack_adapters
 from redpeft.adapters.packing import pack_adapters
@@ -8,8 +8,6 @@ from redpeft.adapters.packing import pack_adapters
 __all__ = [
     "Adapter",
     "Edit",
-    "find_adapter",
-    "find_run",
     "list_adapters",
     "load_adapter",
     "open_pack",

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from redpeft.adapters import compose as functions
-from redpeft.adapters.files import TASK, Adapter, find_adapter, find_run, read_adapter, write_adapter
+from redpeft.adapters.files import Adapter, read_adapter, write_adapter
 from redpeft.errors import UserError
+from redpeft.storage import TASK, find_adapter, find_run
 from redpeft.tuner.compose import combine_configs, same_tensors
 
 _TOKEN = re.compile(r"""\s*("[^"]*"|'[^']*'|>>|[+:(),]|[^\s"'+:(),>]+)""")

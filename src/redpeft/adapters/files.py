@@ -10,17 +10,13 @@ with the same words. Only safetensors is read, never a pickle.
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
@@ -28,14 +24,11 @@ from torch import nn
 
 from redpeft.errors import UserError, some
 from redpeft.models import compile_in_place, fingerprint, fingerprint_difference, plain_name
+from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, new_folder
 from redpeft.tuner.config import FORMAT, check_format
 from redpeft.tuner.edit import ORIGINS, effective_edit, name_of_scale
 from redpeft.tuner.layer import output_width
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-# within a run folder, of which training/ has the rest
-RECIPE, TASK, RESULT, ADAPTER, MODEL = "recipe.yaml", "task.json", "result.json", "adapter", "model"
 PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."
 
@@ -59,19 +52,6 @@ class Adapter:
     edits: dict[str, Edit]
     units: dict[str, float]
     head: dict[str, torch.Tensor]
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The adapter folder that `path` means: itself, or `adapter/` inside a run folder."""
-    path = Path(path)
-    inside = path / ADAPTER
-    return inside if (inside / CONFIG_NAME).is_file() and not (path / CONFIG_NAME).is_file() else path
-
-
-def find_run(path: str | Path) -> Path:
-    """The run folder that `path` means: itself, or the one around its `adapter/`."""
-    path = Path(path)
-    return path.parent if path.name == ADAPTER and (path.parent / RECIPE).is_file() else path
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -191,81 +171,6 @@ def write_adapter(adapter: Adapter) -> None:
     with new_folder(adapter.folder) as folder:
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file by a temporary one and a rename, so that it is never seen half written."""
-    temporary = beside(path)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, as atomically as `write_atomically`."""
-    temporary = beside(path)
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(usual_mode(path.parent))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def usual_rights(folder: Path) -> None:
-    """Give all files below a folder the rights that a new file has there: safetensors makes some that no one but their
-    owner can read."""
-    mode = usual_mode(folder)
-    for file in folder.rglob("*"):
-        if file.is_file() and not file.is_symlink():
-            file.chmod(mode)
-
-
-def usual_mode(folder: Path) -> int:
-    """The rights of a new file in a folder. Of a file, since to ask for the umask is to change it, for all threads."""
-    probe = beside(folder / ".rights")
-    try:
-        probe.touch()
-        return probe.stat().st_mode & 0o777
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into, which becomes `path` at the end and is removed after an error.
-
-    Raises `UserError` for a `path` that is there and not an empty folder, that another process is writing, or that
-    cannot be written.
-    """
-    final = path.resolve()
-    temporary, lock = beside(final), FileLock(final.with_name(f".{final.name}.lock"), timeout=0)
-    try:
-        if not (parent := next(parent for parent in final.parents if parent.exists())).is_dir():
-            raise UserError(f"cannot write {path}: {parent} is not a folder")
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with lock:  # the operating system drops it with its process, however that ends
-            try:
-                if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-                    raise UserError(
-                        f"{path} is there already and is not an empty folder: choose another, or remove it"
-                    )
-                temporary.mkdir()
-                yield temporary
-                usual_rights(temporary)
-                os.replace(temporary, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-                with suppress(OSError):  # Windows removes it at the release
-                    Path(lock.lock_file).unlink()
-    except Timeout:
-        raise UserError(f"another process is writing {path}: wait for it, or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def beside(path: Path) -> Path:
-    """A name beside `path` for what becomes `path` when it is whole: nobody else's, so that nothing is overwritten."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
 
 
 def load_adapter(

@@ -13,12 +13,13 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from redpeft.adapters.files import RECIPE, RESULT, WEIGHTS_NAME, Adapter, read_adapter, read_config
+from redpeft.adapters.files import Adapter, read_adapter, read_config
 from redpeft.adapters.pack import Pack, open_pack, within
 from redpeft.adapters.search import Found, find_adapters
 from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.models import fingerprint_difference
+from redpeft.storage import RECIPE, RESULT, WEIGHTS_NAME
 
 Facts = dict[str, Any]  # some fields of a row
 

@@ -21,16 +21,9 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
-from redpeft.adapters.files import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Adapter,
-    as_adapter,
-    new_folder,
-    parse_config,
-    split_key,
-)
+from redpeft.adapters.files import Adapter, as_adapter, parse_config, split_key
 from redpeft.errors import UserError, some
+from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, escapes_root, new_folder
 
 METADATA, FILES = "redpeft_pack", "files"
 Number = Annotated[int, Field(ge=0)]
@@ -206,10 +199,6 @@ def _index(path: Path, file: Any) -> Index:
         raise UserError(f"{path}: its index is damaged, or of a later version of redpeft") from error
     for entry in index.adapters:
         for below in (entry.name, entry.folder, *entry.files):
-            if _leads_out(below):
+            if escapes_root(below):
                 raise UserError(f"{path}: {below!r} in its index would lie outside the folder: do not use this file")
     return index
-
-
-def _leads_out(path: str) -> bool:
-    return bool(Path(path).anchor) or ".." in Path(path).parts or "\0" in path

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from redpeft.adapters.compose import check_same_base
-from redpeft.adapters.files import RECIPE, RESULT, TASK, WEIGHTS_NAME, Adapter, beside, read_adapter, usual_mode
+from redpeft.adapters.files import Adapter, read_adapter
 from redpeft.adapters.pack import FILES, METADATA, Content, Entry, Group, Index, digest, open_pack
 from redpeft.adapters.search import Found, files_of, find_adapters
 from redpeft.errors import RunError, UserError
+from redpeft.storage import RECIPE, RESULT, TASK, WEIGHTS_NAME, default_mode, temporary_path
 
 LARGEST_INDEX = 60_000_000  # bytes: safetensors reads no header of more than 100 MB, in which its quotes are escaped
 PICKLES = (".bin", ".pt", ".pth", ".pkl")  # optimizers, say: large, and nothing to take from a stranger
@@ -99,7 +100,7 @@ class _Collected:
         return text
 
     def tables(self) -> dict[str, torch.Tensor]:
-        """The tables by name. One adapter at a time is in memory beside them."""
+        """The tables by name. One adapter at a time is in memory temporary_path them."""
         tables: dict[str, torch.Tensor] = {}
         for entry in self.entries:
             path = self.root / entry.folder / WEIGHTS_NAME
@@ -159,11 +160,11 @@ def _write(out: Path, collected: _Collected) -> None:
     """Under a temporary name, which becomes `out` when all of it was read back."""
     index = collected.index()
     tensors = collected.tables() | {FILES: torch.frombuffer(collected.data, dtype=torch.uint8)}
-    temporary = beside(out)
+    temporary = temporary_path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={METADATA: index})
-        temporary.chmod(usual_mode(out.parent))
+        temporary.chmod(default_mode(out.parent))
         with open_pack(temporary) as pack:
             for name in pack.names:
                 deque(pack.files(name), maxlen=0)

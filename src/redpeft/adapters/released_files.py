@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from redpeft.adapters.files import Edit, new_folder
+from redpeft.adapters.files import Edit
 from redpeft.errors import UserError, some
+from redpeft.storage import new_folder
 
 WEIGHTS, HEAD = "delta_vector.pth", "classifier.pth"
 MARK = ".delta_vector."

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from redpeft.adapters.files import ADAPTER, CONFIG_NAME, MODEL, RECIPE, RESULT, TASK
 from redpeft.errors import UserError
+from redpeft.storage import ADAPTER, CONFIG_NAME, MODEL, RECIPE, RESULT, TASK
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw a picture to this PNG file.")] = None,
 ) -> Answer:
     """Show what an adapter has learned, site by site, or how two adapters differ."""
-    from redpeft.adapters import find_adapter, inspect, read_adapter
+    from redpeft.adapters import inspect, read_adapter
+    from redpeft.storage import find_adapter
 
     adapters = [read_adapter(find_adapter(folder)) for folder in (adapter, other) if folder]
     data: dict[str, Any] = {"adapter": adapters[0].folder, "sites": inspect.summarize(adapters[0])}
@@ -72,8 +73,9 @@ def fold(
     sites: Annotated[str, typer.Option(help="With --plan and no adapter: ffn, attention, qkv, red+.")] = "ffn",
 ) -> Answer:
     """Fold an adapter into its base model's weights: a plain checkpoint that needs no redpeft."""
-    from redpeft.adapters import find_adapter, read_adapter
+    from redpeft.adapters import read_adapter
     from redpeft.adapters.fold import fold, preview_fold, tables
+    from redpeft.storage import find_adapter
 
     if plan:
         preview = preview_fold(plan, sites.split(","), read_adapter(find_adapter(adapter)) if adapter else None)
@@ -132,8 +134,9 @@ def export_released(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
 ) -> Answer:
     """Write an adapter as the paper's own code saves it: delta_vector.pth, and classifier.pth for RoBERTa's head."""
-    from redpeft.adapters import find_adapter, read_adapter
+    from redpeft.adapters import read_adapter
     from redpeft.adapters.released import export_released
+    from redpeft.storage import find_adapter
 
     found = export_released(read_adapter(find_adapter(adapter)), out)
     return Answer(dataclasses.asdict(found), [f"Wrote {file} ({found.dtype})" for file in found.files])

@@ -79,7 +79,7 @@ def evaluate(
     task: TaskName = None,
 ) -> Answer:
     """Score a trained adapter on data with labels."""
-    from redpeft.adapters import find_run
+    from redpeft.storage import find_run
     from redpeft.training.predict import evaluate, open_run
 
     metrics = evaluate(open_run(find_run(run), base, task), data, config)
@@ -104,7 +104,7 @@ def predict(
     task: TaskName = None,
 ) -> Iterator[dict[str, Any]] | Answer:
     """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
-    from redpeft.adapters import find_run
+    from redpeft.storage import find_run
     from redpeft.training.answer_files import check_name, read_rows, rounded_answer, save_answers
     from redpeft.training.predict import answer_batches, identity, open_run
 

@@ -12,14 +12,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from redpeft.adapters.files import find_run, write_atomically
 from redpeft.console import Progress
 from redpeft.errors import UserError
 from redpeft.evaluation import alpaca_eval, mt_bench
 from redpeft.evaluation.journal import journal_of
 from redpeft.evaluation.language_model import Decoding, LanguageModel, open_language_model, weights_digest
+from redpeft.storage import explaining_full_disk, find_run, write_atomically
 from redpeft.tasks.instruction import Chat
-from redpeft.training.run_folder import naming_a_full_disk
 
 BENCHMARKS: dict[str, Any] = {"alpaca-eval": alpaca_eval, "mt-bench": mt_bench}
 
@@ -78,7 +77,7 @@ def generate(
                     bar.update(len(batch))
                     lines.show("question", len(done) + start + len(batch), len(rows))
         entries = sorted(journal.entries, key=lambda entry: entry["question"])
-        with naming_a_full_disk(out.parent):
+        with explaining_full_disk(out.parent):
             write_atomically(out, kind.text(rows, entries, name))
     return {"benchmark": benchmark, "model": name, "questions": len(rows), "generated": len(todo), "out": str(out)}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import UserError
-from redpeft.training.run_folder import locked, naming_a_full_disk
+from redpeft.storage import explaining_full_disk, locked
 
 
 @contextmanager
@@ -56,7 +56,7 @@ class Journal:
         if not self._end:
             lines.insert(0, json.dumps({"settings": self.settings}, ensure_ascii=False))
         try:
-            with naming_a_full_disk(self.path.parent):
+            with explaining_full_disk(self.path.parent):
                 self._write("".join(f"{line}\n" for line in lines).encode())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None

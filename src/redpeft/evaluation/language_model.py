@@ -26,9 +26,10 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from redpeft.adapters.files import RECIPE, WEIGHTS_NAME, find_adapter, find_run, load_adapter, read_config
+from redpeft.adapters.files import load_adapter, read_config
 from redpeft.adapters.loading import DTYPE_ARGUMENT, quiet
 from redpeft.errors import UserError, first_line
+from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
 from redpeft.tasks import InstructionTask
 from redpeft.tasks.base_model import input_limit, load_decoder, load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.instruction import Chat

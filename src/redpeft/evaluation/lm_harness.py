@@ -14,12 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
-from redpeft.adapters.files import write_atomically
+from redpeft.console import log_main
 from redpeft.errors import UserError, first_line
 from redpeft.evaluation.journal import Journal, journal_of
 from redpeft.evaluation.language_model import weights_digest
-from redpeft.training.callbacks import say, to_json
-from redpeft.training.run_folder import naming_a_full_disk
+from redpeft.storage import explaining_full_disk, to_json, write_atomically
 
 Metrics = dict[str, float]
 
@@ -96,7 +95,7 @@ def evaluate_adapters(
             _score(base, todo, weights, journal, manager, batch_size, limit)
         found = {cell: _find(journal.entries, *cell, weights) or {} for cell in cells}
         result = {"base": base, "limit": limit, "lm_eval": harness, **_collect(base, found)}
-        with naming_a_full_disk(out.parent):
+        with explaining_full_disk(out.parent):
             write_atomically(out, to_json(result, indent=2))
     return result
 
@@ -168,7 +167,7 @@ def _score(
     for model in dict.fromkeys(model for model, _ in todo):
         lm.use(model)  # an adapter that does not fit is found out now, and not after hours
     for number, (model, task) in enumerate(todo, start=1):
-        say(f"{number} of {len(todo)}: {model or base} on {task.name}")
+        log_main(f"{number} of {len(todo)}: {model or base} on {task.name}")
         lm.use(model)
         try:
             found = simple_evaluate(

@@ -23,7 +23,7 @@ from redpeft.errors import RunError
 from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
 from redpeft.fleet.snapshot import Snapshot, read_snapshot, write_snapshot
-from redpeft.training.callbacks import to_json
+from redpeft.storage import append_metrics, write_metrics
 from redpeft.training.run import Run, best_evaluation, plain_scores, save_model
 
 LOGS = 100  # lines of training loss in a run's metrics.jsonl
@@ -138,8 +138,7 @@ class Member:
             self.since_best, self.seconds = snapshot.progress["since_best"], snapshot.progress["seconds"]
             for name in KEPT:
                 setattr(self.state, name, snapshot.progress[name])
-        lines = "".join(to_json(entry) + "\n" for entry in self.state.log_history)
-        (self.run.folder / "metrics.jsonl").write_text(lines, encoding="utf-8")
+        write_metrics(self.run.folder, self.state.log_history)
 
     def _is_over(self) -> bool:
         patience = self.run.recipe.early_stopping
@@ -216,8 +215,7 @@ class Member:
     def _log(self, entry: dict[str, Any]) -> None:
         entry = {**entry, "epoch": self.state.epoch, "step": self.state.global_step}
         self.state.log_history.append(entry)
-        with (self.run.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(to_json(entry) + "\n")
+        append_metrics(self.run.folder, entry)
 
     def _seconds(self) -> float:
         return self.seconds + time.perf_counter() - self.began

@@ -21,9 +21,9 @@ from redpeft.fleet.memory import plan_memory
 from redpeft.fleet.packing import pack
 from redpeft.fleet.source import Assignment, Jobs, Ready, Report, Source, silent
 from redpeft.fleet.template_model import Mould, autocast_dtype
+from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
 from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
 from redpeft.training.run import Run
-from redpeft.training.run_folder import CHECKPOINTS, locked, naming_a_full_disk, read_result
 
 TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, at work
 SLOTS = 64  # enough to find batches of like length among
@@ -109,7 +109,7 @@ class Crew:
 
     def _admit(self, ready: Ready, prepared: Run | None = None) -> None:
         assignment, lock = ready.assignment, ExitStack()
-        with self.jobs.failing(assignment), naming_a_full_disk(assignment.folder):
+        with self.jobs.failing(assignment), explaining_full_disk(assignment.folder):
             try:
                 lock.enter_context(locked(assignment.folder))
                 run = prepared or self._prepare(ready)
@@ -174,7 +174,7 @@ class Crew:
         """Let a job go on with what it waited for, to its next batch, a pause or its end."""
         aboard = self.aboard[slot] = self.aboard.pop(slot)  # the last to have its turn
         work = None
-        with self.jobs.failing(aboard.assignment), naming_a_full_disk(aboard.assignment.folder):
+        with self.jobs.failing(aboard.assignment), explaining_full_disk(aboard.assignment.folder):
             work = aboard.work = aboard.member.go_on(answer)
             self._tell(aboard)
             if work is None:

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from redpeft.adapters.files import save_tensors
 from redpeft.fleet.fleet import SlotState
-from redpeft.training.run_folder import CHECKPOINTS
+from redpeft.storage import CHECKPOINTS, save_tensors
 
 SNAPSHOT = "fleet.safetensors"
 

@@ -17,7 +17,6 @@ from redpeft.fleet.template_model import kind_of, shape_of
 from redpeft.tasks import Task
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import check_recipe, read_task
-from redpeft.training.run_folder import finished
 
 Event = dict[str, Any]
 Report = Callable[[Event], None]
@@ -106,7 +105,7 @@ class Jobs:
 
     def _read(self, assignment: Assignment) -> Ready | None:
         with self.failing(assignment):
-            if result := finished(assignment.recipe, assignment.folder):
+            if result := assignment.recipe.result_in(assignment.folder):
                 self.done(assignment, result)
                 return None
             check_recipe(assignment.recipe)

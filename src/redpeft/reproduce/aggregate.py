@@ -11,7 +11,7 @@ from typing import Any
 
 from redpeft.reproduce.published import Column, Table
 from redpeft.reproduce.scored import extra_scores
-from redpeft.training.run_folder import RESULT, read_result
+from redpeft.storage import RESULT, read_result
 
 SEED = "seed-"
 

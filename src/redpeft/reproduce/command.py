@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from redpeft.console import counted, in_words
+from redpeft.console import counted, in_words, log_main
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
 from redpeft.reproduce.probe import count_rows, estimate
@@ -16,8 +16,8 @@ from redpeft.reproduce.scored import Scoring, score_run
 from redpeft.reproduce.smoke import make_scoring
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.runner import run_jobs
-from redpeft.training.callbacks import bars_on_terminals_only, say
-from redpeft.training.run_folder import finished, locked
+from redpeft.storage import locked
+from redpeft.training.callbacks import bars_on_terminals_only
 
 ASSETS = ".smoke"  # in the output folder
 
@@ -69,7 +69,7 @@ def reproduce(request: Request, ray: bool = False) -> Report:
     with locked(request.out):
         runs = plan(request, request.out / ASSETS)
         todo = _unfinished(runs)
-        say(_timed(runs, todo, count_rows(todo)).line())
+        log_main(_timed(runs, todo, count_rows(todo)).line())
         claim(request)
         try:
             results = (run_on_ray if ray else run_jobs)([run.job for run in todo])
@@ -100,14 +100,14 @@ def _score(request: Request, runs: Sequence[Run]) -> dict[Path, str]:
     questions = request.questions and Scoring(request.questions)
     scoring = questions or (make_scoring(request.out / ASSETS, benchmark) if request.smoke else Scoring())
     for run in runs:
-        say(f"{benchmark}: {run.job.folder}")
+        log_main(f"{benchmark}: {run.job.folder}")
         try:
             score_run(run.job.folder, benchmark, run.job.recipe.base.model, scoring)
         except (UserError, RunError) as error:
-            say(f"{run.job.folder}: {error}")
+            log_main(f"{run.job.folder}: {error}")
             failed[run.job.folder] = str(error)
     return failed
 
 
 def _unfinished(runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if finished(run.job.recipe, run.job.folder) is None]
+    return [run for run in runs if run.job.recipe.result_in(run.job.folder) is None]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import write_atomically
 from redpeft.reproduce.aggregate import Cell, Done, average, beside_head, cell, finished_runs
 from redpeft.reproduce.layout import page_blocks
 from redpeft.reproduce.plan import Request, Run
@@ -17,7 +16,7 @@ from redpeft.reproduce.scored import what_is_left
 from redpeft.reproduce.settings import base_of
 from redpeft.runs import pages
 from redpeft.runs.machine import machine, versions_of
-from redpeft.training.callbacks import to_json
+from redpeft.storage import to_json, write_atomically
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from redpeft.adapters.files import ADAPTER, write_atomically
 from redpeft.errors import UserError
 from redpeft.evaluation.generate import generate
 from redpeft.evaluation.language_model import Decoding
 from redpeft.evaluation.lm_harness import PRESETS, Task, evaluate_adapters
-from redpeft.training.run_folder import MODEL
+from redpeft.storage import ADAPTER, MODEL, write_atomically
 
 LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
 """The columns of the tasks of lm-eval, in their order."""

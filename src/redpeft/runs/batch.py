@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from redpeft.console import counted
+from redpeft.console import counted, log_main
 from redpeft.errors import RunError, UserError, some
 from redpeft.fleet.source import Report
 from redpeft.fleet.template_model import why_alone
@@ -20,8 +20,8 @@ from redpeft.runs.progress import saying_once, showing
 from redpeft.runs.queue import Job
 from redpeft.runs.runner import run_fleets, run_jobs
 from redpeft.runs.tally import Tally
-from redpeft.training.callbacks import bars_on_terminals_only, finite, say
-from redpeft.training.run_folder import finished, locked
+from redpeft.storage import finite, locked
+from redpeft.training.callbacks import bars_on_terminals_only
 
 TOTALS = "totals"  # of the record
 NOTE = 10.0  # seconds of work that are forgotten at most when the process is killed
@@ -111,14 +111,14 @@ def run_batch(
     bars_on_terminals_only()
     check_folder(batch.out / batch.record, batch.identity, str(batch.identity["command"]))
     jobs = [(batch.name(job), job) for job in batch.jobs]
-    before = {name for name, job in jobs if finished(job.recipe.alone(), job.folder)}
+    before = {name for name, job in jobs if job.recipe.alone().result_in(job.folder)}
     _check_halving(batch)
     with locked(batch.out):
         totals = Totals(**read_record(batch.out / batch.record).get(TOTALS, {"began": time.time()}))
         _note(batch, totals)
         tally = Tally({job.folder.resolve(): name for name, job in jobs}, batch.competing)
         if before:
-            say(f"{len(before)} of {counted(len(jobs), 'job')} done already")
+            log_main(f"{len(before)} of {counted(len(jobs), 'job')} done already")
         left = len(before) < len(jobs)
         try:
             if left:
@@ -180,4 +180,4 @@ def _check_halving(batch: Batch) -> None:
 
 
 def _row(name: str, job: Job, failed: Mapping[str, str]) -> Row:
-    return Row(name, job.folder, finished(job.recipe.alone(), job.folder), failed.get(name))
+    return Row(name, job.folder, job.recipe.alone().result_in(job.folder), failed.get(name))

@@ -10,14 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from redpeft.adapters.files import write_atomically
 from redpeft.console import counted, in_words, rounded
 from redpeft.runs import pages
 from redpeft.runs.batch import TOTALS, Batch, Row, Totals
 from redpeft.runs.machine import machine, versions_of
 from redpeft.runs.pages import Inline, Link, number, relative
 from redpeft.runs.plots import plot_finished, plot_scores
-from redpeft.training.run_folder import RESULT
+from redpeft.storage import RESULT, write_atomically
 
 PAGE = "report.html"
 HEAD = ["job", "metric", "validation", "test", "other scores", "best epoch", "steps", "trained parameters", "seconds"]

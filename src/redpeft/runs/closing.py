@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import TASK
 from redpeft.console import in_words, rounded
+from redpeft.storage import TASK
 from redpeft.tasks.data import splits_in
 from redpeft.training.recipe import Recipe
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redpeft.console import log_main
 from redpeft.errors import UserError
 from redpeft.fleet.template_model import why_alone
 from redpeft.runs.queue import Job
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
-from redpeft.training.callbacks import say
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
 from redpeft.training.run import check_recipe
 
@@ -107,7 +107,7 @@ def _from_folder(folder: Path) -> Iterator[Entry]:
         if path.is_dir() and splits_in(path):
             yield Entry(path.name, data, str(path))
         elif path.is_dir():
-            say(f"{path} is left out: it holds no train, validation or test file")
+            log_main(f"{path} is left out: it holds no train, validation or test file")
         elif extension(path) in READERS:
             yield Entry(stem(path), data, str(path))
 

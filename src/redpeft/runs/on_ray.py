@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from redpeft.console import log_main
 from redpeft.errors import Stopped, UserError, first_line
 from redpeft.runs.queue import Job
 from redpeft.runs.runner import run_jobs
-from redpeft.training.callbacks import say
-from redpeft.training.run_folder import finished
 
 RETRIES = 3
 
@@ -35,7 +34,7 @@ def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
 
     jobs = [Job(job.recipe, job.folder.resolve()) for job in jobs]
     for job in jobs:
-        finished(job.recipe, job.folder)
+        job.recipe.result_in(job.folder)
     gpus = 1 if connect().get("GPU", 0) >= 1 else 0
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=[Stopped])(run_jobs)
     waiting = {task.remote([job]): index for index, job in enumerate(jobs)}
@@ -47,7 +46,9 @@ def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
             [results[index]] = ray.get(reference)
         except (ray.exceptions.RayError, Stopped) as error:
             results[index] = _lost(jobs[index], error)
-        say(f"job {len(jobs) - len(waiting)} of {len(jobs)}: {jobs[index].folder} {results[index].get('error', '')}")
+        log_main(
+            f"job {len(jobs) - len(waiting)} of {len(jobs)}: {jobs[index].folder} {results[index].get('error', '')}"
+        )
     return results
 
 

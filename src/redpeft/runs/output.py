@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
+from redpeft.storage import write_atomically
 
 
 def check_folder(record: Path, identity: Mapping[str, Any], what: str) -> None:

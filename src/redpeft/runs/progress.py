@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from redpeft.console import Progress, counted, say
+from redpeft.console import Progress, counted, log_main
 from redpeft.fleet.source import Report
 from redpeft.runs.pages import number
 from redpeft.runs.tally import Tally
@@ -33,10 +33,10 @@ def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[
     def line(event: Mapping[str, Any]) -> None:
         for note in event.get("notes", ()):
             if note not in said:
-                say(note)
+                log_main(note)
                 said.add(note)
         if text := event_line(tally, event, before):
-            say(text)
+            log_main(text)
         if event["event"] == "pass":
             notes = [f"{len(tally.finished)} of {len(tally.names)} jobs done", f"{len(tally.running)} running"]
             if best := best_line(tally):

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import RESULT
 from redpeft.fleet.source import Assignment
+from redpeft.storage import RESULT
 from redpeft.training.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from redpeft.adapters.files import write_atomically
+from redpeft.console import is_first_process, log_main
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.fleet.scheduler import train_fleets
 from redpeft.fleet.source import Event, Report, silent
@@ -18,9 +18,8 @@ from redpeft.fleet.template_model import kind_of, why_alone
 from redpeft.runs.progress import saying_once, showing
 from redpeft.runs.queue import Job, JobQueue
 from redpeft.runs.tally import Tally
-from redpeft.training.callbacks import is_first_process, last_checkpoint, say, to_json
+from redpeft.storage import CHECKPOINTS, last_checkpoint, locked, to_json, write_atomically
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import CHECKPOINTS, finished, locked
 from redpeft.training.train import train
 
 SUMMARY = "summary.json"
@@ -48,7 +47,7 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """
     jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
     for job in jobs:
-        finished(job.recipe, job.folder)
+        job.recipe.result_in(job.folder)
     together = [job for kind in _kinds(jobs).values() for job in kind if len(kind) > 1]
     results: dict[Path, dict[str, Any]] = {}
     if together:
@@ -56,7 +55,7 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     rest = [job for job in jobs if job.folder not in results]
     for number, job in enumerate(rest, start=1):
         if len(rest) > 1:
-            say(f"job {number} of {len(rest)}: {job.folder}")
+            log_main(f"job {number} of {len(rest)}: {job.folder}")
         results[job.folder] = _run_alone(job)
     return [results[job.folder] for job in jobs]
 
@@ -81,7 +80,7 @@ def checked_for_fleets(jobs: Iterable[Job]) -> list[Job]:
     """The jobs as fleets take them. UserError for one that no fleet can train, or a folder of another recipe."""
     jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
     for job in jobs:
-        finished(job.recipe, job.folder)
+        job.recipe.result_in(job.folder)
         if reason := why_alone(job.recipe):
             raise UserError(f"{job.folder}: {reason} cannot be trained in a fleet; use redpeft train")
     return jobs
@@ -104,7 +103,7 @@ def _run_alone(job: Job) -> dict[str, Any]:
     except Stopped:
         raise
     except (UserError, RunError) as error:
-        say(f"{job.folder}: {error}")
+        log_main(f"{job.folder}: {error}")
         result = {"error": str(error), "kind": type(error).__name__, "seed": job.recipe.seed}
     return {"folder": str(job.folder), **result}
 

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from threading import Lock, Timer
 
+from redpeft.storage import write_atomically
+
 # In the environment, which a server's processes inherit: ours, or vLLM's where it runs several API servers
 FOLDER, OF_SERVERS = "REDPEFT_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
 KEPT = 1024  # adapters that a process keeps counts of: those that it had to do with last
@@ -64,10 +66,8 @@ class Tally:
                 text = json.dumps(self._counts)
             if (shared := folder()) is None:
                 return
-            file = shared / f"redpeft-{os.getpid()}.json"
             try:
-                file.with_suffix(".partial").write_text(text, encoding="utf-8")
-                file.with_suffix(".partial").replace(file)
+                write_atomically(shared / f"redpeft-{os.getpid()}.json", text)
             except OSError:  # the server is ending and its folder is gone, or the disk is full: the next is in time
                 return
 

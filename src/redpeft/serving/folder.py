@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from redpeft.adapters import Adapter, find_adapter, open_pack, read_adapter
-from redpeft.adapters.files import CONFIG_NAME, WEIGHTS_NAME, find_run, read_config, read_sites
+from redpeft.adapters import Adapter, open_pack, read_adapter
+from redpeft.adapters.files import read_config, read_sites
 from redpeft.adapters.search import Found, look_below
 from redpeft.errors import UserError
+from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, find_adapter, find_run, is_below
 
 logger = logging.getLogger("vllm.redpeft")
 
@@ -87,14 +88,11 @@ class Source:
 
     def check(self, path: Path) -> None:
         """`UserError` for what does not lie below the folder when all links are followed: an adapter, a file of it."""
-        if not self._holds(path):
+        if not is_below(path, self.root):
             raise UserError(f"{path}: not served, since it is not below {self.root}")
         for file in sorted(path.iterdir()) if path.is_dir() else ():
-            if file.is_symlink() and not self._holds(file):
+            if file.is_symlink() and not is_below(file, self.root):
                 raise UserError(f"{file}: not served, since this link leads out of {self.root}: put the file there")
-
-    def _holds(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self.root.resolve())
 
 
 class Refused:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
+from redpeft.storage import write_atomically
 from redpeft.tasks.columns import ROW
 from redpeft.tasks.files import existing, extension, read_bytes, read_file
 from redpeft.training.predict import BATCH, Run

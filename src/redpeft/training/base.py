@@ -20,12 +20,12 @@ from transformers import (
 )
 
 from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, quiet
+from redpeft.console import log_main
 from redpeft.errors import UserError
 from redpeft.models import leave_unpacked
 from redpeft.tasks import Task
 from redpeft.tasks.base_model import load_tokenizer
 from redpeft.training.baselines import METHODS, head_modules
-from redpeft.training.callbacks import say
 from redpeft.training.recipe import Recipe
 
 QUANTISERS = {  # load_in: what does it, and the extra that brings it
@@ -73,7 +73,7 @@ def _warn_of_slow_bf16(recipe: Recipe) -> None:
     if on_cpu and precision(recipe) == "bf16" and (times := bf16_slowdown()) > SLOW:
         fields = "precision and base.dtype" if recipe.base.dtype == "bf16" else "precision"
         why = "this CPU, which has no instructions for it"
-        say(f"bf16 takes {times:.0f} times as long as fp32 on {why}: set {fields} to fp32")
+        log_main(f"bf16 takes {times:.0f} times as long as fp32 on {why}: set {fields} to fp32")
 
 
 def require_quantiser(recipe: Recipe) -> None:

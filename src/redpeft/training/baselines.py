@@ -25,8 +25,9 @@ from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from redpeft import RedConfig
-from redpeft.adapters.files import find_adapter, load_adapter
+from redpeft.adapters.files import load_adapter
 from redpeft.errors import UserError
+from redpeft.storage import find_adapter
 from redpeft.tasks import TASKS
 from redpeft.training.bottleneck import BottleneckOptions, add_bottlenecks
 from redpeft.training.partial import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -23,11 +22,9 @@ import transformers
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from redpeft.adapters.files import usual_rights
-from redpeft.console import Progress, rounded
-from redpeft.console import is_first_process as is_first_process
-from redpeft.console import say as say
+from redpeft.console import Progress, is_first_process, log_main, rounded
 from redpeft.errors import RunError, Stopped
+from redpeft.storage import append_metrics, last_checkpoint, set_default_modes, write_metrics
 
 if TYPE_CHECKING:
     from transformers import Trainer as Mixin
@@ -35,7 +32,6 @@ else:
     Mixin = object
 
 TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are no scores
-CHECKPOINT_STATE = "trainer_state.json"  # written last
 MEGABATCH = 50  # rows are sorted by length within so many batches
 
 
@@ -125,20 +121,6 @@ def _kept(checkpoints: str) -> str:
     return f"kept: {last}" if last else "there is no checkpoint yet"
 
 
-def to_json(values: dict[str, Any], indent: int | None = None) -> str:
-    """JSON, in which a number that is not finite is null: NaN is not JSON."""
-    return json.dumps(finite(values), indent=indent, ensure_ascii=False)
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON, in which numbers that are not finite are None."""
-    if isinstance(value, dict):
-        return {key: finite(inside) for key, inside in value.items()}
-    if isinstance(value, list):
-        return [finite(inside) for inside in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class RunCallback(TrainerCallback):
     """Checkpoints every `save_steps` and when asked to stop, metrics.jsonl, step times, and a line per evaluation."""
 
@@ -150,8 +132,7 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # A resumed run's history ends at its checkpoint; lines of steps after it are done anew.
         if self.writes:
-            lines = [to_json(entry) + "\n" for entry in state.log_history]
-            (self.folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_metrics(self.folder, state.log_history)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         # accelerate does not reach the sampler behind skipped batches of several processes
@@ -170,21 +151,20 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writes:
-            usual_rights(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+            set_default_modes(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         [stop] = self.trainer.on_any_process(self.trainer.terminated)  # it may have come during the evaluation
         if stop:
             raise Stopped(f"stopped at step {state.global_step}; run the same command again to go on from there")
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writes:
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(to_json(state.log_history[-1]) + "\n")
+            append_metrics(self.folder, state.log_history[-1])
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writes and self.trainer.is_in_train:
             metrics = kwargs["metrics"].items()
             shown = ", ".join(f"{key[5:]} {value:.4f}" for key, value in metrics if _is_score(key))
-            say(f"epoch {rounded(state.epoch)}, step {state.global_step}: {shown}")
+            log_main(f"epoch {rounded(state.epoch)}, step {state.global_step}: {shown}")
 
     def seconds_per_step(self) -> float | None:
         """Median of this process's steps, without the first few."""
@@ -292,17 +272,3 @@ def stop_on_signals(trainer: Any) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The latest complete checkpoint."""
-    complete = [path for path in folder.glob("checkpoint-*") if checkpoint_state(path) is not None]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def checkpoint_state(checkpoint: Path) -> dict[str, Any] | None:
-    """The Trainer's state in a checkpoint; None where it is missing or was cut short."""
-    try:
-        return json.loads((checkpoint / CHECKPOINT_STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -17,28 +16,20 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from redpeft.adapters.files import (
-    CONFIG_NAME,
-    RECIPE,
-    TASK,
-    find_adapter,
-    load_adapter,
-    read_config,
-    read_tensors,
-)
-from redpeft.console import Progress
+from redpeft.adapters.files import load_adapter, read_config, read_tensors
+from redpeft.console import Progress, log_main
 from redpeft.errors import UserError
+from redpeft.storage import CONFIG_NAME, MODEL, RECIPE, RESULT, TASK, TRAINED, find_adapter, read_json
 from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
 from redpeft.tasks.base_model import load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.training.base import autocast, load_base
 from redpeft.training.baselines import METHODS, all_options, apply_method
-from redpeft.training.callbacks import bars_on_terminals_only, no_bars, say, show_progress
+from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.run import plain_scores
-from redpeft.training.run_folder import MODEL, RESULT, TRAINED
 from redpeft.training.stdin_rows import Row, batched
 from redpeft.training.trainer import arguments, trainer_classes
 
@@ -105,7 +96,7 @@ def open_run(folder: str | Path, base: str | Path | None = None, task: str | Non
         raise UserError(f"the run in {folder} is not finished: run the same `redpeft train` command again")
     bars_on_terminals_only()
     recipe = load_recipe(folder / RECIPE, {"base.model": str(base)} if base is not None else None)
-    return Run(folder, recipe, task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8"))))
+    return Run(folder, recipe, task_from_dict(read_json(folder / TASK)))
 
 
 def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Run:
@@ -118,7 +109,7 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Ru
         kinds = ", ".join(METHOD_OF)
         raise UserError(f"{folder}: a {config['peft_type']} adapter needs its run folder (those without: {kinds})")
     if (folder / TASK).is_file():
-        task = task_from_dict(json.loads((folder / TASK).read_text(encoding="utf-8")))
+        task = task_from_dict(read_json(folder / TASK))
     else:
         name = name or TASK_OF.get(config.get("task_type") or "")
         if name not in COLUMNS:
@@ -202,7 +193,7 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
         run.task.questions(dataset)  # what they cannot be scored without is missed now
     encoded = encode(run.recipe, run.task, dataset, run.model, run.tokenizer)
     if encoded.note:
-        say(encoded.note)
+        log_main(encoded.note)
     recipe = run.recipe.model_copy(update={"report_to": []})
     trainer_class, arguments_class, extra = trainer_classes(recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +251,7 @@ def answer_batches(
     def note(what: str, dataset: Dataset, rows: np.ndarray) -> None:
         if len(rows):
             if what not in notes:
-                say(f"{where(dataset, int(rows[0]))}: {what}")
+                log_main(f"{where(dataset, int(rows[0]))}: {what}")
             notes[what] = notes.get(what, 0) + len(rows)
 
     for batch in batches:
@@ -289,7 +280,7 @@ def answer_batches(
             progress.show("row", first - 1, total)
     for what, rows in notes.items():
         if rows > 1:
-            say(f"{rows:,} of {first - 1:,} rows: {what}")
+            log_main(f"{rows:,} of {first - 1:,} rows: {what}")
 
 
 def identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:

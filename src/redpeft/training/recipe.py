@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from redpeft.adapters.files import write_atomically
 from redpeft.errors import UserError
+from redpeft.storage import CHECKPOINTS, LOCK, RECIPE, RESULT, TASK, read_result, write_atomically
 from redpeft.tasks.data import DataConfig
 from redpeft.training.baselines import DEFAULT_RATES, METHODS, all_options
 
@@ -223,6 +223,24 @@ class Recipe(BaseModel):
         """The dotted keys in which two resolved recipes differ, but for where they are written."""
         mine, theirs = (flatten(recipe.resolved().model_dump(mode="json")) for recipe in (self, other))
         return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "output"]
+
+    def result_in(self, folder: Path) -> dict[str, Any] | None:
+        """The result of this recipe's run in `folder`; None where there is work to do.
+
+        Raises `UserError` for a folder with a run of another recipe, or with something else.
+        """
+        if (folder / RECIPE).is_file():
+            if other := self.differences(load_recipe(folder / RECIPE)):
+                raise UserError(
+                    f"{folder} holds a run of another recipe ({', '.join(other[:5])} differ): choose another output "
+                    "folder"
+                )
+            return read_result(folder) if (folder / RESULT).is_file() else None
+        if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {CHECKPOINTS, LOCK}):
+            raise UserError(f"{folder} is not empty and holds no run: choose another output folder")
+        if (folder.parent / TASK).is_file():
+            raise UserError(f"{folder} would lie inside the run folder {folder.parent}: choose another output folder")
+        return None
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML, by a temporary file and a rename."""

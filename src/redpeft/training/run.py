@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +17,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import redpeft
 from redpeft.adapters.card import write_card
-from redpeft.adapters.files import (
+from redpeft.adapters.files import read_adapter
+from redpeft.console import log_main
+from redpeft.errors import UserError
+from redpeft.storage import (
     ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    PLOTS,
     RECIPE,
+    RESULT,
     TASK,
+    TRAINED,
+    clean_checkpoints,
     find_adapter,
     find_run,
-    read_adapter,
-    usual_rights,
+    read_json,
+    replaced_folder,
+    to_json,
     write_atomically,
 )
-from redpeft.errors import UserError
 from redpeft.tasks import Task, read_data
 from redpeft.tasks.base_model import require_folder
 from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser, tokenizer_digest
 from redpeft.training.baselines import apply_method, before_last, check_options, head_modules, head_parameters
-from redpeft.training.callbacks import TIMES, say, to_json
+from redpeft.training.callbacks import TIMES
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import CHECKPOINTS, MODEL, RESULT, TRAINED, tidy
 from redpeft.training.trainer import as_evaluated, check_reporters, make_trainer, rows_at_once, trainer_classes
 
 
@@ -75,7 +80,7 @@ class Run:
         """Write what the run is about, and clear away what a killed process left half written."""
         self.recipe.save(self.folder / RECIPE)
         write_atomically(self.folder / TASK, to_json(self.task.to_dict(), indent=2))
-        tidy(self.folder / CHECKPOINTS)
+        clean_checkpoints(self.folder / CHECKPOINTS)
 
     def finish(self, scores: dict[str, Any], times: dict[str, Any], plots: bool = True) -> None:
         """Write the adapter's card and the pictures, and last the result: its presence says that the run is done."""
@@ -83,7 +88,7 @@ class Run:
         result["rows"] = {name: len(split) for name, split in self.splits.items()}
         result |= {"rows_cut": self.rows_cut, "rows_left_out": self.rows_left_out}
         if plots:
-            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / "plots", result["best_epoch"])
+            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / PLOTS, result["best_epoch"])
         _write_card(self, result)
         write_atomically(self.folder / RESULT, to_json(result, indent=2))
 
@@ -154,9 +159,11 @@ def _check_labels(task: Task, init_from: str) -> None:
     saved = find_run(init_from) / TASK
     if not saved.is_file():
         if getattr(task, "label_names", None):
-            say(f"{init_from} lies in no run folder: its head is taken for the labels of this data, in their order")
+            log_main(
+                f"{init_from} lies in no run folder: its head is taken for the labels of this data, in their order"
+            )
         return
-    before, now = json.loads(saved.read_text(encoding="utf-8")), task.to_dict()
+    before, now = read_json(saved), task.to_dict()
     for key in ("task", "problem_type", "label_names"):
         if before.get(key) != now.get(key):
             there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
@@ -184,25 +191,20 @@ def save_model(
     folder: Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter/ or model/ into a run folder under a temporary name, then rename it. `state`: its tensors, where
-    the model itself holds only a part of them. The tokenizer comes along with a whole model, and otherwise where it is
+    """Write adapter/ or model/ into a run folder. `state`: the tensors, where the model itself holds only a part of
+    them. The tokenizer comes along with a whole model, and otherwise where it is
     not the base's any more."""
-    target = folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)
-    temporary = target.with_name(target.name + ".partial")
-    for path in (temporary, target):
-        shutil.rmtree(path, ignore_errors=True)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = len(trained) == len(list(model.parameters()))
-    if isinstance(model, PeftModel) or whole:
-        model.save_pretrained(temporary, state_dict=state)
-    else:  # what was trained, to be put into the base model
-        tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
-        model.config.save_pretrained(temporary)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TRAINED)
-    if whole or tokenizer_digest(learner.tokenizer) != learner.digest:
-        learner.tokenizer.save_pretrained(temporary)
-    usual_rights(temporary)
-    os.replace(temporary, target)
+    with replaced_folder(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)) as target:
+        if isinstance(model, PeftModel) or whole:
+            model.save_pretrained(target, state_dict=state)
+        else:  # what was trained, to be put into the base model
+            tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
+            model.config.save_pretrained(target)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / TRAINED)
+        if whole or tokenizer_digest(learner.tokenizer) != learner.digest:
+            learner.tokenizer.save_pretrained(target)
 
 
 def _describe(run: Run) -> dict[str, Any]:

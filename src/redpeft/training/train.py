@@ -9,21 +9,15 @@ from typing import Any
 
 from transformers import set_seed
 
+from redpeft.console import log_main
 from redpeft.errors import some
+from redpeft.storage import CHECKPOINTS, checkpoint_state, explaining_full_disk, last_checkpoint, locked, read_result
 from redpeft.tasks.columns import unread_columns
-from redpeft.training.callbacks import (
-    attach,
-    bars_on_terminals_only,
-    checkpoint_state,
-    last_checkpoint,
-    say,
-    stop_on_signals,
-)
+from redpeft.training.callbacks import attach, bars_on_terminals_only, stop_on_signals
 from redpeft.training.generating import answer_scores
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import Run, best_evaluation, build_learner, check_recipe, plain_scores, prepare, read_task
 from redpeft.training.run import save_model as save
-from redpeft.training.run_folder import CHECKPOINTS, finished, locked, naming_a_full_disk, read_result
 
 
 def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
@@ -39,11 +33,11 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     a loss that is not finite, a full disk, or where it is told to stop (Ctrl-C, SIGTERM).
     """
     recipe, folder = recipe.alone(), Path(folder)
-    result = finished(recipe, folder)
+    result = recipe.result_in(folder)
     if result is None:
         check_recipe(recipe)
         with locked(folder):
-            result = finished(recipe, folder) or _train(recipe, folder)  # another process may just have done it
+            result = recipe.result_in(folder) or _train(recipe, folder)  # another process may just have done it
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # also what a kill in the last moment left
     return result
 
@@ -53,16 +47,16 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     task, splits = read_task(recipe)
     unread = unread_columns(splits["train"], task.columns)
     said = ", ".join(f"{key} = {value}" for key, value in task.columns.items())
-    say(f"columns: {said}{'; not read: ' + some(unread, 8) if unread else ''}")
+    log_main(f"columns: {said}{'; not read: ' + some(unread, 8) if unread else ''}")
     for line in task.describe(splits["train"]):
-        say(line)
+        log_main(line)
     set_seed(recipe.seed)
     run = prepare(recipe, folder, task, splits, build_learner(recipe, task))
     for note in run.notes:
-        say(note)
+        log_main(note)
     trainer = run.trainer
     callback = attach(trainer, folder, recipe.save_steps)
-    with naming_a_full_disk(folder):
+    with explaining_full_disk(folder):
         if trainer.is_world_process_zero():
             run.begin()
         trainer.accelerator.wait_for_everyone()
@@ -85,7 +79,7 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
     if checkpoint is None:
         return None
     state = checkpoint_state(checkpoint) or {}
-    say(f"going on from step {state['global_step']}")
+    log_main(f"going on from step {state['global_step']}")
     if state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
         trainer.args.max_steps = state["global_step"]
     return str(checkpoint)

@@ -22,13 +22,13 @@ from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
 from redpeft.errors import UserError
+from redpeft.storage import CHECKPOINTS
 from redpeft.tasks import TASKS, Task
 from redpeft.training.base import autocast, precision
 from redpeft.training.baselines import head_parameters
 from redpeft.training.callbacks import EpochOrder, RunTrainer
 from redpeft.training.generating import GeneratingTrainer, metrics_function
 from redpeft.training.recipe import Recipe
-from redpeft.training.run_folder import CHECKPOINTS
 
 CALIBRATION_ROWS = 32
 

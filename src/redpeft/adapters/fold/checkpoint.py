@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from redpeft.errors import UserError, first_line
+from redpeft.storage import escapes_root
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is asked of the hub beside the weights; of the folders those that sentence-transformers numbers.
@@ -91,8 +92,8 @@ def _sentence_modules(file: Path) -> list[str]:
         return []
     try:
         names = [str(part["path"]) for part in json.loads(file.read_text(encoding="utf-8")) if part["path"]]
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-            raise ValueError("a path leads out of the folder")
+        if any(map(escapes_root, names)):
+            raise ValueError("a path outside the folder")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: broken, it names no modules ({error!r}); copy it again") from error
     return names

@@ -15,16 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import write_folded_card
-from redpeft.adapters.files import (
-    ADAPTER,
-    Adapter,
-    Edit,
-    find_adapter,
-    find_run,
-    new_folder,
-    read_adapter,
-    write_adapter,
-)
+from redpeft.adapters.files import Adapter, Edit, read_adapter, write_adapter
 from redpeft.adapters.fold.base import checkpoint_fingerprint
 from redpeft.adapters.fold.checkpoint import Checkpoint, local_folder
 from redpeft.adapters.fold.exactness import WARN_ABOVE
@@ -39,6 +30,7 @@ from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_
 from redpeft.adapters.preview import empty_model, model_config
 from redpeft.errors import UserError, some
 from redpeft.models import FLOATS, fingerprint_difference
+from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder
 from redpeft.tuner.layer import output_width
 from redpeft.tuner.sites import find_sites
 

@@ -10,9 +10,10 @@ import transformers
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
-from redpeft.adapters.files import TASK, Adapter
+from redpeft.adapters.files import Adapter
 from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
+from redpeft.storage import TASK
 
 
 def outline(adapter: Adapter, config: PretrainedConfig, run: Path) -> PreTrainedModel:

@@ -21,10 +21,10 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from redpeft.adapters import find_adapter
 from redpeft.errors import UserError, first_line
 from redpeft.serving.folder import Refused, Source, Stamp, stamp
 from redpeft.serving.options import Options
+from redpeft.storage import find_adapter
 
 logger = init_logger("vllm.redpeft")
 

@@ -20,12 +20,13 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from redpeft.adapters.files import CONFIG_NAME, read_config
+from redpeft.adapters.files import read_config
 from redpeft.errors import UserError
 from redpeft.serving.folder import Source
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.vllm_internals import frontend, metrics, self_check
 from redpeft.serving.vllm_internals.engine import RedWorkerManager
+from redpeft.storage import CONFIG_NAME
 
 
 def load_lora_model(
