@@ -77,6 +77,19 @@ def tiny_encoder_folder(tiny_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def still_encoder(tiny_encoder_folder, tiny_tokenizer, tmp_path_factory):
+    """The tiny encoder without dropout, so that a run is the same whatever is drawn beside it."""
+    from transformers import AutoModel
+
+    folder = tmp_path_factory.mktemp("still_encoder")
+    model = AutoModel.from_pretrained(tiny_encoder_folder)
+    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
+    model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _byte_tokenizer(chat_template: str | None):
     """A Llama-like tokenizer of single bytes (exact round trip): adds <s>, has no pad token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -40,19 +40,6 @@ def data_sets(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session")
-def still_encoder(tiny_encoder_folder, tiny_tokenizer, tmp_path_factory):
-    """The tiny encoder without dropout, so that a run is the same whatever is drawn beside it."""
-    from transformers import AutoModel
-
-    folder = tmp_path_factory.mktemp("still_encoder")
-    model = AutoModel.from_pretrained(tiny_encoder_folder)
-    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
-    model.save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def in_float64(monkeypatch):
     """Runs compute in float64, alone and in fleets."""

@@ -219,13 +219,28 @@ def test_what_cannot_be_a_fleet():
 
 
 class Smoothed(BertForSequenceClassification):
-    """A model that adds to the loss of its labels."""
+    """A model that adds to the loss of its labels, in training."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
-        if output.loss is not None:
+        if output.loss is not None and self.training:
             output.loss = output.loss + 0.1 * output.logits.abs().mean()
         return output
+
+
+def test_dropout_acts_from_the_first_step():
+    """A model that is loaded is in evaluation, and the PeftModel around it says that it is in training."""
+    config = BertConfig(**{**BERT, "hidden_dropout_prob": 0.5})
+    model = get_peft_model(BertForSequenceClassification(config).eval(), redpeft.RedConfig(**bert()[1]))
+    redpeft.calibrate(model)
+    fleet = Fleet(model, 2)
+    fleet.fill(0), fleet.fill(1)
+    batch = {"input_ids": torch.arange(6).repeat(2, 1), "labels": torch.tensor([0, 0])}
+    losses = fleet.step(batch, [0, 1], dict.fromkeys((0, 1), RATES))
+    assert abs(losses[0] - losses[1]) > 1e-3
+    fleet.fill(0), fleet.fill(1)
+    losses, _ = fleet.evaluate(batch, [0, 1])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
 def test_models_that_add_a_loss_of_their_own_are_refused():
@@ -241,8 +256,15 @@ def test_models_that_add_a_loss_of_their_own_are_refused():
         model = get_peft_model(kind(BertConfig(**BERT)), redpeft.RedConfig(**bert()[1]))
         redpeft.calibrate(model)
         fleet = Fleet(model, 1)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        modes = [module.training for module in model.modules()]
+        numbers = torch.get_rng_state()
         if kind is Smoothed:
-            with pytest.raises(UserError, match="cannot train Smoothed: its own loss of a batch is .* train the jobs"):
+            with pytest.raises(UserError, match="cannot train Smoothed: its loss of a batch is .*; train it alone"):
                 fleet.check_loss(batch)
         else:
             fleet.check_loss(batch)
+        assert modes == [module.training for module in model.modules()]
+        assert torch.equal(torch.get_rng_state(), numbers)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())

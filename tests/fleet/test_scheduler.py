@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -52,6 +53,25 @@ def test_a_job_that_cannot_begin_fails_alone(make_job, source_of, tmp_path):
     assert [event["event"] for event in events if event["event"] != "pass"] == [
         "failed", "fleet", "started", "failed", *["epoch"] * 3, "finished",
     ]  # fmt: skip
+
+
+def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, source_of, monkeypatch):
+    from transformers import BertForSequenceClassification
+
+    forward = BertForSequenceClassification.forward
+
+    @functools.wraps(forward)
+    def smoothed(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.loss is not None:
+            output.loss = output.loss + 0.01 * output.logits.abs().mean()
+        return output
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", smoothed)
+    source = source_of([make_job("job", "tiny")])
+    train_fleets(source)
+    assert source.results["job"]["kind"] == "MustTrainAlone"
+    assert "a fleet cannot train BertForSequenceClassification: its loss of a batch" in source.results["job"]["error"]
 
 
 def test_what_is_finished_is_not_trained_again(make_job, source_of, monkeypatch):

@@ -59,7 +59,7 @@ def fake_fleets(monkeypatch):
 
     Returns what to call with `score`, which gives the list of folders as they are "trained".
     """
-    from redpeft.errors import RunError, Stopped
+    from redpeft.errors import RunError, Stopped, UserError
     from redpeft.runs import batch
     from redpeft.storage import read_result, to_json
 
@@ -67,6 +67,7 @@ def fake_fleets(monkeypatch):
         trained = []
 
         def run_fleets(jobs, slots, tokens, halving, report):
+            failed = {}
             report({"event": "fleet", "slots": slots or 4, "tokens": tokens or 64, "plan": "a slot takes nothing"})
             for job in jobs:
                 folder, recipe = job.folder, job.recipe.alone()
@@ -79,14 +80,16 @@ def fake_fleets(monkeypatch):
                     result = made_up_result(recipe, score(recipe))
                 except Stopped:
                     raise
-                except RunError as error:
-                    report({"event": "failed", "folder": str(folder), "error": str(error), "kind": "RunError"})
+                except (RunError, UserError) as error:
+                    failed[folder] = {"error": str(error), "kind": type(error).__name__}
+                    report({"event": "failed", "folder": str(folder), **failed[folder]})
                     continue
                 folder.mkdir(parents=True)
                 recipe.save(folder / "recipe.yaml")
                 (folder / "result.json").write_text(to_json(result))
                 report({"event": "epoch", "folder": str(folder), "metric": "loss", "eval_loss": float("nan")})
                 report({"event": "finished", "folder": str(folder), **read_result(folder)})
+            return failed
 
         monkeypatch.setattr(batch, "run_fleets", run_fleets)
         return trained

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from redpeft.errors import RunError, Stopped
+from redpeft.fleet.fleet import MustTrainAlone
 from redpeft.runs import batch, batch_report
 
 
@@ -266,6 +267,25 @@ def test_halving_needs_jobs_that_a_fleet_can_train(fake_fleets, call, sweep, tmp
     assert (code, out) == (2, "")
     assert "--halving needs jobs that a fleet can train, and method lora cannot be trained in one" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_fleet_refuses_by_its_model_is_trained_alone(fake_fleets, call, sweep, tmp_path, monkeypatch):
+    def refuses(recipe):
+        if recipe.learning_rate == 0.1:
+            raise MustTrainAlone("a fleet cannot train Smoothed: train it alone")
+        return by_rate(recipe)
+
+    fake_fleets(refuses)
+    alone = []
+
+    def run_jobs(jobs):
+        alone.extend(job.folder.parent.name for job in jobs)
+        return [{"folder": str(job.folder), "error": "not tried", "kind": "RunError"} for job in jobs]
+
+    monkeypatch.setattr(batch, "run_jobs", run_jobs)
+    code, _, err = call(*sweep)
+    assert (code, alone) == (1, ["learning_rate=0.1"] * 2)
+    assert "2 of 6 jobs failed: learning_rate=0.1/seed-0: not tried" in err
 
 
 def test_the_best_of_halving_is_the_best_jobs_point(fake_fleets, call, sweep, tmp_path):

@@ -101,6 +101,19 @@ def test_what_no_fleet_can_train_is_refused(tmp_path):
             run_fleets([Job(recipe(**changes), tmp_path / "job")])
 
 
+def test_what_a_fleet_refuses_by_its_model_is_trained_alone(monkeypatch, trained, tmp_path):
+    def run_fleets(jobs, report):
+        refused = {"error": "a fleet cannot train Smoothed", "kind": "MustTrainAlone", "seed": 3}
+        failed = {"error": "no such file", "kind": "UserError", "seed": 1}
+        return {job.folder: refused if job.recipe.seed == 3 else failed for job in jobs}
+
+    monkeypatch.setattr(runner, "run_fleets", run_fleets)
+    jobs = [Job(recipe(seed=seed, batch_size=4), tmp_path / f"seed-{seed}") for seed in (1, 3)]
+    results = run_jobs(jobs)
+    assert [seed for seed, _ in trained] == [3]
+    assert [each.get("error") for each in results] == ["no such file", None]
+
+
 def test_a_failed_job_does_not_stop_the_others(trained, tmp_path, capsys):
     summary = run_recipe(recipe(seeds=[1, 2, 3]), tmp_path)
     assert trained == [(1, "seed-1"), (2, "seed-2"), (3, "seed-3")]
@@ -142,11 +155,11 @@ def test_the_summary_is_mean_and_standard_deviation():
     assert summarise([result(0, 0.5)])["validation"]["accuracy"]["standard_deviation"] is None
 
 
-def test_seeds_for_real_are_resumed_and_not_repeated(tiny_encoder_folder, tmp_path):
+def test_seeds_for_real_are_resumed_and_not_repeated(still_encoder, tmp_path):
     rows = [{"text": f"the film is {word}", "label": word} for word in ("good", "bad") * 8]
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chosen = recipe(base=str(tiny_encoder_folder), data=str(tmp_path), seeds=[0, 1], max_steps=2, batch_size=4)
+    chosen = recipe(base=str(still_encoder), data=str(tmp_path), seeds=[0, 1], max_steps=2, batch_size=4)
     tmp_path = tmp_path / "runs"
     summary = run_recipe(chosen, tmp_path)
     results = [read_result(tmp_path / f"seed-{seed}") for seed in (0, 1)]

@@ -29,6 +29,11 @@ from redpeft.fleet.losses import row_loss
 from redpeft.tuner.edit import effective_edit
 from redpeft.tuner.mixed import EditTable, RowIndex
 from redpeft.tuner.model import red_layers
+from redpeft.tuner.units import keep_modes_and_rng
+
+
+class MustTrainAlone(UserError):
+    """A model that a fleet cannot train and `redpeft train` can."""
 
 
 class SlotState(NamedTuple):
@@ -126,7 +131,7 @@ class Fleet:
         over its own rows (or their tokens), its gradient is clipped by its own norm, and `rates` are its own. A slot
         whose loss is not finite is left as it was.
         """
-        self._train(True)
+        self._set_mode(True)
         used, index = self._index(slots)
         live = self.state.values[used].requires_grad_()
         with self._acting(live, used, index):
@@ -141,7 +146,7 @@ class Fleet:
     @torch.no_grad()
     def evaluate(self, batch: Mapping[str, Any], slots: Sequence[int]) -> tuple[dict[int, float], torch.Tensor]:
         """The loss of each slot that has rows in the batch, and the logits of all rows."""
-        self._train(False)
+        self._set_mode(False)
         used, index = self._index(slots)
         with self._acting(self.state.values[used], used, index):
             logits = self._logits(batch)
@@ -150,25 +155,30 @@ class Fleet:
 
     @torch.no_grad()
     def check_loss(self, batch: Mapping[str, Any]) -> None:
-        """Raise `UserError` where the model's own loss of a batch is not the one that jobs would learn from here: a
-        model may add to it (a loss of its experts, say), and a job would learn something else than it does alone."""
-        self.fill(0)
-        ours = self.evaluate(batch, [0] * len(batch["labels"]))[0][0]
-        with self._precision():
-            inputs = {key: value.to(self.device) for key, value in batch.items()}
-            own = float(self.model.get_base_model()(**inputs).loss)
-        exact = self.autocast is None and self.state.values.dtype == next(self.model.parameters()).dtype
-        if not math.isclose(ours, own, rel_tol=1e-4 if exact else 3e-2, abs_tol=1e-6):
-            raise UserError(
-                f"a fleet cannot train {type(self.model.get_base_model()).__name__}: its own loss of a batch is "
-                f"{own:.6g}, and that of its labels alone {ours:.6g}; train the jobs alone"
+        """Raise `MustTrainAlone` where the model adds something to the loss of the labels in training, such as a loss
+        of its experts: jobs that share a batch would not learn what they learn alone.
+
+        The model is left as it was: its modes, its weights, and the random numbers.
+        """
+        inputs = {key: value.to(self.device) for key, value in batch.items()}
+        base = self.model.get_base_model()
+        with keep_modes_and_rng(self.model), self._precision():
+            self._set_mode(True)
+            output = base(**inputs)
+            sums, counts = self.loss(output.logits, inputs["labels"])
+        of_labels, own = float(sums.sum() / counts.sum()), float(output.loss)
+        tolerance = 1e-4 if output.loss.element_size() >= 4 else 1e-2
+        if math.isfinite(own) and not math.isclose(of_labels, own, rel_tol=tolerance, abs_tol=1e-6):
+            raise MustTrainAlone(
+                f"a fleet cannot train {type(base).__name__}: its loss of a batch is {own:.6g}, but that of its "
+                f"labels is {of_labels:.6g}; train it alone"
             )
 
-    def _train(self, mode: bool) -> None:
-        if self.model.training != mode:
-            self.model.train(mode)
-            for head in self.heads:
-                head.train(mode)
+    def _set_mode(self, training: bool) -> None:
+        """Before each pass, as a Trainer does: a `PeftModel` is in training mode even where its base model is not."""
+        self.model.train(training)
+        for head in self.heads:
+            head.train(training)
 
     def _index(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """The slots in use, (jobs,), and for each row of the batch which of these is its own."""
@@ -236,7 +246,7 @@ def _check_trained(model: PeftModel, parameters: Sequence[nn.Parameter], layers:
         raise UserError(f"a fleet trains edits and heads, and this model trains {others[0]} too")
     base: Any = model.get_base_model()
     if any(getattr(config, "output_router_logits", False) for config in (base.config, base.config.get_text_config())):
-        raise UserError(
+        raise MustTrainAlone(
             f"a fleet cannot train {type(base).__name__} with output_router_logits: it adds a loss of its experts to "
             "that of a batch. Train it alone, or set that to false in the model's config.json"
         )

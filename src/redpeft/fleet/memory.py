@@ -15,6 +15,7 @@ from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
+from redpeft.tuner.units import keep_modes_and_rng
 
 COPIES = 4  # of a job's numbers: values, two moments, and the best values
 SHARE = 0.8  # of the free memory is planned with
@@ -60,9 +61,9 @@ class MemoryPlan:
 
 def plan_memory(fleet: Fleet, batch: dict[str, Any], rows: int) -> MemoryPlan:
     """Measured by a training pass of a fleet with one slot, which is of no other use: `batch` is as large as passes
-    are to be, with so many rows."""
+    are to be, with so many rows. The model's modes and the random numbers are as before afterwards."""
     fleet.fill(0)
-    with _peak(fleet.device) as peak:
+    with keep_modes_and_rng(fleet.model), _peak(fleet.device) as peak:
         fleet.step(batch, [0] * rows, {0: Rates(0.0, 0.0)})
     numbers = fleet.state.values.shape[1]
     return MemoryPlan(

@@ -97,7 +97,9 @@ class Crew:
         model, trainer = self.mould.model, self.run_of_first.trainer
         autocast = autocast_dtype(self.first.assignment.recipe)
         batch, rows = _full_batch(self.run_of_first, self.tokens)
-        plan = plan_memory(Fleet(model, 1, autocast=autocast), batch, rows)
+        probe = Fleet(model, 1, autocast=autocast)
+        probe.check_loss(batch)
+        plan = plan_memory(probe, batch, rows)
         count = plan.choose(min(self.jobs.source.left(), slots or SLOTS), slots)
         fleet = Fleet(model, count, autocast=autocast)
         fleet.decay(trainer.get_decay_parameter_names(model))

@@ -18,7 +18,7 @@ from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.output import check_folder, claim, read_record
 from redpeft.runs.progress import saying_once, showing
 from redpeft.runs.queue import Job
-from redpeft.runs.runner import run_fleets, run_jobs
+from redpeft.runs.runner import must_train_alone, run_fleets, run_jobs
 from redpeft.runs.tally import Tally
 from redpeft.storage import finite, locked
 from redpeft.training.callbacks import bars_on_terminals_only
@@ -161,7 +161,10 @@ def _work(batch: Batch, totals: Totals, tally: Tally, before: set[str], tell: Re
         if together:
             halving = batch.groups if batch.halving else None
             run = run_fleets_on_ray if batch.ray else run_fleets
-            run(together, batch.slots, batch.tokens, halving, report)
+            results = run(together, batch.slots, batch.tokens, halving, report)
+            refused = {folder.resolve() for folder, result in results.items() if must_train_alone(result)}
+            if not batch.halving:  # it compares what trains side by side
+                alone += [job for job in together if job.folder.resolve() in refused]
         for part in [alone] if batch.ray and alone else [[job] for job in alone]:
             for job in part:
                 report({"event": "started", "folder": str(job.folder)})

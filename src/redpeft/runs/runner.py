@@ -12,6 +12,7 @@ import torch
 
 from redpeft.console import is_first_process, log_main
 from redpeft.errors import RunError, Stopped, UserError
+from redpeft.fleet.fleet import MustTrainAlone
 from redpeft.fleet.scheduler import train_fleets
 from redpeft.fleet.source import Event, Report, silent
 from redpeft.fleet.template_model import kind_of, why_alone
@@ -51,7 +52,8 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     together = [job for kind in _kinds(jobs).values() for job in kind if len(kind) > 1]
     results: dict[Path, dict[str, Any]] = {}
     if together:
-        results |= _run_together(together)
+        found = _run_together(together)
+        results |= {folder: each for folder, each in found.items() if not must_train_alone(each)}
     rest = [job for job in jobs if job.folder not in results]
     for number, job in enumerate(rest, start=1):
         if len(rest) > 1:
@@ -74,6 +76,11 @@ def run_fleets(
     queue = JobQueue(checked_for_fleets(jobs), halving)
     train_fleets(queue, slots, tokens, report)
     return queue.results
+
+
+def must_train_alone(result: Mapping[str, Any]) -> bool:
+    """Whether a job of `run_fleets` failed for the one reason that it can be trained alone."""
+    return result.get("kind") == MustTrainAlone.__name__
 
 
 def checked_for_fleets(jobs: Iterable[Job]) -> list[Job]:

@@ -45,6 +45,7 @@ class Tally:
                 self._passes.append((time.monotonic(), event["rows"]))
             case "started":
                 self.running.add(name)
+                self.failed.pop(name, None)  # in a fleet; it is trained alone
                 self.planned.setdefault(name, event.get("steps", 0))
             case "epoch":
                 self._score(name, event["metric"], event[f"eval_{event['metric']}"])

@@ -183,7 +183,8 @@ def _sizes(
         if not hidden.is_meta and (size := typical_size(hidden, layer.site, real)) is not None:
             found[layer].append(size.item())
 
-    with _as_in_evaluation(base), torch.no_grad():
+    with keep_modes_and_rng(base), torch.no_grad():
+        base.eval()  # without dropout
         watched = [module for module in base.modules() if isinstance(module, RedLayer)]
         try:
             for layer in watched:
@@ -200,13 +201,12 @@ def _pass_by(layer: RedLayer, hidden: torch.Tensor) -> None:
 
 
 @contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Without dropout, with modes and random numbers as before afterwards."""
+def keep_modes_and_rng(model: nn.Module) -> Iterator[None]:
+    """For a forward pass that is only a measurement: modes and random numbers are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(devices)):
         try:
-            model.eval()
             yield
         finally:
             for module, mode in modes.items():
