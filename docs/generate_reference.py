@@ -83,11 +83,11 @@ def signatures() -> str:
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
         "redpeft.RedModel": [redpeft.RedModel.add_weighted_adapter, redpeft.RedModel.set_scale],
         "redpeft.adapters": [getattr(adapters, name) for name in ("read_adapter", "load_adapter", "write_adapter")]
-        + [adapters.Adapter, adapters.Edit],
+        + [adapters.Adapter, adapters.EffectiveEdit],
         "redpeft.adapters.packing": [packing.pack_adapters, packing.Packed],
         "redpeft.adapters.pack": [pack.unpack_adapters, pack.open_pack, pack.Pack],
         "redpeft.adapters.pack.Pack": [pack.Pack.adapter, pack.Pack.weights, pack.Pack.file, pack.Pack.files],
-        "redpeft.adapters.listing": [listing.list_adapters, listing.Row],
+        "redpeft.adapters.listing": [listing.list_adapters, listing.ListedAdapter],
         "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
         "redpeft.adapters.preview": [preview.preview],
         "redpeft.adapters.card": [card.write_card],

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from redpeft import RedConfig, cli
-from redpeft.adapters import Adapter, Edit, load_adapter, read_adapter, write_adapter
+from redpeft.adapters import Adapter, EffectiveEdit, load_adapter, read_adapter, write_adapter
 from redpeft.adapters.compose import (
     inverse,
     keep_bias,
@@ -132,7 +132,9 @@ def test_a_site_that_one_lacks_is_the_identity_there(folders):
 
 def adapter(**edits):
     """An adapter in memory with sites "0.x", "1.x", ... from (scales, biases); the unit of the site n is n + 1."""
-    edits = {f"{name[1:]}.x": Edit(*(torch.tensor(part).double() for part in edit)) for name, edit in edits.items()}
+    edits = {
+        f"{name[1:]}.x": EffectiveEdit(*(torch.tensor(part).double() for part in edit)) for name, edit in edits.items()
+    }
     units = {site: float(site[0]) + 1 for site in edits}
     return Adapter("memory", {"target_modules": list(edits)}, edits, units, {})
 
@@ -145,7 +147,7 @@ adapters = st.dictionaries(st.sampled_from(["n0", "n1", "n2"]), st.tuples(lists,
 
 def same(left, right):
     for site in left.edits.keys() | right.edits.keys():
-        identity = Edit(torch.ones(3).double(), torch.zeros(3).double())
+        identity = EffectiveEdit(torch.ones(3).double(), torch.zeros(3).double())
         pair = left.edits.get(site, identity), right.edits.get(site, identity)
         torch.testing.assert_close(*pair, rtol=1e-9, atol=1e-6)
 
@@ -211,7 +213,7 @@ def test_trimming_keeps_the_largest(a, share):
 
 def test_layers_are_the_first_numbers_in_the_names():
     names = ["encoder.block.0.layer.1.wo", "encoder.block.11.layer.1.wo", "mt5.block.1.layer.2.wo", "pooler", "3"]
-    edit = Edit(torch.full((2,), 3.0), torch.ones(2))
+    edit = EffectiveEdit(torch.full((2,), 3.0), torch.ones(2))
     some = Adapter("memory", {}, dict.fromkeys(names, edit), dict.fromkeys(names, 1.0), {})
     assert list(keep_layers(some, [1, 11]).edits) == [names[1], names[2]]
     assert list(keep_layers(some, [3]).edits) == ["3"]
@@ -357,7 +359,7 @@ def test_released_edits(tmp_path, model):
         if key.endswith(".activation_scaling"):
             site = key.removesuffix(".delta_vector.activation_scaling")
             bias = tensors[f"{site}.delta_vector.activation_bias"]
-            edits[site] = Edit(tensors[key].flatten(), bias.flatten())
+            edits[site] = EffectiveEdit(tensors[key].flatten(), bias.flatten())
     write_adapter(Adapter(tmp_path / "a", {"scale_origin": 0}, edits, dict.fromkeys(edits, 1.0), {}))
     width = next(iter(edits.values())).scale.numel()
     identity = dict.fromkeys(edits, (torch.ones(width), torch.zeros(width)))

@@ -10,7 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from redpeft.adapters import Adapter, Edit, load_adapter, pack_adapters, read_adapter, unpack_adapters, write_adapter
+from redpeft.adapters import (
+    Adapter,
+    EffectiveEdit,
+    load_adapter,
+    pack_adapters,
+    read_adapter,
+    unpack_adapters,
+    write_adapter,
+)
 from redpeft.errors import UserError
 from redpeft.models import fingerprint
 from redpeft.storage import find_adapter, save_tensors
@@ -252,7 +260,9 @@ def test_the_edits_say_which_modules(adapter, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     write_adapter(
-        Adapter(tmp_path / "link", {"base_model_name_or_path": None}, {"x.1": Edit(ones, ones)}, {"x.1": 2.0}, {})
+        Adapter(
+            tmp_path / "link", {"base_model_name_or_path": None}, {"x.1": EffectiveEdit(ones, ones)}, {"x.1": 2.0}, {}
+        )
     )
     written = read_adapter(tmp_path / "empty")
     assert written.config["target_modules"] == ["x.1"]
@@ -300,7 +310,10 @@ def test_refuses_to_write(adapter, tmp_path):
     assert f"{tmp_path}/file/x: {tmp_path}/file is not a folder" in refusal(folder=tmp_path / "file" / "x")
     assert "no site is left to edit" in refusal(edits={})
     edit = adapter.edits[SITES[0]]
-    for wrong in (Edit(edit.scale.double() * 1e39, edit.bias), Edit(edit.scale, edit.bias * float("nan"))):
+    for wrong in (
+        EffectiveEdit(edit.scale.double() * 1e39, edit.bias),
+        EffectiveEdit(edit.scale, edit.bias * float("nan")),
+    ):
         assert f"{SITES[0]}: " in (message := refusal(edits={SITES[0]: wrong}))
         assert "not finite (NaN, or too large for fp32)" in message
-    assert "should be of shapes" in refusal(edits={SITES[0]: Edit(edit.scale, edit.bias[:3])})
+    assert "should be of shapes" in refusal(edits={SITES[0]: EffectiveEdit(edit.scale, edit.bias[:3])})

@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from redpeft.adapters import list_adapters, pack_adapters
-from redpeft.adapters.listing import Row, adapters_table
+from redpeft.adapters.listing import ListedAdapter, adapters_table
 from redpeft.errors import UserError
 
 from .folders import SITES, WIDTH, random_tensors, write_folder, write_run
@@ -39,7 +39,7 @@ def test_a_row_says_what_an_adapter_is(runs):
     rows = rows_of(runs)
     assert list(rows) == ["plain", "reviews", "topics/seed-3"]
     size = (runs / "reviews" / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert rows["reviews"] == Row(
+    assert rows["reviews"] == ListedAdapter(
         name="reviews",
         status="ok",
         base="some/encoder",
@@ -86,7 +86,9 @@ def test_runs_that_are_not_finished(runs):
     (runs / "topics" / "seed-3" / "result.json").unlink()
     shutil.rmtree(runs / "reviews" / "adapter")
     rows = rows_of(runs)
-    begun = Row(name="reviews", status="unfinished", base="some/encoder", task="classification", method="red")
+    begun = ListedAdapter(
+        name="reviews", status="unfinished", base="some/encoder", task="classification", method="red"
+    )
     assert rows["reviews"] == begun
     assert (rows["topics/seed-3"].status, rows["topics/seed-3"].parameters) == ("unfinished", 4 * WIDTH)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from redpeft.serving import counters
-from redpeft.serving.counters import FOLDER, OF_SERVERS, Tally, read_counts
+from redpeft.serving.counters import FOLDER, OF_SERVERS, Counters, read_counts
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_counts_of_all_processes_are_added(monkeypatch):
-    worker, server = Tally(), Tally()
+    worker, server = Counters(), Counters()
     for pid, one in ((1, worker), (2, server)):
         one.add("a", requests=1, prompt_tokens=7)
         one.add("a", requests=1)
@@ -36,7 +36,7 @@ def test_counts_of_all_processes_are_added(monkeypatch):
 
 def test_what_is_counted_is_written_a_moment_later(monkeypatch, folder):
     monkeypatch.setattr(counters, "DELAY", 0.05)
-    one = Tally()
+    one = Counters()
     for _ in range(2):  # again, after it was written
         for _ in range(100):
             one.add("a", requests=1)
@@ -57,7 +57,7 @@ def test_the_timer_and_who_asks_can_write_at_once(monkeypatch):
             file.write(text[5:])
 
     monkeypatch.setattr(Path, "write_text", write_slowly)
-    one = Tally()
+    one = Counters()
     one.add("a", requests=1)
     with ThreadPoolExecutor(4) as pool:
         written = [pool.submit(one.write) for _ in range(40)]
@@ -66,7 +66,7 @@ def test_the_timer_and_who_asks_can_write_at_once(monkeypatch):
 
 
 def test_the_adapter_that_was_counted_longest_ago_is_forgotten():
-    one = Tally(kept=2)
+    one = Counters(kept=2)
     for name in ("a", "b", "a", "c"):
         one.add(name, requests=1)
     one.write()
@@ -76,7 +76,7 @@ def test_the_adapter_that_was_counted_longest_ago_is_forgotten():
 def test_without_a_server_nothing_is_written(monkeypatch, folder):
     monkeypatch.delenv(FOLDER)
     monkeypatch.setattr(counters, "Timer", None)
-    one = Tally()
+    one = Counters()
     one.add("a", requests=1)
     one.write()
     assert list(folder.iterdir()) == []
@@ -86,7 +86,7 @@ def test_without_a_server_nothing_is_written(monkeypatch, folder):
 def test_several_api_servers_share_the_folder_that_vllm_makes_for_them(monkeypatch, tmp_path):
     monkeypatch.delenv(FOLDER)
     monkeypatch.setenv(OF_SERVERS, str(tmp_path))
-    one = Tally()
+    one = Counters()
     one.add("a", requests=1)
     one.write()
     (tmp_path / "counter_7.db").touch()  # vLLM's own
@@ -95,7 +95,7 @@ def test_several_api_servers_share_the_folder_that_vllm_makes_for_them(monkeypat
 
 def test_a_folder_that_is_gone_stops_nobody(monkeypatch, folder):
     monkeypatch.setenv(FOLDER, str(folder / "gone"))
-    one = Tally()
+    one = Counters()
     one.add("a", requests=1)
     one.write()
     assert read_counts() == {}

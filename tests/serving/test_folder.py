@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from redpeft.adapters import pack_adapters, read_adapter
 from redpeft.errors import UserError
 from redpeft.serving import command, folder
-from redpeft.serving.folder import Refused, Source, check_numbers, is_red, read, stamp
+from redpeft.serving.folder import Refused, ServedFolder, check_numbers, file_signature, is_red, read
 
 from .making import SITES, WIDTH, adapter, edits
 
@@ -37,7 +37,7 @@ def source(tmp_path):
     adapter(tmp_path / "secret", 3)
     (root / "link").symlink_to(tmp_path / "secret")
     (root / "alias").symlink_to(root / "one")
-    return Source(root)
+    return ServedFolder(root)
 
 
 def run(path: Path) -> None:
@@ -103,9 +103,9 @@ def test_a_folder_that_is_an_adapter_or_a_run_has_its_own_name(source):
         (source.root / "one", "one", source.root / "one"),
         (source.root / "teams" / "two", "two", source.root / "teams" / "two" / "adapter"),
     ):
-        assert Source(path).adapters == {name: found}
-        assert Source(path).find(name) == found
-        assert Source(path).find(".") is None
+        assert ServedFolder(path).adapters == {name: found}
+        assert ServedFolder(path).find(name) == found
+        assert ServedFolder(path).find(".") is None
 
 
 def test_a_name_that_no_answer_can_hold_is_passed_over(source):
@@ -133,7 +133,7 @@ def test_a_pack_is_served_like_the_folder_it_came_from(source, tmp_path):
         shutil.rmtree(source.root / name)
     file = tmp_path / "all.safetensors"
     pack_adapters(source.root, file)
-    pack = Source(file)
+    pack = ServedFolder(file)
     assert list(pack.adapters) == list(source.adapters)
     for name in ("../secret", "one/", "teams", "x" * 5000, "\0"):
         assert pack.find(name) is None
@@ -142,7 +142,7 @@ def test_a_pack_is_served_like_the_folder_it_came_from(source, tmp_path):
         assert is_red(path)
         assert all(torch.equal(ours.edits[site].scale, theirs.edits[site].scale) for site in SITES)
         assert all(torch.equal(ours.edits[site].bias, theirs.edits[site].bias) for site in SITES)
-    assert command.look_through(pack) == command.look_through(source) == command.Offer(SITES, only_red=True)
+    assert command.scan(pack) == command.scan(source) == command.AdapterScan(SITES, only_red=True)
     file.write_bytes(b"half of a pack")
     assert pack.adapters == {}
 
@@ -150,20 +150,20 @@ def test_a_pack_is_served_like_the_folder_it_came_from(source, tmp_path):
 def test_a_stamp_changes_with_the_adapter(source):
     path = source.find("one")
     weights = path / "adapter_model.safetensors"
-    stamps = [stamp(path)]
-    assert stamp(path) == stamps[0]
+    stamps = [file_signature(path)]
+    assert file_signature(path) == stamps[0]
     save_file(edits(9), path / "new")
     os.replace(path / "new", weights)
-    stamps.append(stamp(path))
+    stamps.append(file_signature(path))
     time.sleep(0.02)
     old = weights.stat()
     with weights.open("r+b") as file:  # in its place, of its size, and with its time
         file.write(file.read(1))
     os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
-    stamps.append(stamp(path))
+    stamps.append(file_signature(path))
     time.sleep(0.02)
     weights.chmod(0o600)  # and back: who could not read it can
-    stamps.append(stamp(path))
+    stamps.append(file_signature(path))
     assert len(set(stamps)) == 4
 
 
@@ -198,13 +198,13 @@ def test_before_the_start_no_more_is_read_than_names(source, caplog, monkeypatch
         file.truncate(200)
     (source.root / "no-json").mkdir()
     (source.root / "no-json" / "adapter_config.json").write_text("[" * 100_000)
-    offer = command.look_through(source)
-    assert offer == command.Offer(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
+    offer = command.scan(source)
+    assert offer == command.AdapterScan(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
     assert "not served as it is: " in caplog.text
     assert f"{source.root / 'one' / 'adapter_model.safetensors'}: corrupt or truncated" in caplog.text
     assert "no-json/adapter_config.json: not valid JSON" in caplog.text
     adapter(source.root / "lora", 4, peft_type="LORA")
-    assert command.look_through(source).only_red is False
+    assert command.scan(source).only_red is False
 
 
 def test_other_adapters_are_told_apart_and_bad_ones_refused(tmp_path):

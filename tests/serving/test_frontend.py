@@ -27,13 +27,13 @@ def models(tmp_path):
     from vllm.utils.counter import AtomicCounter
 
     from redpeft.serving import plugin
-    from redpeft.serving.folder import Source
+    from redpeft.serving.folder import ServedFolder
     from redpeft.serving.vllm_internals.frontend import FolderAdapters, Locks, _remembering
 
     plugin.register()
     adapter(tmp_path / "served" / "edit", 1)
     models = object.__new__(OpenAIServingModels)
-    models.lora_requests, models.lora_resolver_lock = FolderAdapters(Source(tmp_path / "served")), Locks()
+    models.lora_requests, models.lora_resolver_lock = FolderAdapters(ServedFolder(tmp_path / "served")), Locks()
     models.base_model_paths = [BaseModelPath(name="base", model_path="/base")]
     config = SimpleNamespace(model="base", max_model_len=9)
     models.registry = OpenAIModelRegistry(config, models.base_model_paths)

@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from redpeft.adapters import Edit
+from redpeft.adapters import EffectiveEdit
 from redpeft.serving.table import SlotTable
 
 WIDTH = 6
 VALUES = st.floats(-74, 74, width=32)
 
 
-def random_edit(seed: int, width: int = WIDTH) -> Edit:
+def random_edit(seed: int, width: int = WIDTH) -> EffectiveEdit:
     generator = torch.Generator().manual_seed(seed)
     scale = 20 * torch.randn(width, generator=generator)
     scale[:2] = torch.tensor([-64.0, 74.0])
-    return Edit(scale, 30 * torch.randn(width, generator=generator))
+    return EffectiveEdit(scale, 30 * torch.randn(width, generator=generator))
 
 
 def by_loop(hidden, slots, edits):

@@ -24,7 +24,7 @@ from dataclasses import replace
 
 import torch
 
-from redpeft.adapters.files import Adapter, Edit
+from redpeft.adapters.files import Adapter, EffectiveEdit
 from redpeft.errors import UserError, some
 from redpeft.models import fingerprint_difference
 from redpeft.tuner import compose as method
@@ -58,12 +58,12 @@ def inverse(adapter: Adapter) -> Adapter:
 
 def keep_scale(adapter: Adapter) -> Adapter:
     """The scales alone: every bias 0."""
-    return _each(adapter, lambda edit: Edit(edit.scale, torch.zeros_like(edit.bias)))
+    return _each(adapter, lambda edit: EffectiveEdit(edit.scale, torch.zeros_like(edit.bias)))
 
 
 def keep_bias(adapter: Adapter) -> Adapter:
     """The biases alone: every scale 1."""
-    return _each(adapter, lambda edit: Edit(torch.ones_like(edit.scale), edit.bias))
+    return _each(adapter, lambda edit: EffectiveEdit(torch.ones_like(edit.scale), edit.bias))
 
 
 def keep_layers(adapter: Adapter, layers: Iterable[int]) -> Adapter:
@@ -90,7 +90,7 @@ def trim(adapter: Adapter, share: float) -> Adapter:
     scales = _largest({site: edit.scale - 1 for site, edit in adapter.edits.items()}, share)
     biases = _largest({site: edit.bias / adapter.units[site] for site, edit in adapter.edits.items()}, share)
     edits = {
-        site: Edit(torch.where(scales[site], edit.scale, 1), torch.where(biases[site], edit.bias, 0))
+        site: EffectiveEdit(torch.where(scales[site], edit.scale, 1), torch.where(biases[site], edit.bias, 0))
         for site, edit in adapter.edits.items()
     }
     return _derived([adapter], edits)
@@ -146,12 +146,12 @@ def _combine(
     return _with_head(_derived(adapters, edits), owner, head)
 
 
-def _difference(edit: Edit) -> method.Difference:
+def _difference(edit: EffectiveEdit) -> method.Difference:
     return edit.scale - 1, edit.bias
 
 
-def _edit(difference: method.Difference) -> Edit:
-    return Edit(1 + difference[0], difference[1])
+def _edit(difference: method.Difference) -> EffectiveEdit:
+    return EffectiveEdit(1 + difference[0], difference[1])
 
 
 def _with_head(adapter: Adapter, owner: Adapter, head: method.Head) -> Adapter:
@@ -159,11 +159,11 @@ def _with_head(adapter: Adapter, owner: Adapter, head: method.Head) -> Adapter:
     return replace(adapter, config=adapter.config | config, head=dict(head))
 
 
-def _each(adapter: Adapter, function: Callable[[Edit], Edit]) -> Adapter:
+def _each(adapter: Adapter, function: Callable[[EffectiveEdit], EffectiveEdit]) -> Adapter:
     return _derived([adapter], {site: function(edit) for site, edit in adapter.edits.items()})
 
 
-def _derived(adapters: Sequence[Adapter], edits: Mapping[str, Edit]) -> Adapter:
+def _derived(adapters: Sequence[Adapter], edits: Mapping[str, EffectiveEdit]) -> Adapter:
     """The first adapter with other edits, and what its configuration then says."""
     configs = [{**adapter.config, "target_modules": list(adapter.edits)} for adapter in adapters]
     config = adapters[0].config | method.combine_configs(configs, edits.keys())

@@ -33,7 +33,7 @@ PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."
 
 
-class Edit(NamedTuple):
+class EffectiveEdit(NamedTuple):
     """One site's edit in the output's own size, `h' = scale * h + bias`: vectors of shape (width,).
 
     What is read from a folder is in fp64, in which it is exact, so that writing it gives the same numbers again.
@@ -49,7 +49,7 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
-    edits: dict[str, Edit]
+    edits: dict[str, EffectiveEdit]
     units: dict[str, float]
     head: dict[str, torch.Tensor]
 
@@ -123,7 +123,7 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
     if "unit_measured" not in config:
         config["unit_measured"] = config.get("unit") == "auto" and any(unit != 1 for unit in units.values())
     edits = {
-        site: Edit(*effective_edit(part[name], part["bias"], part["unit"], ORIGINS[name]))
+        site: EffectiveEdit(*effective_edit(part[name], part["bias"], part["unit"], ORIGINS[name]))
         for site, part in parts.items()
     }
     return Adapter(folder, config, edits, units, head)

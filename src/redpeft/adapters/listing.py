@@ -25,7 +25,7 @@ Facts = dict[str, Any]  # some fields of a row
 
 
 @dataclass(frozen=True)
-class Row:
+class ListedAdapter:
     """One adapter. What nobody recorded, or what could not be read, is None.
 
     `validation` and `test` are of `metric`, the run's own; `parameters` are those of the edits, `bytes` those of
@@ -49,7 +49,7 @@ class Row:
     fingerprint: str | None = None
 
 
-def list_adapters(path: str | Path) -> list[Row]:
+def list_adapters(path: str | Path) -> list[ListedAdapter]:
     """A row for each adapter and unfinished run below a folder, or for each adapter of a pack; sorted by name.
 
     Each is read and checked: as `read_adapter` does, and in a pack every file by its sha256. A damaged one is a row
@@ -62,7 +62,7 @@ def list_adapters(path: str | Path) -> list[Row]:
     return [_in_folder(found, prints) for found in find_adapters(path)]
 
 
-def adapters_table(rows: Sequence[Row], title: str) -> Table:
+def adapters_table(rows: Sequence[ListedAdapter], title: str) -> Table:
     """The rows as a table; why one is damaged is left to lines of its own."""
     caption = "score: validation / test; parameters: edits + head; weights: the same where the fingerprints agree"
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
@@ -91,12 +91,12 @@ def _joined(between: str, *parts: str | None) -> str:
     return between.join(part for part in parts if part) or "-"
 
 
-def _scores(row: Row) -> str:
+def _scores(row: ListedAdapter) -> str:
     scores = ["-" if score is None else f"{score:.4g}" for score in (row.validation, row.test)]
     return "-" if row.metric is None else f"{row.metric} {' / '.join(scores)}"
 
 
-def _parameters(row: Row) -> str:
+def _parameters(row: ListedAdapter) -> str:
     if row.parameters is None:
         return "-"
     return f"{row.parameters:,}" + (f" + {row.head_parameters:,}" if row.head_parameters else "")
@@ -119,7 +119,7 @@ class _Prints:
         return short
 
 
-def _in_folder(found: Found, prints: _Prints) -> Row:
+def _in_folder(found: Found, prints: _Prints) -> ListedAdapter:
     def run_file(name: str) -> bytes | None:
         path = found.run and found.run / name
         return path.read_bytes() if path and path.is_file() else None
@@ -136,7 +136,7 @@ def _in_folder(found: Found, prints: _Prints) -> Row:
     return _row(found.name, found.run or found.adapter, run_file, facts)
 
 
-def _in_pack(pack: Pack, name: str, prints: _Prints) -> Row:
+def _in_pack(pack: Pack, name: str, prints: _Prints) -> ListedAdapter:
     def facts() -> Facts:
         sizes = [len(data) for _, data in pack.files(name)]  # reads and checks them all, the tensors' first
         return _of_adapter(pack.adapter(name), prints) | {"bytes": sizes[0]}
@@ -144,7 +144,7 @@ def _in_pack(pack: Pack, name: str, prints: _Prints) -> Row:
     return _row(name, pack.path / name, lambda file: pack.file(name, within(name, file)), facts)
 
 
-def _row(name: str, where: Path, run_file: Callable[[str], bytes | None], facts: Callable[[], Facts]) -> Row:
+def _row(name: str, where: Path, run_file: Callable[[str], bytes | None], facts: Callable[[], Facts]) -> ListedAdapter:
     """What its run says goes before what the adapter says: the task is the run's, the method its name for it."""
     known: Facts = {"status": "ok"}
     try:
@@ -153,7 +153,7 @@ def _row(name: str, where: Path, run_file: Callable[[str], bytes | None], facts:
         known |= facts() | run
     except (UserError, OSError) as error:
         known |= {"status": "damaged", "reason": str(error)}
-    return Row(name=name, **known)
+    return ListedAdapter(name=name, **known)
 
 
 def _of_adapter(adapter: Adapter, prints: _Prints) -> Facts:

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
-from redpeft.adapters.files import Adapter, Edit, write_adapter
+from redpeft.adapters.files import Adapter, EffectiveEdit, write_adapter
 from redpeft.adapters.loading import on_meta
 from redpeft.adapters.preview import model_config
 from redpeft.adapters.released_files import (
@@ -168,7 +168,7 @@ def _base_model(released: Released, base: str) -> tuple[PreTrainedModel, str]:
     return on_meta(getattr(transformers, AUTO_CLASS.get(task, "AutoModel")), config), task
 
 
-def _check_sites(path: Path, base: str, model: PreTrainedModel, edits: Mapping[str, Edit]) -> str:
+def _check_sites(path: Path, base: str, model: PreTrainedModel, edits: Mapping[str, EffectiveEdit]) -> str:
     """Which sites these are, "ffn" or "red+": all of them have to be there, in the base model's widths."""
     found = find_sites(model, RED_PLUS)
     widths = {site.name: site.width for site in found}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from redpeft.adapters.files import Edit
+from redpeft.adapters.files import EffectiveEdit
 from redpeft.errors import UserError, some
 from redpeft.storage import new_folder
 
@@ -36,7 +36,7 @@ class Released:
     """The files in memory. `edits` go by the released code's module names, in fp32; `dtype` is that of the file."""
 
     path: Path
-    edits: dict[str, Edit]
+    edits: dict[str, EffectiveEdit]
     dtype: torch.dtype
     head: dict[str, torch.Tensor]  # empty without a classifier.pth
 
@@ -53,7 +53,9 @@ def read_released(path: str | Path) -> Released:
     return Released(path, edits, dtype, _read_head(beside) if beside.is_file() else {})
 
 
-def write_released(edits: Mapping[str, Edit], head: Mapping[str, torch.Tensor], out: Path) -> tuple[list[Path], str]:
+def write_released(
+    edits: Mapping[str, EffectiveEdit], head: Mapping[str, torch.Tensor], out: Path
+) -> tuple[list[Path], str]:
     """Write the files into a new folder; returns their paths and the dtype. `UserError` if `out` is not empty."""
     dtype = torch.bfloat16 if all(_is_bf16(vector) for edit in edits.values() for vector in edit) else torch.float32
     tensors = {}
@@ -81,7 +83,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _read_edits(path: Path) -> tuple[dict[str, Edit], torch.dtype]:
+def _read_edits(path: Path) -> tuple[dict[str, EffectiveEdit], torch.dtype]:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     tensors = _load(path)
     dtype = next(iter(tensors.values())).dtype
@@ -100,7 +102,7 @@ def _read_edits(path: Path) -> tuple[dict[str, Edit], torch.dtype]:
             raise UserError(f"{path}: {name} has no {missing.pop()}; an edit has both vectors")
         if part_of[BIAS].shape != part_of[SCALE].shape:
             raise UserError(f"{path}: the {SCALE} and the {BIAS} of {name} differ in width")
-    return {name: Edit(part[SCALE], part[BIAS]) for name, part in parts.items()}, dtype
+    return {name: EffectiveEdit(part[SCALE], part[BIAS]) for name, part in parts.items()}, dtype
 
 
 def _read_head(path: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from redpeft.adapters import open_pack
 from redpeft.errors import UserError
-from redpeft.serving.folder import Source, sites_of
+from redpeft.serving.folder import ServedFolder, sites_of
 from redpeft.serving.options import KEY
 from redpeft.serving.plugin import check_version
 
@@ -25,19 +25,19 @@ IN_MEMORY = 1024  # adapters kept in the CPU's memory: 1 MiB each for a base of 
 
 
 @dataclass(frozen=True)
-class Offer:
+class AdapterScan:
     """What a folder has to serve now: the sites that its RED adapters edit, and whether there are only these."""
 
     sites: list[str]
     only_red: bool
 
 
-def look_through(source: Source) -> Offer:
+def scan(source: ServedFolder) -> AdapterScan:
     """What the adapters edit, of which the tensors' names tell; a damaged one is named in a warning, and left for
     later: it may be replaced. `UserError`: a pack that cannot be read."""
     if source.root.is_file():
         with open_pack(source.root) as pack:
-            return Offer(pack.sites, only_red=True)
+            return AdapterScan(pack.sites, only_red=True)
     sites: dict[str, None] = {}
     only_red = True
     for path in source.adapters.values():
@@ -48,7 +48,7 @@ def look_through(source: Source) -> Offer:
         else:
             only_red = only_red and found is not None
             sites |= dict.fromkeys(found or ())
-    return Offer(list(sites), only_red)
+    return AdapterScan(list(sites), only_red)
 
 
 def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> list[str]:
@@ -59,15 +59,15 @@ def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[s
     check_version()
     if not folder.exists():
         raise UserError(f"no such folder or pack: {folder}")
-    source = Source(folder.resolve())
-    offer = look_through(source)
-    told = {"folder": str(source.root), "only": offer.only_red}
-    if offer.sites:  # of an empty folder's future adapters the FFN's sites are expected
-        told["sites"] = offer.sites
+    source = ServedFolder(folder.resolve())
+    found = scan(source)
+    plugin_options = {"folder": str(source.root), "only": found.only_red}
+    if found.sites:  # of an empty folder's future adapters the FFN's sites are expected
+        plugin_options["sites"] = found.sites
     return [
         *(sys.executable, "-m", SERVER, "--model", base, "--enable-lora"),
         *("--max-loras", str(max_adapters), "--max-cpu-loras", str(max(IN_MEMORY, max_adapters))),
-        *("--additional-config", json.dumps({KEY: told})),
+        *("--additional-config", json.dumps({KEY: plugin_options})),
         *options,
     ]
 

@@ -33,7 +33,7 @@ COUNTED = {
 _shared: list[tempfile.TemporaryDirectory] = []  # of the process that made it, at whose end it goes
 
 
-class Tally:
+class Counters:
     """This process's counts by adapter and by the names of `COUNTED`."""
 
     def __init__(self, kept: int = KEPT) -> None:

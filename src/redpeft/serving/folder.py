@@ -28,26 +28,26 @@ SETTLED = 2 * 10**9  # ns: changes further apart give a folder another time, on 
 LARGEST = 1e6  # of scales, and of biases in the output's own size: far beyond what training gives, far below overflow
 REMEMBERED = 4096  # adapters that were refused
 
-Stamp = tuple[int, ...]
+FileSignature = tuple[int, ...]
 
 
-class Source:
+class ServedFolder:
     """What is served: a folder with adapters and runs in it, or a pack."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._listed: tuple[dict[str, Path], dict[Path, Stamp]] = {}, {}  # and what was looked into, as it was
+        self._listed: tuple[dict[str, Path], dict[Path, FileSignature]] = {}, {}  # and what was looked into, as it was
 
     @property
     def adapters(self) -> dict[str, Path]:
         """The adapters that there are now, sorted by name; none, where the folder is empty or gone. As long as nothing
         changes it is the same object, for which each folder is asked for its time and no more."""
         adapters, seen = self._listed
-        if not seen or any(_stamp(path) != then for path, then in seen.items()):
+        if not seen or any(_signature(path) != then for path, then in seen.items()):
             self._listed = adapters, _ = self._look()
         return adapters
 
-    def _look(self) -> tuple[dict[str, Path], dict[Path, Stamp]]:
+    def _look(self) -> tuple[dict[str, Path], dict[Path, FileSignature]]:
         """The adapters, and the folders that were looked into; none of these, where one has just changed: the time of
         another change could be the same."""
         began = time.time_ns()
@@ -57,7 +57,7 @@ class Source:
             found, seen = look_below(self.root)
             named = {name: one.adapter for one in found if (name := self._offered(one)) is not None}
             adapters = dict(sorted(named.items()))
-        stamps = {path: _stamp(path) for path in seen}
+        stamps = {path: _signature(path) for path in seen}
         settled = all(0 < max(stamp[:2]) < began - SETTLED for stamp in stamps.values())
         return adapters, stamps if settled else {}
 
@@ -99,16 +99,16 @@ class Refused:
     """Why adapters were refused, by their paths and what their files were then: those are not read again."""
 
     def __init__(self) -> None:
-        self._reasons: OrderedDict[str, tuple[Stamp, str]] = OrderedDict()
+        self._reasons: OrderedDict[str, tuple[FileSignature, str]] = OrderedDict()
 
-    def add(self, path: str, then: Stamp, reason: str) -> None:
+    def add(self, path: str, then: FileSignature, reason: str) -> None:
         """`then`: the stamp from before the adapter was read."""
         self._reasons.pop(path, None)
         self._reasons[path] = then, reason
         if len(self._reasons) > REMEMBERED:
             self._reasons.popitem(last=False)
 
-    def reason(self, path: str, now: Stamp) -> str | None:
+    def reason(self, path: str, now: FileSignature) -> str | None:
         """Why this adapter was refused; None if it was not, or has changed since."""
         then, reason = self._reasons.get(path, (None, None))
         return reason if then == now else None
@@ -157,14 +157,14 @@ def check_numbers(adapter: Adapter, dtype: torch.dtype) -> None:
                 )
 
 
-def stamp(path: Path) -> Stamp:
+def file_signature(path: Path) -> FileSignature:
     """Changes when the adapter is replaced or changed: times, sizes and inodes of its files, or of the pack that it is
     in. Zeros, where there is nothing."""
     files = [pack] if (pack := _pack_of(path)) else [path / CONFIG_NAME, path / WEIGHTS_NAME]
-    return tuple(number for file in files for number in _stamp(file))
+    return tuple(number for file in files for number in _signature(file))
 
 
-def _stamp(path: Path) -> Stamp:
+def _signature(path: Path) -> FileSignature:
     """Of a file or folder: its times in ns, size and inode; zeros where there is none. Of the two times one can be set
     back (copies keep that of their source), and the other is not kept by every file system."""
     try:
@@ -175,7 +175,7 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _check_size(file: Path, most: int) -> None:
-    size = _stamp(file)[2]
+    size = _signature(file)[2]
     if size > most:
         raise UserError(f"{file}: {size:,} bytes, more than edits of this base model can have")
 

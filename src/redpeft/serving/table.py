@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from redpeft.adapters import Edit
+from redpeft.adapters import EffectiveEdit
 from redpeft.tuner.edit import apply_edit
 
 
@@ -37,7 +37,7 @@ class SlotTable(nn.Module):
             self.fill(slot, None)
 
     @torch.no_grad()
-    def fill(self, slot: int, edit: Edit | None) -> None:
+    def fill(self, slot: int, edit: EffectiveEdit | None) -> None:
         """Put an edit into a slot; None is the identity.
 
         The identity's bias is -0.0: to add it changes no number, where +0.0 would turn -0.0 into 0.0.

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redpeft.adapters.files import Edit
+from redpeft.adapters.files import EffectiveEdit
 from redpeft.adapters.fold.exactness import fold_layer
 from redpeft.errors import UserError
 
@@ -19,7 +19,7 @@ def layer(width=24, inner=40, seed=0):
 
 def edit_of(width=24, low=-64.0, high=74.0, size=147.0, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return Edit(
+    return EffectiveEdit(
         torch.empty(width).uniform_(low, high, generator=generator),
         torch.empty(width).uniform_(-size, size, generator=generator),
     )
@@ -59,10 +59,10 @@ def test_the_figures_are_those_of_outputs(dtype, distance, unit):
 def test_scales_within_2_to_the_minus_9_vanish_in_bf16():
     weight = torch.ones(6, 8).to(torch.bfloat16)
     scale = torch.tensor([1.0, 1 + 2**-10, 1 - 2**-10, 1 + 2**-7, -1.0, 3.0])
-    _, exactness = fold_layer("site", weight, None, Edit(scale, torch.zeros(6)), 1.0, torch.bfloat16)
+    _, exactness = fold_layer("site", weight, None, EffectiveEdit(scale, torch.zeros(6)), 1.0, torch.bfloat16)
     assert exactness.vanished == pytest.approx(2 / 5)  # one of the six is exactly 1
     assert exactness.is_poor
-    _, exactness = fold_layer("site", weight, None, Edit(scale, torch.zeros(6)), 1.0, torch.float32)
+    _, exactness = fold_layer("site", weight, None, EffectiveEdit(scale, torch.zeros(6)), 1.0, torch.float32)
     assert exactness.vanished == 0
     assert not exactness.is_poor
 
@@ -70,7 +70,7 @@ def test_scales_within_2_to_the_minus_9_vanish_in_bf16():
 def test_an_edit_of_the_bias_alone_loses_no_scale():
     """The released Llama-2 checkpoint: every scale is exactly 1."""
     weight, _ = layer()
-    edit = Edit(torch.ones(24), edit_of().bias)
+    edit = EffectiveEdit(torch.ones(24), edit_of().bias)
     _, exactness = fold_layer("site", weight.to(torch.bfloat16), None, edit, 1.0, torch.bfloat16)
     assert exactness.vanished == 0
     assert exactness.lost < 2**-8
@@ -84,4 +84,4 @@ def test_values_beyond_the_range_are_an_error_with_the_site_s_name(part):
     with pytest.raises(
         UserError, match=r"a\.site: the folded layer has values up to .*torch.float16 ends at 6.55e\+04"
     ):
-        fold_layer("a.site", weight, None, Edit(scale, bias), 1.0, torch.float16)
+        fold_layer("a.site", weight, None, EffectiveEdit(scale, bias), 1.0, torch.float16)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from redpeft.adapters.files import Edit
+from redpeft.adapters.files import EffectiveEdit
 from redpeft.errors import UserError
 from redpeft.tuner.edit import fold_edit
 
@@ -33,7 +33,7 @@ class Exactness:
 
 
 def fold_layer(
-    site: str, weight: torch.Tensor, bias: torch.Tensor | None, edit: Edit, unit: float, dtype: torch.dtype
+    site: str, weight: torch.Tensor, bias: torch.Tensor | None, edit: EffectiveEdit, unit: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Exactness]:
     """The bias of a linear layer of weight (width, in) with an edit folded into it, and how exact the whole layer is.
 
@@ -41,7 +41,7 @@ def fold_layer(
     where it has none. Raises `UserError` for a result beyond the range of `dtype`.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    edit = Edit(edit.scale.to(wide), edit.bias.to(wide))
+    edit = EffectiveEdit(edit.scale.to(wide), edit.bias.to(wide))
     exact_weight, exact_bias = fold_edit(weight, bias, *edit)
     stored = exact_weight.to(dtype), exact_bias.to(dtype)
     if not all(tensor.isfinite().all() for tensor in stored):

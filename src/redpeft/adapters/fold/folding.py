@@ -15,7 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import write_folded_card
-from redpeft.adapters.files import Adapter, Edit, read_adapter, write_adapter
+from redpeft.adapters.files import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.adapters.fold.base import checkpoint_fingerprint
 from redpeft.adapters.fold.checkpoint import Checkpoint, local_folder
 from redpeft.adapters.fold.exactness import WARN_ABOVE
@@ -118,7 +118,7 @@ def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
         ) from error
 
 
-def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, Edit]) -> None:
+def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, EffectiveEdit]) -> None:
     """What stays an edit, as an adapter whose base is the folded checkpoint. PEFT wants the head in both."""
     config = {
         **adapter.config,

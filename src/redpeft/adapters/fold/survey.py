@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from redpeft.adapters.files import Adapter, Edit
+from redpeft.adapters.files import Adapter, EffectiveEdit
 from redpeft.adapters.fold.checkpoint import Checkpoint
 from redpeft.adapters.fold.exactness import Exactness, fold_layer
 from redpeft.adapters.fold.names import Names
@@ -28,7 +28,7 @@ class FoldedSite:
     key: str | None = None
     scale: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    left: Edit | None = None
+    left: EffectiveEdit | None = None
     exactness: Exactness | None = None
 
 
@@ -69,7 +69,7 @@ def _fold_site(
     if bundle and exactness.is_poor:
         return FoldedSite(site, LEFT, key, left=edit)
     if form == BIAS_LEFT:
-        left = Edit(torch.ones_like(edit.scale), edit.bias)
+        left = EffectiveEdit(torch.ones_like(edit.scale), edit.bias)
         return FoldedSite(site, form, key, edit.scale, left=left, exactness=exactness)
     has_bias = plan.model.get_submodule(site).bias is not None  # or it needs none
     return FoldedSite(site, form, key, edit.scale, new_bias if has_bias else None, exactness=exactness)

@@ -25,10 +25,10 @@ from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from redpeft.adapters import Adapter, Edit
+from redpeft.adapters import Adapter, EffectiveEdit
 from redpeft.errors import UserError, some
 from redpeft.serving.base import Base
-from redpeft.serving.folder import Source, check_numbers, is_red, read
+from redpeft.serving.folder import ServedFolder, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.sites import find_module, widths_of_sites
 from redpeft.serving.table import SlotTable
@@ -45,7 +45,7 @@ REMEMBERED = 4096  # adapters that were in a batch of late, by number; far more 
 class RedAdapter(LoRAModel):
     """What vLLM keeps of a RED adapter: no LoRA weights, and its edits by the engine's module paths."""
 
-    def __init__(self, number: int, edits: dict[str, Edit]) -> None:
+    def __init__(self, number: int, edits: dict[str, EffectiveEdit]) -> None:
         super().__init__(number, rank=0, loras={})
         self.edits = edits
 
@@ -137,7 +137,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
         wrapper._token_lora_indices.fill_(-1)  # until the first batch it holds whatever was in memory
         return SlotTable(self.lora_slots, width, wrapper._token_lora_indices, partial=is_partial(module))
 
-    def edits_of(self, adapter: Adapter) -> dict[str, Edit]:
+    def edits_of(self, adapter: Adapter) -> dict[str, EffectiveEdit]:
         """An adapter's edits by the engine's modules; those on other pipeline ranks are left out.
 
         Raises `UserError` for a head, for sites without a table, and for widths or weights of another model.
@@ -158,13 +158,13 @@ class RedModelManager(LRUCacheLoRAModelManager):
         check_numbers(adapter, self.vllm_config.model_config.dtype)
         self.base.check(adapter, sites)
         here = {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
-        return {place: Edit(edit.scale.float(), edit.bias.float()) for place, edit in here.items()}
+        return {place: EffectiveEdit(edit.scale.float(), edit.bias.float()) for place, edit in here.items()}
 
     def _no_tables(self, unknown: list[str]) -> str:
-        told = f'with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\''
+        plugin_options = f'with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\''
         return (
             f"it edits {some(unknown)}, and this server has tables for {some(list(self.widths))}: "
-            f"start it again{'' if self.options.folder else f' {told}'}, or {FOLD}"
+            f"start it again{'' if self.options.folder else f' {plugin_options}'}, or {FOLD}"
         )
 
     def activate_adapter(self, lora_id: int) -> bool:
@@ -192,7 +192,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def count(self, adapter: LoRAModel, what: str) -> None:
         """Count an adapter's load or eviction; not those of vLLM's warm-up, whose adapters have no names."""
         if self.counts and (name := getattr(adapter, "served_name", None)) is not None:
-            metrics.tally.add(name, **{what: 1})
+            metrics.counters.add(name, **{what: 1})
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if lora_model.loras:  # vLLM's own takes the first of them
@@ -238,7 +238,7 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
     def _read_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         options, path = self._adapter_manager.options, Path(get_adapter_absolute_path(lora_request.lora_path))
         if options.folder is not None:
-            Source(options.folder).check(path)
+            ServedFolder(options.folder).check(path)
         if is_red(path):
             adapter = read(path, self._adapter_manager.widths)
             return RedAdapter(lora_request.lora_int_id, self._adapter_manager.edits_of(adapter))

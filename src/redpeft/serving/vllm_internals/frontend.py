@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redpeft.errors import UserError, first_line
-from redpeft.serving.folder import Refused, Source, Stamp, stamp
+from redpeft.serving.folder import FileSignature, Refused, ServedFolder, file_signature
 from redpeft.serving.options import Options
 from redpeft.storage import find_adapter
 
@@ -33,13 +33,13 @@ class FolderAdapters(dict[str, LoRARequest]):
     """vLLM's adapters by name, for a server of a folder's. One whose files have changed since it was loaded is not
     among them, so that it is looked up again; and again, if it cannot be loaded as it is now."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ServedFolder) -> None:
         super().__init__()
         self.source = source
-        self._stamps: dict[str, Stamp] = {}
+        self._stamps: dict[str, FileSignature] = {}
         self._cards: tuple[dict[str, Path], list[ModelCard]] = {}, []
 
-    def add(self, request: LoRARequest, then: Stamp) -> None:
+    def add(self, request: LoRARequest, then: FileSignature) -> None:
         """`then`: the stamp from before the adapter was read, so that a later change is seen."""
         self[request.lora_name], self._stamps[request.lora_name] = request, then
 
@@ -51,7 +51,7 @@ class FolderAdapters(dict[str, LoRARequest]):
         request = self.get(name) if isinstance(name, str) else None
         if request is None:
             return False
-        now = stamp(Path(request.lora_path))
+        now = file_signature(Path(request.lora_path))
         if not any(now):  # its files are gone, and with them what is known of it
             del self[request.lora_name]
             return False
@@ -90,7 +90,7 @@ def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
         init(models, engine_client, *args, **kwargs)
         folder = Options.of(engine_client.vllm_config.additional_config).folder
         if folder is not None:
-            models.lora_requests = FolderAdapters(Source(folder))
+            models.lora_requests = FolderAdapters(ServedFolder(folder))
             models.lora_resolver_lock = Locks()
 
     return build
@@ -120,7 +120,7 @@ async def resolve_lora(models: OpenAIServingModels, lora_name: str) -> LoRAReque
         path = await asyncio.to_thread(adapters.source.find, lora_name)
         if path is None:
             return _not_found(f"The model `{lora_name}` does not exist.")
-        then = stamp(path)
+        then = file_signature(path)
         request = LoRARequest(lora_name, models.lora_id_counter.inc(1), str(path))
         try:
             await models.engine_client.add_lora(request)
@@ -148,7 +148,7 @@ async def load_lora_adapter(models: OpenAIServingModels, request: Any, base_mode
     return found if isinstance(found, ErrorResponse) else f"Success: LoRA adapter '{name}' added successfully."
 
 
-def _is_served(source: Source, name: str, path: str) -> bool:
+def _is_served(source: ServedFolder, name: str, path: str) -> bool:
     found = source.find(name)
     try:
         return found is not None and find_adapter(path).resolve() == found.resolve()
@@ -202,7 +202,7 @@ def _remembering(add_lora: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(add_lora)
     async def add(client: AsyncLLM, lora_request: LoRARequest) -> bool:
-        path, then = lora_request.lora_path, stamp(Path(lora_request.lora_path))
+        path, then = lora_request.lora_path, file_signature(Path(lora_request.lora_path))
         reason = refused.reason(path, then)
         if reason is None:
             outcome = await add_lora(client, lora_request)

@@ -22,7 +22,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 from redpeft.adapters.files import read_config
 from redpeft.errors import UserError
-from redpeft.serving.folder import Source
+from redpeft.serving.folder import ServedFolder
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.vllm_internals import frontend, metrics, self_check
 from redpeft.serving.vllm_internals.engine import RedWorkerManager
@@ -144,7 +144,7 @@ def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
 def _is_named(resolver: FilesystemResolver, lora_name: str, lora_path: str) -> bool:
     """Whether the adapter at this path has this name: in the resolver's folder, or in a repository on the Hub."""
     if hasattr(resolver, "lora_cache_dir"):
-        return Source(Path(resolver.lora_cache_dir)).find(lora_name) == Path(lora_path)
+        return ServedFolder(Path(resolver.lora_cache_dir)).find(lora_name) == Path(lora_path)
     return PurePosixPath(lora_name).as_posix() == lora_name and (Path(lora_path) / CONFIG_NAME).is_file()
 
 

@@ -15,9 +15,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import OutputProcessor, RequestState
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from redpeft.serving.counters import COUNTED, Tally, read_counts, share
+from redpeft.serving.counters import COUNTED, Counters, read_counts, share
 
-tally = Tally()
+counters = Counters()
 MOST_MIXES = 256  # of adapters in a batch
 
 
@@ -25,7 +25,7 @@ class AdapterCounts(Collector):
     """A counter for each of `COUNTED`, `redpeft:<name>_total`, by `adapter_name`."""
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        tally.write()
+        counters.write()
         total = read_counts()
         for name, meaning in COUNTED.items():
             family = CounterMetricFamily(f"redpeft:{name}", meaning, labels=["adapter_name"])
@@ -55,8 +55,8 @@ def _counted(update: Callable[..., None]) -> Callable[..., None]:
         if state.lora_name is None or not processor.log_stats:
             return
         if state.is_prefilling:
-            tally.add(state.lora_name, requests=1, prompt_tokens=state.prompt_len)
-        tally.add(state.lora_name, generation_tokens=len(output.new_token_ids))
+            counters.add(state.lora_name, requests=1, prompt_tokens=state.prompt_len)
+        counters.add(state.lora_name, generation_tokens=len(output.new_token_ids))
 
     return count
 

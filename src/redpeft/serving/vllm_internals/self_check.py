@@ -19,7 +19,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.sample import sampler
 
-from redpeft.adapters import Edit
+from redpeft.adapters import EffectiveEdit
 from redpeft.errors import UserError, some
 from redpeft.serving.options import KEY, Options
 
@@ -39,10 +39,10 @@ TIMES, LEAST = 5.0, 1e-3
 Answer = list[dict[int, float]]  # at each step, logprobs by token
 
 
-def known_edit(width: int) -> Edit:
+def known_edit(width: int) -> EffectiveEdit:
     """Acts on outputs of any size, small ones and zeros too, and keeps within fp16."""
     signs = 1.0 - 2.0 * (torch.arange(width) % 2)
-    return Edit(torch.full((width,), -4.0), signs)
+    return EffectiveEdit(torch.full((width,), -4.0), signs)
 
 
 def checked_site(lora_request: LoRARequest) -> str | None:
