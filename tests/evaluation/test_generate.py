@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 
@@ -7,10 +8,11 @@ import pytest
 from talkers import write_lines, write_red, write_talker
 
 from redpeft import cli, console
-from redpeft.errors import UserError
-from redpeft.evaluation import alpaca_eval, mt_bench
-from redpeft.evaluation.generate import generate
+from redpeft.errors import RunError, UserError
+from redpeft.evaluation.generate import Journal, generate
 from redpeft.evaluation.language_model import Decoding, LanguageModel, open_language_model
+from redpeft.evaluation.question_files import FORMATS
+from redpeft.storage import locked
 
 SHORT = Decoding(max_new_tokens=12)
 ALPACA = [
@@ -201,9 +203,13 @@ def test_answers_of_something_else_are_not_mixed_in(talker, alpaca, tmp_path):
         (
             "mt-bench",
             '{"question_id": 1, "turns": ["a"]}\n\n{"question_id": 1, "turns": ["b"]}',
-            r"row 1: the question_id 1 is not one of its own",
+            r"row 1: question_id is 1: every row needs an id of its own",
         ),
-        ("mt-bench", '{"question_id": null, "turns": ["a"]}', r"the question_id None is not one of its own"),
+        (
+            "mt-bench",
+            '{"question_id": null, "turns": ["a"]}',
+            r"question_id is None: every row needs an id of its own",
+        ),
     ],
 )
 def test_bad_questions(benchmark, text, message, tmp_path, monkeypatch):
@@ -220,9 +226,79 @@ def test_bad_questions(benchmark, text, message, tmp_path, monkeypatch):
 def test_a_file_that_is_there_is_not_overwritten(talker, alpaca, tmp_path):
     out = tmp_path / "out.json"
     out.write_text("mine")
-    with pytest.raises(UserError, match=r"out.json is there already, and not as work to go on with: choose another"):
+    with pytest.raises(UserError, match=r"out.json exists already and has no journal to continue: choose another"):
         generate("alpaca-eval", str(talker), alpaca, out)
     assert out.read_text() == "mine"
+
+
+def test_one_process_at_a_time(talker, alpaca, tmp_path):
+    out = tmp_path / "answers" / "out.json"
+    with locked(out.parent, ".out.json.lock"):
+        with pytest.raises(UserError, match="another process is at work in"):
+            generate("alpaca-eval", str(talker), alpaca, out, decoding=SHORT)
+        generate("alpaca-eval", str(talker), alpaca, out.with_name("other.json"), decoding=SHORT)
+    assert {path.name for path in out.parent.iterdir()} == {"other.json", "other.json.journal"}
+
+
+def test_an_output_folder_that_cannot_be_written(talker, alpaca, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write into .*file: "):
+        generate("alpaca-eval", str(talker), alpaca, tmp_path / "file" / "out.json", decoding=SHORT)
+
+
+JOURNAL_SETTINGS = {"model": "a", "tokens": 5}
+ENTRIES = [{"question": 0, "answers": ["ä\n"]}, {"question": 1, "answers": []}]
+
+
+def test_the_journal_keeps_entries_for_the_next_call(tmp_path):
+    path = tmp_path / "out.journal"
+    journal = Journal(path, JOURNAL_SETTINGS)
+    assert journal.entries == []
+    assert not path.exists()
+    journal.append(ENTRIES[:1])
+    journal.append(ENTRIES[1:])
+    assert journal.entries == ENTRIES == Journal(path, JOURNAL_SETTINGS).entries
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_the_journal_drops_an_incomplete_line(tmp_path):
+    path = tmp_path / "out.journal"
+    Journal(path, JOURNAL_SETTINGS).append(ENTRIES)
+    whole = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == 10]
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        journal = Journal(path, JOURNAL_SETTINGS)
+        kept = max(0, sum(end <= cut for end in ends) - 1)
+        assert journal.entries == ENTRIES[:kept]
+        journal.append(ENTRIES[kept:])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("text", ["hello\n", "[1]\n", '{"question": 1}\n', '{"settings": {}}\n{"a"\n{}\n', "3\n"])
+def test_the_journal_refuses_another_file(tmp_path, text):
+    path = tmp_path / "out.journal"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"out.journal is damaged, or is no journal of unfinished work: remove it"):
+        Journal(path, JOURNAL_SETTINGS)
+    assert path.read_text() == text
+
+
+def test_the_journal_on_a_full_disk(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "out.journal", JOURNAL_SETTINGS)
+    journal.append(ENTRIES[:1])
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", full)
+        with pytest.raises(RunError, match=r"the disk of .* is full"):
+            journal.append(ENTRIES[1:])
+    assert journal.entries == ENTRIES[:1]
+    journal.append(ENTRIES[1:])  # over what was cut short
+    lines = (tmp_path / "out.journal").read_text().splitlines()
+    assert [json.loads(line) for line in lines[1:]] == ENTRIES
 
 
 def test_a_wrong_model_leaves_nothing(alpaca, tmp_path):
@@ -265,17 +341,17 @@ def test_wrong_calls(call, message, capsys):
 
 def test_the_public_questions(shared_data, talker, tmp_path):
     """As AlpacaEval and FastChat publish them, but for FastChat's name of the turns."""
-    rows = alpaca_eval.read_questions(shared_data / "alpaca_eval" / "validation.jsonl")
+    rows = FORMATS["alpaca-eval"].read(shared_data / "alpaca_eval" / "validation.jsonl")
     assert len(rows) == 105
-    assert json.loads(alpaca_eval.text(rows[:1], [{"answers": ["a"]}], "m")) == [
+    assert json.loads(FORMATS["alpaca-eval"].write(rows[:1], [{"answers": ["a"]}], "m")) == [
         {"instruction": rows[0]["instruction"], "output": "a", "generator": "m", "dataset": None}
     ]
     rows = [json.loads(line) for line in (shared_data / "mt_bench" / "test.jsonl").read_text().splitlines()]
     for row in rows:
         row["turns"] = [row.pop("instruction"), row.pop("follow_up")]
-    questions = mt_bench.read_questions(write_lines(tmp_path / "question.jsonl", rows))
+    questions = FORMATS["mt-bench"].read(write_lines(tmp_path / "question.jsonl", rows))
     assert [question["question_id"] for question in questions] == list(range(81, 161))
-    assert all(len(mt_bench.turns(question)) == 2 for question in questions)
+    assert all(len(FORMATS["mt-bench"].turns(question)) == 2 for question in questions)
     short = write_lines(tmp_path / "short.jsonl", [row for row in rows if sum(map(len, row["turns"])) < 120][:3])
     done = generate("mt-bench", str(talker), short, tmp_path / "out.jsonl", decoding=SHORT)
     assert done["questions"] == 3

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCau
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.evaluation.language_model import attach
-from redpeft.evaluation.lm_harness import PRESETS, Task, evaluate_adapters, parse_tasks, results_table
+from redpeft.evaluation.lm_harness import PRESETS, HarnessTask, evaluate_adapters, parse_tasks, results_table
 
 pytest.importorskip("lm_eval")
 
@@ -187,43 +187,52 @@ def test_a_task_file_by_its_path(folder, alone, tmp_path):
     assert by_name(folder, result)["one"][path] == alone["one"]["tiny_large"]
 
 
-def test_a_killed_call_goes_on(folder, alone, tmp_path, monkeypatch):
-    import lm_eval
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """The rows of each forward pass for a score, as they are computed, and how to let one of them be the last."""
+    from redpeft.evaluation.adapters_lm import AdaptersLM
 
-    done, real = [], lm_eval.simple_evaluate
+    class Passes(list):
+        last = None
 
-    class Killed(BaseException):
-        pass
+    passes, real = Passes(), AdaptersLM._model_call
 
-    def until_the_third(lm, tasks, **kwargs):
-        if len(done) == 2:
-            raise Killed
-        done.append(tasks)
-        return real(lm, tasks=tasks, **kwargs)
+    def counted(self, inputs, *args, **kwargs):
+        if passes.last == len(passes):
+            raise KeyboardInterrupt
+        passes.append(len(inputs))
+        return real(self, inputs, *args, **kwargs)
 
-    call = partial(score, folder, ["one", "two"], tmp_path / "scores.json", tasks="tiny_large,tiny_open")
-    with monkeypatch.context() as patched:
-        patched.setattr("lm_eval.simple_evaluate", until_the_third)
-        with pytest.raises(Killed):
-            call()
+    monkeypatch.setattr(AdaptersLM, "_model_call", counted)
+    return passes
+
+
+def test_a_killed_call_continues_within_a_task(folder, alone, tmp_path, forward_passes):
+    call = partial(score, folder, ["one", "two"], tmp_path / "scores.json", tasks="tiny_large,tiny_small")
+    forward_passes.last = 17  # 48 answers of adapter one in batches of 4, and 20 of adapter two
+    with pytest.raises(KeyboardInterrupt):
+        call()
     assert not (tmp_path / "scores.json").exists()
-    asked = []
-    monkeypatch.setattr(
-        "lm_eval.simple_evaluate", lambda lm, tasks, **kw: asked.append(tasks) or real(lm, tasks=tasks, **kw)
-    )
-    assert by_name(folder, call()) == {"one": alone["one"], "two": alone["two"]}
-    assert asked == [["tiny_large"], ["tiny_open"]]
-    assert by_name(folder, call()) == {"one": alone["one"], "two": alone["two"]}
-    assert len(asked) == 2
-    more = score(folder, ["two", "lora"], tmp_path / "scores.json", tasks="tiny_large")
-    assert asked == [["tiny_large"], ["tiny_open"], ["tiny_large"]]
-    assert {name: list(tasks) for name, tasks in by_name(folder, more).items()} == {
-        "two": ["tiny_large"],
-        "lora": ["tiny_large"],
+    forward_passes.last = None
+    result = by_name(folder, call())
+    assert {name: tasks["tiny_large"] for name, tasks in result.items()} == {
+        name: alone[name]["tiny_large"] for name in ("one", "two")
     }
+    assert sum(forward_passes) == 2 * 48, "no answer is computed twice: the small task's rows are in the large one too"
+    assert by_name(folder, call()) == result
+    assert sum(forward_passes) == 2 * 48
 
 
-def test_what_has_changed_is_scored_again_or_refused(folder, tmp_path):
+def test_more_adapters_and_tasks_compute_what_is_missing(folder, alone, tmp_path, forward_passes):
+    score(folder, ["one"], tmp_path / "scores.json")
+    assert sum(forward_passes) == 48
+    more = score(folder, ["lora", "one"], tmp_path / "scores.json", tasks="tiny_small,tiny_large")
+    assert sum(forward_passes) == 48 + 48
+    assert list(by_name(folder, more)) == ["lora", "one"]
+    assert by_name(folder, more)["one"]["tiny_large"] == alone["one"]["tiny_large"]
+
+
+def test_what_has_changed_is_scored_again_or_refused(folder, tmp_path, forward_passes):
     adapter = write_red(tmp_path / "adapter", folder / "base", seed=5)
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -235,11 +244,13 @@ def test_what_has_changed_is_scored_again_or_refused(folder, tmp_path):
     first = call(include_path=tasks)
     write_red(tmp_path / "adapter", folder / "base", seed=6)
     assert call(include_path=tasks)["results"] != first["results"]
-    with pytest.raises(UserError, match=r"scores.json.journal is of work with other settings \(limit\)"):
-        call(include_path=tasks, limit=3)
     task.write_text(task.read_text().replace("A:", "Answer:"))
-    with pytest.raises(UserError, match=r"other settings \(task_files\)"):
-        call(include_path=tasks)
+    call(include_path=tasks)
+    assert sum(forward_passes) == 3 * 48
+    with pytest.raises(
+        UserError, match=r"scores.json holds scores with other settings \(limit\): choose another --out"
+    ):
+        call(include_path=tasks, limit=3)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +286,9 @@ def test_a_task_whose_data_cannot_be_loaded(folder, tmp_path):
 
 def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
     (tmp_path / "scores.json").write_text("mine")
-    with pytest.raises(UserError, match="is there already, and not as work to go on with"):
+    with pytest.raises(
+        UserError, match=r"scores.json exists already and holds no scores: choose another --out, or remove it"
+    ):
         score(folder, [], tmp_path / "scores.json")
     assert (tmp_path / "scores.json").read_text() == "mine"
 
@@ -337,9 +350,9 @@ def test_the_papers_tasks():
     shots = {task.name: task.shots for task in parse_tasks("open-llm-leaderboard", num_fewshot=3)}
     assert shots == {"ai2_arc": 25, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 10}
     assert all(task.metric for task in PRESETS["open-llm-leaderboard"])
-    assert parse_tasks("boolq, gsm8k,boolq", 3) == [Task("boolq", 3), Task("gsm8k", 3)]
+    assert parse_tasks("boolq, gsm8k,boolq", 3) == [HarnessTask("boolq", 3), HarnessTask("gsm8k", 3)]
     mixed = parse_tasks("gsm8k,open-llm-leaderboard", 3)
-    assert Task("gsm8k", 3) in mixed
+    assert HarnessTask("gsm8k", 3) in mixed
     assert len(mixed) == len(PRESETS["open-llm-leaderboard"])
 
 
@@ -353,7 +366,7 @@ def test_the_harness_knows_the_papers_tasks():
 
 
 def test_the_table_and_the_average(monkeypatch):
-    tasks = [Task("a", 5, "acc,none"), Task("b", 0, "exact_match,strict")]
+    tasks = [HarnessTask("a", 5, "acc,none"), HarnessTask("b", 0, "exact_match,strict")]
     scores = {"a": {"acc,none": 0.5, "acc_stderr,none": 0.25}, "b": {"exact_match,strict": 0.75, "other,none": 3.0}}
     cells = {
         ("red", task): {"metrics": {task.name: scores[task.name]}, "rows": {task.name: 4}, "shots": task.shots}
@@ -370,7 +383,7 @@ def test_the_table_and_the_average(monkeypatch):
         ["acc", "exact_match (strict)", ""],
         ["0.5000 ± 0.2500", "0.7500", "0.6250"],
     ]
-    everything = results_table({**result, "average": {}}, [Task("a"), Task("b")])
+    everything = results_table({**result, "average": {}}, [HarnessTask("a"), HarnessTask("b")])
     assert list(everything.columns[2].cells) == ["acc", "exact_match (strict)", "other"]
 
 

@@ -1,6 +1,6 @@
 """What language models answer, and how answers score: on questions of one's own and on public benchmarks.
 
-language_model.py  a model that answers; generate.py lets it answer the questions of alpaca_eval.py and mt_bench.py
+language_model.py  a model that answers: a model folder, a run, or a base model with an adapter
+generate.py        lets it answer the questions of AlpacaEval and MT-Bench, whose files question_files.py knows
 lm_harness.py      scores by lm-eval, with adapters_lm.py as its model
-journal.py         what both have done so far, on disk, so that a killed command goes on
 """

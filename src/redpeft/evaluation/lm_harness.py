@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,21 @@ from rich.table import Table
 
 from redpeft.console import log_main
 from redpeft.errors import UserError, first_line
-from redpeft.evaluation.journal import Journal, journal_of
 from redpeft.evaluation.language_model import weights_digest
-from redpeft.storage import explaining_full_disk, to_json, write_atomically
+from redpeft.storage import explaining_full_disk, locked, to_json, write_atomically
 
 Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Task:
-    """A task, tag or group of lm-eval, or a task's YAML file; how many examples its prompts begin with (None: as the
-    task says); and the metric that counts (None: all are shown)."""
+class HarnessTask:
+    """What lm-eval is to score.
+
+    Attributes:
+        name: a task, tag or group of lm-eval, or a task's YAML file.
+        shots: how many examples its prompts begin with; None: as the task says.
+        metric: the metric that counts; None: all are shown.
+    """
 
     name: str
     shots: int | None = None
@@ -36,28 +41,28 @@ class Task:
 PRESETS = {
     # The paper's, with the metrics of the Open LLM leaderboard. Its released script takes 5 examples for MMLU.
     "open-llm-leaderboard": (
-        Task("ai2_arc", 25, "acc_norm,none"),
-        Task("truthfulqa_mc2", 0, "acc,none"),
-        Task("winogrande", 5, "acc,none"),
-        Task("gsm8k", 5, "exact_match,strict-match"),
-        Task("hellaswag", 10, "acc_norm,none"),
-        Task("mmlu", 10, "acc,none"),
+        HarnessTask("ai2_arc", 25, "acc_norm,none"),
+        HarnessTask("truthfulqa_mc2", 0, "acc,none"),
+        HarnessTask("winogrande", 5, "acc,none"),
+        HarnessTask("gsm8k", 5, "exact_match,strict-match"),
+        HarnessTask("hellaswag", 10, "acc_norm,none"),
+        HarnessTask("mmlu", 10, "acc,none"),
     )
 }
 
 
-def parse_tasks(names: str, num_fewshot: int | None = None) -> list[Task]:
+def parse_tasks(names: str, num_fewshot: int | None = None) -> list[HarnessTask]:
     """The tasks in a list such as "arc_easy,gsm8k", each once; a preset's name stands for its tasks, which keep their
     own number of examples."""
     asked = dict.fromkeys(name.strip() for name in names.split(",") if name.strip())
-    found = [task for name in asked for task in PRESETS.get(name, (Task(name, num_fewshot),))]
+    found = [task for name in asked for task in PRESETS.get(name, (HarnessTask(name, num_fewshot),))]
     return list({task.name: task for task in reversed(found)}.values())[::-1]
 
 
 def evaluate_adapters(
     base: str,
     adapters: Sequence[str | Path],
-    tasks: Sequence[Task],
+    tasks: Sequence[HarnessTask],
     out: str | Path,
     *,
     with_base: bool = False,
@@ -68,15 +73,16 @@ def evaluate_adapters(
     """Score every adapter on every task, with `base` loaded once; returns what is written to `out`, a JSON file.
 
     That is `base`, `limit`, `lm_eval` (its version), `tasks` (name: examples in a prompt), `results` (adapter: task:
-    metric: value, in lm-eval's names), `parts` (the same of the tasks that a tag or group is made of) and `average`
-    (adapter: mean of the metrics that count, where every task has one). Without adapters, or `with_base`, the base
-    model alone is scored too, under its own name. A tag has the mean of its tasks, weighted by their sizes.
+    metric: value, in lm-eval's names), `parts` (the same for the tasks of a tag or group) and `average` (adapter: mean
+    of the metrics that count, where every task has one). Without adapters, or `with_base`, the base model alone is
+    scored too, under its own name. A tag has the mean of its tasks, weighted by their sizes.
 
-    `include_path` is a folder with task files of your own, and `limit` scores the first so many rows of each task.
+    `include_path` is a folder with task files of your own, and `limit` scores that many rows of each task, the first.
 
-    Each score is kept in `out`.journal as soon as it is there, so that the same call after a kill, or with more
-    adapters or tasks, does what is missing. Raises `UserError` before anything is scored for an unknown task or one
-    whose data cannot be loaded, and for an adapter that does not fit the base model.
+    lm-eval caches each answer of the model in `out`.cache as soon as it has it, in a file for each adapter, so the
+    same call after a kill, or with more adapters or tasks, computes what is missing. Raises `UserError` before
+    anything is scored for an unknown task or one whose data cannot be loaded, an adapter that does not fit the base
+    model, and an `out` that holds something else.
     """
     _require_harness()
     from lm_eval.tasks import TaskManager
@@ -84,23 +90,19 @@ def evaluate_adapters(
     manager = TaskManager(include_path=str(include_path) if include_path is not None else None)
     _check_names(tasks, manager.all_tasks)
     models = [*([None] if with_base or not adapters else []), *dict.fromkeys(map(str, adapters))]
-    weights = {model: weights_digest(model) for model in models}
-    out, harness = Path(out), version("lm_eval")
-    settings = {"base": base, "limit": limit, "lm_eval": harness, "task_files": _digest(tasks, include_path)}
-    cells = [(model, task) for model in models for task in tasks]
-    with journal_of(out, settings) as journal:
-        todo = [cell for cell in cells if not _find(journal.entries, *cell, weights)]
-        if todo:
-            _check_data(dict.fromkeys(task for _, task in todo), manager)
-            _score(base, todo, weights, journal, manager, batch_size, limit)
-        found = {cell: _find(journal.entries, *cell, weights) or {} for cell in cells}
-        result = {"base": base, "limit": limit, "lm_eval": harness, **_collect(base, found)}
+    settings = {"base": base, "limit": limit}
+    out = Path(out)
+    with locked(out.parent, f".{out.name}.lock"):
+        _check_out(out, settings)
+        _check_data(tasks, manager)
+        scored = _score(base, models, tasks, out, manager, batch_size, limit)
+        result = {**settings, "lm_eval": version("lm_eval"), **_collect(base, scored)}
         with explaining_full_disk(out.parent):
             write_atomically(out, to_json(result, indent=2))
     return result
 
 
-def results_table(result: dict[str, Any], tasks: Sequence[Task]) -> Table:
+def results_table(result: dict[str, Any], tasks: Sequence[HarnessTask]) -> Table:
     """A row for each task and metric, a column for each adapter, with the standard errors that lm-eval gives."""
     models = list(result["results"])
     table = Table("task", "shots", "metric", *models)
@@ -122,7 +124,7 @@ def _require_harness() -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of what it takes for granted
 
 
-def _check_names(tasks: Sequence[Task], known: Iterable[str]) -> None:
+def _check_names(tasks: Sequence[HarnessTask], known: Iterable[str]) -> None:
     if not tasks:
         raise UserError(f"no tasks: name some of lm-eval's, or {', '.join(PRESETS)}")
     known = list(known)
@@ -134,7 +136,7 @@ def _check_names(tasks: Sequence[Task], known: Iterable[str]) -> None:
         raise UserError(f"lm-eval has no task {task.name!r}{hint}")
 
 
-def _check_data(tasks: Iterable[Task], manager: Any) -> None:
+def _check_data(tasks: Iterable[HarnessTask], manager: Any) -> None:
     """Load each task once before anything is scored, which also downloads its data."""
     for task in tasks:
         try:
@@ -143,61 +145,68 @@ def _check_data(tasks: Iterable[Task], manager: Any) -> None:
             raise UserError(f"lm-eval cannot load the task {task.name}: {first_line(error)}") from error
 
 
-def _digest(tasks: Sequence[Task], include_path: str | Path | None) -> str | None:
-    """Of the task files that are not lm-eval's own, so that scores of a task that was changed are not taken over."""
-    folder = sorted(Path(include_path).rglob("*.yaml")) if include_path is not None else []
-    files = [*folder, *(Path(task.name) for task in tasks if Path(task.name).is_file())]
-    return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16] if files else None
+def _check_out(out: Path, settings: dict[str, Any]) -> None:
+    """Raises `UserError` where `out` holds anything but scores with these settings, which are computed again."""
+    if not out.exists():
+        return
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+        differing = [key for key in settings if found[key] != settings[key]]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{out} exists already and holds no scores: choose another --out, or remove it") from None
+    if differing:
+        raise UserError(
+            f"{out} holds scores with other settings ({', '.join(differing)}): choose another --out, or remove it"
+        )
 
 
 def _score(
     base: str,
-    todo: list[tuple[str | None, Task]],
-    weights: dict[str | None, str | None],
-    journal: Journal,
+    models: Sequence[str | None],
+    tasks: Sequence[HarnessTask],
+    out: Path,
     manager: Any,
     batch_size: int | str,
     limit: int | None,
-) -> None:
+) -> dict[tuple[str | None, HarnessTask], dict[str, Any]]:
+    """By adapter (None: the base alone) and task: `metrics` and `rows` of the task or its parts, and `shots`."""
     from lm_eval import simple_evaluate
 
     from redpeft.evaluation.adapters_lm import AdaptersLM
 
     lm = AdaptersLM(base, batch_size=batch_size)
-    for model in dict.fromkeys(model for model, _ in todo):
+    for model in models:
         lm.use(model)  # an adapter that does not fit is found out now, and not after hours
-    for number, (model, task) in enumerate(todo, start=1):
-        log_main(f"{number} of {len(todo)}: {model or base} on {task.name}")
+    scored: dict[tuple[str | None, HarnessTask], dict[str, Any]] = {}
+    for model in models:
         lm.use(model)
-        try:
-            found = simple_evaluate(
-                lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, task_manager=manager, log_samples=False
-            )
-        except (AssertionError, ValueError) as error:  # such as an answer that is longer than the model reads
-            raise UserError(f"lm-eval cannot score {model or base} on {task.name}: {first_line(error)}") from error
-        metrics = {name: _metrics(values) for name, values in found["results"].items()}
-        shots = sorted(set(found["n-shot"].values()))
-        journal.append(
-            [
-                {
-                    "adapter": model,
-                    "weights": weights[model],
-                    "task": task.name,
-                    "asked_shots": task.shots,
-                    "shots": shots[0] if len(shots) == 1 else shots,
-                    "metrics": metrics,
-                    "rows": {name: count["effective"] for name, count in found["n-samples"].items()},
-                }
-            ]
-        )
+        for task in tasks:
+            log_main(f"{len(scored) + 1} of {len(models) * len(tasks)}: {model or base} on {task.name}")
+            try:
+                found = simple_evaluate(
+                    lm,
+                    tasks=[task.name],
+                    num_fewshot=task.shots,
+                    limit=limit,
+                    task_manager=manager,
+                    log_samples=False,
+                    use_cache=str(_cache(out, base, model)),
+                )
+            except (AssertionError, ValueError) as error:  # such as an answer that is longer than the model reads
+                raise UserError(f"lm-eval cannot score {model or base} on {task.name}: {first_line(error)}") from error
+            shots = sorted(set(found["n-shot"].values()))
+            scored[model, task] = {
+                "shots": shots[0] if len(shots) == 1 else shots,
+                "metrics": {name: _metrics(values) for name, values in found["results"].items()},
+                "rows": {name: count["effective"] for name, count in found["n-samples"].items()},
+            }
+    return scored
 
 
-def _find(
-    entries: Iterable[dict[str, Any]], model: str | None, task: Task, weights: dict[str | None, str | None]
-) -> dict[str, Any] | None:
-    key = (model, weights[model], task.name, task.shots)
-    fields = ("adapter", "weights", "task", "asked_shots")
-    return next((entry for entry in entries if tuple(entry[field] for field in fields) == key), None)
+def _cache(out: Path, base: str, model: str | None) -> Path:
+    """Where lm-eval keeps a model's answers by prompt: one file for each set of weights, as its keys have none."""
+    key = json.dumps([base, model, weights_digest(model)])
+    return out.with_name(f"{out.name}.cache") / hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def _metrics(values: dict[str, Any]) -> Metrics:
@@ -205,7 +214,7 @@ def _metrics(values: dict[str, Any]) -> Metrics:
     return {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
 
 
-def _collect(base: str, cells: dict[tuple[str | None, Task], dict[str, Any]]) -> dict[str, Any]:
+def _collect(base: str, cells: dict[tuple[str | None, HarnessTask], dict[str, Any]]) -> dict[str, Any]:
     tasks = list(dict.fromkeys(task for _, task in cells))
     names = {model: model or base for model, _ in cells}
     results: dict[str, dict[str, Metrics]] = {name: {} for name in names.values()}
@@ -223,7 +232,7 @@ def _collect(base: str, cells: dict[tuple[str | None, Task], dict[str, Any]]) ->
     return {"tasks": shots, "results": results, "parts": parts, "average": average}
 
 
-def _whole(task: Task, cell: dict[str, Any]) -> Metrics:
+def _whole(task: HarnessTask, cell: dict[str, Any]) -> Metrics:
     """What lm-eval says of the task or group itself; of a tag, of which it says nothing, the mean over its rows."""
     metrics, rows = cell["metrics"], cell["rows"]
     if task.name in metrics:

@@ -13,7 +13,7 @@ from pathlib import Path
 from redpeft.errors import UserError
 from redpeft.evaluation.generate import generate
 from redpeft.evaluation.language_model import Decoding
-from redpeft.evaluation.lm_harness import PRESETS, Task, evaluate_adapters
+from redpeft.evaluation.lm_harness import PRESETS, HarnessTask, evaluate_adapters
 from redpeft.storage import ADAPTER, MODEL, write_atomically
 
 LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
@@ -37,7 +37,7 @@ class Scoring:
 
     questions: Path | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    tasks: tuple[Task, ...] = PRESETS["open-llm-leaderboard"]
+    tasks: tuple[HarnessTask, ...] = PRESETS["open-llm-leaderboard"]
 
 
 def score_run(run: Path, benchmark: str, base: str, scoring: Scoring) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from redpeft.evaluation.language_model import Decoding
-from redpeft.evaluation.lm_harness import Task
+from redpeft.evaluation.lm_harness import HarnessTask
 from redpeft.reproduce.scored import Scoring
 from redpeft.tasks.glue import GLUE, HELD_OUT
 
@@ -80,7 +80,7 @@ def make_scoring(folder: Path, benchmark: str) -> Scoring:
     asked.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = folder / "lm-eval.yaml"
     task.write_text(json.dumps({**LM_TASK, "dataset_kwargs": {"data_files": {"test": str(asked)}}}), encoding="utf-8")
-    return Scoring(asked, Decoding(max_new_tokens=8), (Task(str(task), 0, "acc,none"),))
+    return Scoring(asked, Decoding(max_new_tokens=8), (HarnessTask(str(task), 0, "acc,none"),))
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
