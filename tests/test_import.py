@@ -44,6 +44,11 @@ for call in {CALLS!r}:
     assert fresh(code).split("\n") == ["0", "0", "0", "0", "0", "2", "2", ""]
 
 
+def test_the_ground_floor_can_be_imported_before_peft():
+    """Importing PEFT imports the tuner, which imports models.py."""
+    assert fresh("import redpeft.models as models; print(models.FLOATS[0])") == "torch.float64\n"
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_decoder_folder):
     """An adapter folder on the tiny decoder, with random edits."""

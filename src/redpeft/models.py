@@ -1,23 +1,446 @@
-"""What redpeft knows of base models: names when they are compiled, example inputs, biases, fingerprints, packing."""
+"""Base models: loading and building them, their number formats and lengths, and what else is known of them."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.util
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import combinations
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BatchEncoding,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, first_line
+from redpeft.storage import is_local
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# as from_pretrained and configurations call it
+DTYPE_ARGUMENT = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
+NEEDED = {
+    "AutoModelForCausalLM": "the task needs a decoder, such as Llama or GPT-2",
+    "AutoModelForSeq2SeqLM": "the task needs an encoder-decoder, such as T5 or BART",
+}
 
-# --- compiled models -------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained(base, **kwargs)`: a model, tokenizer or config of a local folder or a hub name.
+
+    Raises:
+        UserError: no such folder or hub name, broken files, or an architecture that has no class of this kind.
+    """
+    folder = require_folder(base)
+    try:
+        return auto_class.from_pretrained(str(folder), **kwargs)
+    except Exception as error:  # of transformers, tokenizers, safetensors, the hub's client: of every kind
+        place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
+        reason, kind = first_line(error), getattr(auto_class, "__name__", "")
+        if reason.endswith(":"):
+            reason = " ".join(str(error).split())
+        if reason.startswith("Unrecognized configuration class"):
+            reason = f"transformers has no such class for this architecture; {NEEDED.get(kind, 'choose another task')}"
+        raise UserError(f"cannot load {base}{place} with {kind}: {reason}") from error
+
+
+def load_config(base: str | Path) -> PretrainedConfig:
+    """The configuration of a model, a hub name or a folder with a config.json. UserError where there is none."""
+    try:
+        return AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{base}: no config.json in such a folder, nor a model of that name ({first_line(error)})"
+        ) from error
+
+
+def load_tokenizer(base: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises `UserError` as `load_pretrained`, and for a folder without a vocabulary, of which transformers makes a
+    tokenizer that knows no words.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, base, **kwargs)
+    if len(tokenizer) - len(tokenizer.all_special_ids) < 2:
+        raise UserError(
+            f"the tokenizer of {base} has no vocabulary: its files (tokenizer.json, vocab.txt, ...) belong beside the "
+            "model's"
+        )
+    return tokenizer
+
+
+def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+    """The base model as a language model that writes; without a pad token it gets the tokenizer's.
+
+    Raises:
+        UserError: as `load_pretrained`, and for an encoder such as BERT, which sees the words that it is to write.
+    """
+    model = load_pretrained(AutoModelForCausalLM, base, **kwargs)
+    if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
+        raise UserError(
+            f"{base} is an encoder ({type(model).__name__}), which reads a text and cannot write one: "
+            f"{NEEDED['AutoModelForCausalLM']}"
+        )
+    set_pad_token(model, tokenizer)
+    return model
+
+
+def require_folder(base: str | Path) -> Path:
+    """The folder that `base` means if it is no hub name. UserError where it must be a folder and there is none."""
+    folder = Path(base).expanduser()
+    if is_local(str(base)) and not folder.is_dir():
+        raise UserError(f"no such model folder: {base}")
+    return folder
+
+
+def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: Any) -> dict[str, Any]:
+    """transformers' report of loading `checkpoint` into a model of this class and configuration, by the tensors' names
+    and shapes alone: `missing_keys`, `unexpected_keys` and `mismatched_keys`. `options` go to `from_pretrained`."""
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    loader: Any = type(model)
+    with quiet():
+        _, info = loader.from_pretrained(
+            str(checkpoint),
+            config=config,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return info
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While inside, transformers prints no messages and shows no progress bars."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+# --- models without weights -----------------------------------------------------------------------------------------
+
+
+def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model without weights. `model_class`: an auto class, or a model's own."""
+    build = getattr(model_class, "from_config", None) or model_class._from_config
+    with torch.device("meta"):
+        return build(copy.deepcopy(config))
+
+
+def checkpoint_class(config: PretrainedConfig) -> Any:
+    """The class of model that a checkpoint with this configuration holds, or else the auto class of bare models."""
+    return getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
+
+
+def empty_model(base: str | Path) -> PreTrainedModel:
+    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
+    config = load_config(base)
+    return on_meta(checkpoint_class(config), config)
+
+
+# --- new weights ----------------------------------------------------------------------------------------------------
+
+
+def new_weights(model: PreTrainedModel, base: str | Path, revision: str | None = None) -> list[str]:
+    """Names of the weights that the checkpoint of `base` lacks or has in another shape. Only names are read."""
+    info = loading_report(model, Path(base).expanduser(), revision=revision)
+    mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    new = set(info["missing_keys"]) | mismatched
+    # a checkpoint that was saved quantised stores those weights in other shapes and names
+    return sorted(new - quantised_weights(model))
+
+
+@torch.no_grad()
+def draw_weights(model: torch.nn.Module, weights: Iterable[str], seed: int) -> None:
+    """Draw first values for these weights, by their names in `model`, as transformers does where a checkpoint lacks
+    them: the same ones for the same seed, whatever was drawn before, whatever else the model holds, and wherever."""
+    new = set(weights)
+    if not new:
+        return
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    owners = {name: model.get_submodule(name) for name in {weight.rpartition(".")[0] for weight in new}}
+    devices = {name: next(owner.parameters()).device for name, owner in owners.items()}
+    kept = {
+        weight: parameter.clone()
+        for name, owner in owners.items()
+        for key, parameter in owner.named_parameters()
+        if (weight := f"{name}.{key}") not in new
+    }
+    for name, module in model.named_modules():
+        module._is_hf_initialized = name not in owners
+    for name, weight in model.named_parameters():
+        weight._is_hf_initialized = name not in new
+    for owner in owners.values():
+        owner.to("cpu")  # a GPU draws other numbers
+    transformers.set_seed(seed)
+    base.initialize_weights()
+    for name, owner in owners.items():
+        owner.to(devices[name])
+    for name, weight in kept.items():  # transformers 4 draws whole modules
+        model.get_parameter(name).copy_(weight)
+
+
+# --- number formats -------------------------------------------------------------------------------------------------
+
+SLOW_BF16 = 5.0  # times as long as in fp32
+
+
+def choose_precision(asked: str, dtype: str) -> str:
+    """fp32, bf16 or fp16 to compute in: what is asked for, or for `auto` the best of this machine, for weights that
+    are to be loaded in `dtype`.
+
+    Raises `UserError` where the hardware lacks it.
+    """
+    cuda = torch.cuda.is_available()
+    has_bf16 = not cuda or torch.cuda.is_bf16_supported()
+    if asked == "auto":
+        return "bf16" if has_bf16 and (cuda or dtype == "bf16") else "fp32"
+    if asked == "fp16" and not cuda:
+        raise UserError("precision fp16 needs a GPU; choose fp32 or bf16")
+    if asked == "bf16" and not has_bf16:
+        raise UserError("this GPU has no bf16; choose precision fp32 or fp16")
+    return asked
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context to compute in with fp32 edits and heads beside a half-precision base: fp32, bf16 or fp16."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
+
+
+def bf16_slowdown() -> float:
+    """How many times as long as in fp32 this CPU takes to multiply small matrices in bf16: 30 and more where it has no
+    instructions for it, and around 1 where it has."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
+        times = []
+        for _ in range(20):  # the fastest counts: on a busy machine most wait for another process
+            start = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+# --- quantised weights ----------------------------------------------------------------------------------------------
+
+QUANTISERS = {  # what loads a base so, and the extra that brings it
+    "8bit": ("bitsandbytes", "bnb"),
+    "4bit": ("bitsandbytes", "bnb"),
+    "int8_weight_only": ("torchao", "torchao"),
+}
+PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit: whether it may pack its weight
+
+
+def require_quantiser(load_in: str) -> None:
+    """Raises `UserError` where the package that quantises so is not installed."""
+    package, extra = QUANTISERS[load_in]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"base.load_in {load_in} needs {package}: pip install redpeft[{extra}]")
+
+
+def quantization_config(load_in: str, head: list[str], compute_dtype: torch.dtype) -> Any:
+    """transformers' configuration to quantise a base while it is loaded, but for the modules of its head."""
+    require_quantiser(load_in)
+    if load_in == "int8_weight_only":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return transformers.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=head or None)
+    return transformers.BitsAndBytesConfig(
+        load_in_8bit=load_in == "8bit",
+        load_in_4bit=load_in == "4bit",
+        llm_int8_skip_modules=head or None,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def quantised_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that are no plain parameters."""
+    return {name for name, weight in model.named_parameters() if type(weight) is not nn.Parameter}
+
+
+def leave_unpacked(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights on a CPU, so that gradients pass through them.
+
+    With AVX512-BF16 a `Linear4bit` packs its weight in the first evaluation and leaves it so. Packed, it computes by a
+    faster kernel in bf16 that has no backward pass: in the training after an evaluation every gradient from above
+    stops there, with no more than a warning, and `state_dict` unpacks the weight with its block sizes rounded or lost
+    (bitsandbytes 0.50). Raises `UserError` for a model whose weights are packed already; nothing is changed then.
+    """
+    linears = {name: module for name, module in model.named_modules() if hasattr(module, PACKS)}
+    for name, module in linears.items():
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise UserError(
+                f"the 4-bit weights of this model are packed for inference (at {name}: bitsandbytes does so in the "
+                "first evaluation on this CPU) and pass no gradients: load the base model again and add the adapter "
+                "before the model is used"
+            )
+    for module in linears.values():
+        setattr(module, PACKS, False)
+
+
+# --- tokenizers and padding -----------------------------------------------------------------------------------------
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Differs where tokenizers make other tokens of a text, or of a chat; not where one has been used."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        words: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        backend.no_truncation(), backend.no_padding()  # left from the last call, and set at each
+        words = backend.to_str()
+    limits = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
+    parts = (type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, limits)
+    return hashlib.sha256(repr(parts).encode(errors="surrogatepass")).hexdigest()
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Gives a tokenizer without a pad token another of its tokens: padding is masked, so any one would do.
+
+    Its end, or what else stands in no text's last place, where classifiers with a decoder look for the last token
+    that does not pad.
+    """
+    if tokenizer.pad_token is None:
+        special = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token, tokenizer.cls_token)
+        named = [token for token in (*special, tokenizer.unk_token) if token is not None]
+        tokenizer.pad_token = named[0] if named else tokenizer.convert_ids_to_tokens(0)
+
+
+def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tells the model which token pads, where it does not know: decoders find their last real token by it."""
+    ensure_pad_token(tokenizer)
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def pad_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], side: str) -> BatchEncoding:
+    """Prompts as tensors for `generate`: padded on the left for a decoder, which goes on at their ends, on the right
+    for an encoder."""
+    ensure_pad_token(tokenizer)
+    rows = BatchEncoding({"input_ids": prompts})
+    return tokenizer.pad(rows, padding_side=side, return_tensors="pt", verbose=False)
+
+
+# --- how long a row may be ------------------------------------------------------------------------------------------
+
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # what configurations call it
+RELATIVE_POSITIONS = ("relative_attention_num_buckets", "relative_attention", "alibi")  # of models without a limit
+
+
+class Limit(NamedTuple):
+    """The longest row in tokens, and what sets it, such as "max_length 256"."""
+
+    tokens: int
+    source: str
+
+
+def input_limit(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Limit:
+    """The longest row that the model reads: the least of `max_length`, the tokenizer's limit, and its positions.
+
+    Raises:
+        UserError: virtual tokens leave no position to a row.
+    """
+    limits = [Limit(tokenizer.model_max_length, f"the tokenizer's model_max_length {tokenizer.model_max_length}")]
+    if max_length is not None:
+        limits.insert(0, Limit(max_length, f"max_length {max_length}"))
+    if (own := positions(model)) is not None:
+        limits.append(own)
+    return min(limits, key=lambda limit: limit.tokens)
+
+
+def known_tokens(model: Any) -> int | None:
+    """How many tokens have an embedding; None for a model such as CANINE, which reads characters by their digests."""
+    try:
+        return len(model.get_input_embeddings().weight)
+    except NotImplementedError:
+        return None
+
+
+def positions(model: Any, decoder: bool = False) -> Limit | None:
+    """How many tokens of a row have a position in the model, as its configuration and its table of positions say;
+    None where positions are relative. Virtual tokens of prompts and prefixes take some of them.
+
+    Of a model that reads with an encoder and writes with a decoder it is the encoder, or with `decoder` the decoder.
+
+    Raises:
+        UserError: virtual tokens leave no position to a row.
+    """
+    from peft import PeftModel  # not at the top: importing PEFT imports the tuner, which needs this module
+
+    adapter: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    base = part = model.get_base_model() if isinstance(model, PeftModel) else model
+    writes_apart = base.config.is_encoder_decoder and base.can_generate()
+    if writes_apart:
+        part = base.get_decoder() if decoder else base.get_encoder()
+    config = part.config.get_text_config()
+    found = _tables(part, {type(part.config), type(config)})
+    if not any(getattr(config, name, None) for name in RELATIVE_POSITIONS):
+        found += [getattr(config, name, None) or 0 for name in LENGTHS]
+    count = min((number for number in found if number > 0), default=None)
+    if count is None:
+        return None
+    virtual = getattr(adapter, "num_virtual_tokens", None) or 0
+    if writes_apart and decoder != (virtual > 0 and adapter.peft_type == "PREFIX_TUNING"):
+        virtual = 0  # prompts go into the encoder, prefixes into the decoder
+    if virtual >= count:
+        raise UserError(
+            f"{virtual} virtual tokens do not fit into the {count} positions of {type(base).__name__}: lower "
+            "method_options.num_virtual_tokens"
+        )
+    behind = f" behind {virtual} virtual tokens" if virtual else ""
+    return Limit(count - virtual, f"the {count} positions of {type(base).__name__}{behind}")
+
+
+def _tables(part: Any, kinds: set[type]) -> list[int]:
+    """The rows of a model's learned positions, without those that no token gets; `kinds` are the configurations of its
+    text part: pictures have positions of their own."""
+    sizes, owners = [], {"": part.config}
+    for name, module in part.named_modules():
+        parent, _, last = name.rpartition(".")
+        config = getattr(module, "config", None)
+        owners[name] = config if isinstance(config, PretrainedConfig) else owners[parent]
+        weight = getattr(module, "weight", None)
+        if not re.search(r"^(?!.*rel).*(position|wpe)", last) or weight is None or weight.dim() != 2:
+            continue
+        if type(owners[name]) in kinds:
+            padding = getattr(module, "padding_idx", None)  # RoBERTa counts from behind it, OPT and BART by an offset
+            unused = getattr(module, "offset", 0) if padding is None else padding + 1
+            sizes.append(len(weight) - unused)
+    return sizes
+
+
+# --- compiled models ------------------------------------------------------------------------------------------------
 #
 # `torch.compile(module)` wraps the module, and all names in it get `_orig_mod.` in front: an adapter with such names
 # would fit compiled models only. `module.compile()` compiles the same module in place and leaves its names alone.
@@ -54,7 +477,7 @@ def _in_place(module: nn.Module) -> nn.Module:
     return inner
 
 
-# --- example inputs --------------------------------------------------------------------------------------------------
+# --- example inputs -------------------------------------------------------------------------------------------------
 
 ROWS, POSITIONS = 8, 64  # of random tokens
 
@@ -104,7 +527,7 @@ def _special_tokens(config: Any) -> set[int]:
     return {token for token in tokens if isinstance(token, int)}
 
 
-# --- biases ----------------------------------------------------------------------------------------------------------
+# --- biases ---------------------------------------------------------------------------------------------------------
 #
 # Where a stock model has a place for the bias of a merged edit: a switch of its configuration, such as `mlp_bias`.
 
@@ -157,7 +580,7 @@ def _only_adds_biases(model: PreTrainedModel, changed: PreTrainedModel) -> bool:
     )
 
 
-# --- fingerprints ----------------------------------------------------------------------------------------------------
+# --- fingerprints ---------------------------------------------------------------------------------------------------
 #
 # A base model and its chat version have equal module names and widths, so the wrong one would load silently. The
 # fingerprint holds a digest of the edited modules' names and shapes, and a few of their weights, rounded so that the
@@ -220,28 +643,3 @@ def _weight(module: nn.Module) -> Any:
 def _readable(weight: Any) -> bool:
     plain = type(weight) in (nn.Parameter, torch.Tensor)
     return plain and weight.dtype in FLOATS and not weight.is_meta and weight.numel() > 0
-
-
-# --- packed 4-bit weights --------------------------------------------------------------------------------------------
-
-PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit: whether it may pack its weight
-
-
-def leave_unpacked(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights on a CPU, so that gradients pass through them.
-
-    With AVX512-BF16 a `Linear4bit` packs its weight in the first evaluation and leaves it so. Packed, it computes by a
-    faster kernel in bf16 that has no backward pass: in the training after an evaluation every gradient from above
-    stops there, with no more than a warning, and `state_dict` unpacks the weight with its block sizes rounded or lost
-    (bitsandbytes 0.50). Raises `UserError` for a model whose weights are packed already; nothing is changed then.
-    """
-    linears = {name: module for name, module in model.named_modules() if hasattr(module, PACKS)}
-    for name, module in linears.items():
-        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise UserError(
-                f"the 4-bit weights of this model are packed for inference (at {name}: bitsandbytes does so in the "
-                "first evaluation on this CPU) and pass no gradients: load the base model again and add the adapter "
-                "before the model is used"
-            )
-    for module in linears.values():
-        setattr(module, PACKS, False)

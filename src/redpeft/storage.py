@@ -21,6 +21,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -287,7 +288,7 @@ def _held(path: Path) -> Iterator[None]:
                 path.unlink()
 
 
-# --- safe paths -----------------------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------------------------------
 
 
 def escapes_root(path: str) -> bool:
@@ -298,3 +299,16 @@ def escapes_root(path: str) -> bool:
 def is_below(path: Path, root: Path) -> bool:
     """Whether `path` lies below `root` when all links are followed."""
     return path.resolve().is_relative_to(root.resolve())
+
+
+def is_local(path: str) -> bool:
+    """Whether a name that may be a hub's is meant as a path: it exists, or looks like nothing that the hub has."""
+    parts = Path(path).parts
+    return (
+        Path(path).expanduser().exists()
+        or path.startswith((".", "/", "~"))
+        or "\\" in path
+        or len(parts) > 2
+        or re.search(r"\.[A-Za-z]{2,8}\d?$", path) is not None
+        or (len(parts) == 2 and Path(parts[0]).is_dir())
+    )

@@ -41,7 +41,7 @@ def test_an_estimate_is_steps_and_rows_of_each_run(data, monkeypatch):
     tried = []
     monkeypatch.setattr(probe, "_probe", lambda recipe: tried.append(recipe.data.path) or Speed(2.0, 0.1, 0.3, 5.0))
     whole = 5 + 4 * 10 * 2 + 4 * 30 * 0.1 + 50 * 0.3
-    monkeypatch.setattr(probe, "load_base", lambda *_, **__: None)
+    monkeypatch.setattr(probe, "load_pretrained", lambda *_, **__: None)
 
     def seconds(runs):
         return estimate(runs, count_rows(runs))

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
+from redpeft.models import pad_prompts
 from redpeft.tasks import DataConfig, InstructionTask, read_data, read_splits, task_from_dict
-from redpeft.tasks.base_model import pad_prompts
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from redpeft.adapters.inspect import place
-from redpeft.adapters.loading import checkpoint_class, on_meta
-from redpeft.errors import UserError, first_line
+from redpeft.models import empty_model
 from redpeft.tuner.sites import Site, find_sites
 
 LORA_RANK = 16
@@ -58,22 +57,6 @@ def preview(model: str, sites: str | Sequence[str] = "ffn", layers: Sequence[int
         lora_parameters=lora_parameters,
         times_fewer_than_lora=lora_parameters and lora_parameters / parameters,
     )
-
-
-def model_config(model: str) -> PretrainedConfig:
-    """The configuration of a model, a hub name or a folder with a config.json. UserError where there is none."""
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{model}: no config.json in such a folder, nor a model of that name ({first_line(error)})"
-        ) from error
-
-
-def empty_model(model: str) -> PreTrainedModel:
-    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
-    config = model_config(model)
-    return on_meta(checkpoint_class(config), config)
 
 
 def preview_table(preview: Preview) -> Table:

@@ -20,8 +20,6 @@ from transformers import PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.files import Adapter, EffectiveEdit, write_adapter
-from redpeft.adapters.loading import on_meta
-from redpeft.adapters.preview import model_config
 from redpeft.adapters.released_files import (
     HEAD,
     HEAD_NAMES,
@@ -33,6 +31,7 @@ from redpeft.adapters.released_files import (
 )
 from redpeft.console import counted
 from redpeft.errors import UserError, some
+from redpeft.models import load_config, on_meta
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.sites import RED_PLUS, find_sites
 
@@ -152,7 +151,7 @@ def _base_model(released: Released, base: str) -> tuple[PreTrainedModel, str]:
     """The edited model, on the meta device and of the class to load it with, and its task type."""
     first = next(iter(released.edits))
     model_type, task = next((MODELS[start] for start in MODELS if first.startswith(start)), ("", ""))
-    config = model_config(base)
+    config = load_config(base)
     if config.model_type != model_type:
         of = f"of {model_type}" if model_type else "of none of the models that the released code edits"
         raise UserError(

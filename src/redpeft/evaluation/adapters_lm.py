@@ -10,7 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from peft import PeftModel
 
 from redpeft.evaluation.language_model import attach, detach, load_language_model
-from redpeft.tasks.base_model import positions
+from redpeft.models import positions
 
 
 @register_model("redpeft")

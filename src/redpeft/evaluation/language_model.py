@@ -27,13 +27,21 @@ from transformers import (
 )
 
 from redpeft.adapters.files import load_adapter, read_config
-from redpeft.adapters.loading import DTYPE_ARGUMENT, quiet
 from redpeft.errors import UserError, first_line
+from redpeft.models import (
+    DTYPE_ARGUMENT,
+    autocast,
+    choose_precision,
+    input_limit,
+    load_decoder,
+    load_tokenizer,
+    pad_prompts,
+    quiet,
+    require_folder,
+)
 from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
 from redpeft.tasks import InstructionTask
-from redpeft.tasks.base_model import input_limit, load_decoder, load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.instruction import Chat
-from redpeft.training.base import autocast
 from redpeft.training.callbacks import bars_on_terminals_only
 from redpeft.training.predict import open_run
 
@@ -138,7 +146,8 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
         if run.task.name != InstructionTask.name:
             raise UserError(f"the run in {run_folder} learned {run.task.name}; answers need a run of instruction")
         task = InstructionTask({"messages": "messages"}, template=run.task.template)
-        return LanguageModel(run.model, run.tokenizer, task, lambda: autocast(run.recipe, run.model.device))
+        precision = choose_precision(run.recipe.precision, run.recipe.base.dtype)
+        return LanguageModel(run.model, run.tokenizer, task, lambda: autocast(precision, run.model.device))
     model, tokenizer = load_language_model(name)
     if adapter is not None:
         model = attach(model, adapter)
@@ -147,7 +156,7 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A plain language model in evaluation mode and its tokenizer: on a GPU in the checkpoint's number format,
-    otherwise in fp32. UserError as `tasks.base_model.load_base`."""
+    otherwise in fp32. UserError as `models.load_pretrained`."""
     bars_on_terminals_only()
     require_folder(name)
     cuda = torch.cuda.is_available()

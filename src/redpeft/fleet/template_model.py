@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from redpeft.models import leave_unpacked
+from redpeft.models import choose_precision, draw_weights, leave_unpacked
 from redpeft.tasks import TASKS, Task
-from redpeft.training.base import draw_weights, precision
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import Run, build_learner, prepare
 
@@ -89,4 +88,4 @@ class Mould:
 
 def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
     """The number format of a fleet's forward passes: None for fp32."""
-    return torch.bfloat16 if precision(recipe) == "bf16" else None
+    return torch.bfloat16 if choose_precision(recipe.precision, recipe.base.dtype) == "bf16" else None

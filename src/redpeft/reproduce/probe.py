@@ -15,9 +15,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from redpeft.models import load_pretrained
 from redpeft.reproduce.plan import Run
 from redpeft.tasks import TASKS
-from redpeft.tasks.base_model import load_base
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import read_task
 from redpeft.training.train import train
@@ -40,7 +40,7 @@ def count_rows(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
     firsts = {run.task: run.job.recipe for run in reversed(runs)}
     rows = {task: _rows(recipe) for task, recipe in firsts.items()}
     for base in {recipe.base.model: recipe.base for recipe in firsts.values()}.values():
-        load_base(AutoConfig, base.model, revision=base.revision)
+        load_pretrained(AutoConfig, base.model, revision=base.revision)
     return rows
 
 

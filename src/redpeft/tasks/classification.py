@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
+from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
+from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import (
     LIST,
@@ -198,7 +199,7 @@ class ClassificationTask:
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these labels; a decoder without a pad token gets the tokenizer's."""
         names = self.label_names or ["LABEL_0"]
-        model = load_base(
+        model = load_pretrained(
             AutoModelForSequenceClassification,
             base,
             num_labels=len(names),

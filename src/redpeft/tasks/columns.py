@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from redpeft.console import Progress
 from redpeft.errors import UserError, first_line
@@ -250,3 +251,28 @@ def _field(row: dict, column: str) -> Any:
         return row[alike[0]]
     outer, dot, inner = column.partition(".")
     return _field(row[outer], inner) if dot and isinstance(row.get(outer), dict) else _NONE
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, *texts: list, limit: int | None, **options: Any) -> BatchEncoding:
+    """What the tokenizer makes of a batch of texts, or pairs of texts, each cut at `limit` tokens; the column `CUT`
+    says which were longer.
+
+    Raises:
+        UserError: `limit` leaves no room for a text.
+    """
+    if limit is None:
+        encoded = tokenizer(*texts, verbose=False, **options)
+        encoded[CUT] = [False] * len(texts[0])
+        return encoded
+    special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
+    if limit < special + len(texts):  # of which tokenizers take no notice
+        raise UserError(f"{limit} tokens leave no room for a text beside {special} special ones: raise max_length")
+    encoded = tokenizer(*texts, truncation=True, max_length=limit, **options)
+    full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
+    cut = [False] * len(texts[0])
+    if full:
+        whole = tokenizer(*([column[row] for row in full] for column in texts), verbose=False, **options)
+        for row, ids in zip(full, whole["input_ids"], strict=True):
+            cut[row] = len(ids) > limit
+    encoded[CUT] = cut
+    return encoded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redpeft.errors import UserError, first_line
+from redpeft.storage import is_local
 from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
 from redpeft.tasks.glue import glue_splits
@@ -192,19 +192,6 @@ def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
             f"no file or folder {path!r}, and not read from the Hugging Face hub: {first_line(error)}"
         ) from None
     return _named_splits({name.lower(): with_rows(split, f"{path} ({name})") for name, split in found.items()})
-
-
-def is_local(path: str) -> bool:
-    """Whether a name that may be a hub's is meant as a path: it exists, or looks like nothing that the hub has."""
-    parts = Path(path).parts
-    return (
-        Path(path).expanduser().exists()
-        or path.startswith((".", "/", "~"))
-        or "\\" in path
-        or len(parts) > 2
-        or re.search(r"\.[A-Za-z]{2,8}\d?$", path) is not None
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
-    )
 
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:

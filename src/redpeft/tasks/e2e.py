@@ -14,8 +14,9 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 
 from redpeft.errors import UserError
+from redpeft.models import ensure_pad_token, load_decoder, pad_prompts
 from redpeft.tasks import columns as cols
-from redpeft.tasks.base_model import ensure_pad_token, load_decoder, pad_prompts, tokens_of
+from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.e2e_metrics import require_scorers, score
 from redpeft.tasks.metrics import IGNORED, choose_metric

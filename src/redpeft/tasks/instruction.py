@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from redpeft.errors import UserError, first_line
+from redpeft.models import ensure_pad_token, load_decoder
 from redpeft.tasks import columns as cols
-from redpeft.tasks.base_model import ensure_pad_token, load_decoder, tokens_of
+from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.metrics import choose_metric
 

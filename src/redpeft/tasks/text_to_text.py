@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
+from redpeft.models import ensure_pad_token, load_pretrained
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
-from redpeft.tasks.base_model import ensure_pad_token, load_base
 from redpeft.tasks.classification import MULTI, REGRESSION, ClassificationTask
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import label_ids
@@ -73,7 +73,7 @@ class TextToTextTask(ClassificationTask):
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as an encoder-decoder with its language model's head."""
-        return load_base(AutoModelForSeq2SeqLM, base, **kwargs)
+        return load_pretrained(AutoModelForSeq2SeqLM, base, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
         """Pads a batch and its labels to their longest rows."""

@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
+from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
-from redpeft.tasks.base_model import ensure_pad_token, load_base, set_pad_token, tokens_of
+from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import count_names, find_labels, label_ids, label_name, sort_label_names
 from redpeft.tasks.metrics import IGNORED
@@ -154,7 +155,7 @@ class TokenClassificationTask:
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these tags."""
-        model = load_base(
+        model = load_pretrained(
             AutoModelForTokenClassification,
             base,
             num_labels=len(self.label_names),

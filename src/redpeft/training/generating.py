@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, Seq2SeqTrainer
 
+from redpeft.models import input_limit, positions
 from redpeft.tasks import Task
-from redpeft.tasks.base_model import input_limit, positions
 from redpeft.tasks.columns import values
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.encoding import encode_questions

@@ -14,22 +14,21 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from redpeft.adapters.files import load_adapter, read_config, read_tensors
 from redpeft.console import Progress, log_main
 from redpeft.errors import UserError
+from redpeft.models import autocast, choose_precision, load_config, load_tokenizer, pad_prompts, require_folder
 from redpeft.storage import CONFIG_NAME, MODEL, RECIPE, RESULT, TASK, TRAINED, find_adapter, read_json
 from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
-from redpeft.tasks.base_model import load_tokenizer, pad_prompts, require_folder
 from redpeft.tasks.columns import ROW, values, where, with_columns
-from redpeft.training.base import autocast, load_base
 from redpeft.training.baselines import METHODS, all_options, apply_method
 from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
 from redpeft.training.recipe import Recipe, load_recipe
-from redpeft.training.run import plain_scores
+from redpeft.training.run import load_base, plain_scores
 from redpeft.training.stdin_rows import Row, batched
 from redpeft.training.trainer import arguments, trainer_classes
 
@@ -132,7 +131,7 @@ def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
         )
     count = min(len(tensor) for tensor in heads)
     require_folder(model)
-    known = getattr(AutoConfig.from_pretrained(model), "id2label", None) or {}
+    known = getattr(load_config(model), "id2label", None) or {}
     names = [known[index] for index in range(count)] if len(known) == count else [str(index) for index in range(count)]
     if task == "token-classification":
         return {"label_names": names, "metric": "accuracy"}
@@ -264,7 +263,8 @@ def answer_batches(
             if not new:
                 continue
             batch, dataset = [batch[index] for index in new], dataset.select(new)
-        with torch.inference_mode(), autocast(run.recipe, run.model.device), no_bars():
+        precision = choose_precision(run.recipe.precision, run.recipe.base.dtype)
+        with torch.inference_mode(), autocast(precision, run.model.device), no_bars():
             encoded = encode_questions(run.recipe, run.task, dataset, run.model, run.tokenizer)
             note(f"longer than {encoded.limit.source}{run.task.own_limits}, cut", dataset, np.flatnonzero(encoded.cut))
             if run.task.generation is None:

@@ -20,6 +20,24 @@ from redpeft.adapters.card import write_card
 from redpeft.adapters.files import read_adapter
 from redpeft.console import log_main
 from redpeft.errors import UserError
+from redpeft.models import (
+    DTYPE_ARGUMENT,
+    DTYPES,
+    QUANTISERS,
+    SLOW_BF16,
+    bf16_slowdown,
+    choose_precision,
+    draw_weights,
+    leave_unpacked,
+    load_tokenizer,
+    new_weights,
+    quantised_weights,
+    quantization_config,
+    quiet,
+    require_folder,
+    require_quantiser,
+    tokenizer_digest,
+)
 from redpeft.storage import (
     ADAPTER,
     CHECKPOINTS,
@@ -38,9 +56,7 @@ from redpeft.storage import (
     write_atomically,
 )
 from redpeft.tasks import Task, read_data
-from redpeft.tasks.base_model import require_folder
-from redpeft.training.base import draw_weights, load_base, new_weights, precision, require_quantiser, tokenizer_digest
-from redpeft.training.baselines import apply_method, before_last, check_options, head_modules, head_parameters
+from redpeft.training.baselines import METHODS, apply_method, before_last, check_options, head_modules, head_parameters
 from redpeft.training.callbacks import TIMES
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.plots import plot_run
@@ -97,8 +113,9 @@ def check_recipe(recipe: Recipe) -> None:
     """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
     require_folder(recipe.base.model)
     rows_at_once(recipe)
-    precision(recipe)
-    require_quantiser(recipe)
+    choose_precision(recipe.precision, recipe.base.dtype)
+    if recipe.base.load_in is not None:
+        require_quantiser(recipe.base.load_in)
     check_options(recipe)
     check_reporters(recipe)
     trainer_classes(recipe)
@@ -123,7 +140,7 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
     """
     base, tokenizer = load_base(recipe, task)
     digest = tokenizer_digest(tokenizer)
-    new = new_weights(base, recipe)
+    new = new_weights(base, recipe.base.model, recipe.base.revision)
     head = head_modules(base, recipe.task, new)
     if recipe.head == "last":
         frozen = set(before_last(name for name, _ in base.named_parameters() if name.startswith(_inside(head))))
@@ -131,6 +148,48 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
         new = [name for name in new if name not in frozen]
     draw_weights(base, new, recipe.seed)
     return Learner(apply_method(base, recipe, new), tokenizer, head, new, digest)
+
+
+def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model with the task's head, in the number format that fits the hardware and the method, and its
+    tokenizer.
+
+    Raises `UserError` for a folder or hub name that cannot be read, and a `load_in` that does nothing to this model.
+    """
+    name, revision, load_in = recipe.base.model, recipe.base.revision, recipe.base.load_in
+    precision = choose_precision(recipe.precision, recipe.base.dtype)
+    if precision == "bf16":
+        _warn_of_slow_bf16(recipe.base.dtype)
+    if recipe.base.dtype == "auto":
+        dtype: Any = torch.float32 if METHODS[recipe.method].own_weights or precision == "fp32" else "auto"
+    elif recipe.base.dtype != "fp32" and precision == "fp32":
+        raise UserError(f"base.dtype {recipe.base.dtype} needs a precision of 16 bits too: bf16, or fp16 on a GPU")
+    else:
+        dtype = DTYPES[recipe.base.dtype]
+    with quiet():  # transformers' report of a head that is new is no news here
+        tokenizer = load_tokenizer(name, revision=revision)
+        options: dict[str, Any] = {DTYPE_ARGUMENT: dtype}
+        if load_in is not None:
+            empty = task.load_model(name, tokenizer, revision=revision, device_map="meta")
+            head = head_modules(empty, recipe.task, new_weights(empty, name, revision))
+            options["quantization_config"] = quantization_config(load_in, head, DTYPES[precision])
+        model = task.load_model(name, tokenizer, revision=revision, **options)
+    if load_in is not None and not quantised_weights(model):
+        raise UserError(
+            f"base.load_in {load_in} leaves every weight of {type(model).__name__} as it is: choose another of "
+            f"{', '.join(QUANTISERS)}, or leave it out"
+        )
+    leave_unpacked(model)  # for every method, and a loaded run scores as it did in training
+    return model, tokenizer
+
+
+def _warn_of_slow_bf16(dtype: str) -> None:
+    """Say it before the first step where steps would take minutes instead of seconds. `dtype`: of the base."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu and (times := bf16_slowdown()) > SLOW_BF16:
+        fields = "precision and base.dtype" if dtype == "bf16" else "precision"
+        why = "this CPU, which has no instructions for it"
+        log_main(f"bf16 takes {times:.0f} times as long as fp32 on {why}: set {fields} to fp32")
 
 
 def _inside(modules: list[str]) -> tuple[str, ...]:

@@ -22,9 +22,9 @@ from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
 from redpeft.errors import UserError
+from redpeft.models import autocast, choose_precision
 from redpeft.storage import CHECKPOINTS
 from redpeft.tasks import TASKS, Task
-from redpeft.training.base import autocast, precision
 from redpeft.training.baselines import head_parameters
 from redpeft.training.callbacks import EpochOrder, RunTrainer
 from redpeft.training.generating import GeneratingTrainer, metrics_function
@@ -67,7 +67,7 @@ def make_trainer(
         trainer.model_accepts_loss_kwargs = False
     rows = trainer.train_dataset
     if recipe.method == "red":
-        with autocast(recipe, model.device):
+        with autocast(choose_precision(recipe.precision, recipe.base.dtype), model.device):
             calibrate(model, _first_batch(trainer))
     lengths = [len(ids) for ids in rows["input_ids"]] if recipe.group_by_length else None
     trainer.order = EpochOrder(len(rows), recipe.batch_size, recipe.seed, lengths)
@@ -132,7 +132,7 @@ def rows_at_once(recipe: Recipe) -> int:
 def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[str, Any]) -> TrainingArguments:
     """The recipe in the words of `cls`, transformers' TrainingArguments or TRL's, with `extra` of its own."""
     known = {field.name for field in fields(cls)}
-    kind = precision(recipe)
+    kind = choose_precision(recipe.precision, recipe.base.dtype)
     rows = rows_at_once(recipe)
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     extra[checkpointing] = recipe.gradient_checkpointing  # TRL's default is True

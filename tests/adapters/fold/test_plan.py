@@ -20,8 +20,8 @@ from transformers import (
 
 from redpeft.adapters.fold import preview_fold
 from redpeft.adapters.fold.plan import Parts, plan_fold
-from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
+from redpeft.models import on_meta
 
 HOW_TO = Path(__file__).parents[3] / "docs" / "how-to" / "fold.md"
 

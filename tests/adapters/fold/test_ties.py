@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from redpeft.adapters import read_adapter
 from redpeft.adapters.fold import fold, preview_fold
 from redpeft.adapters.fold.plan import LEFT, Parts, plan_fold
-from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
+from redpeft.models import on_meta
 
 from .models import CAUSAL, LABELS, SEQ2SEQ, edited, load_folded, logits, relative, tiny, tiny_config, token_ids
 

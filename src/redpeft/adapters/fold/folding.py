@@ -26,10 +26,17 @@ from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Parts, Plan, is_quantise
 from redpeft.adapters.fold.survey import FoldedSite, survey
 from redpeft.adapters.fold.ties import FLAG, untied
 from redpeft.adapters.fold.write import changes, write_rest, write_weights
-from redpeft.adapters.loading import DTYPE_ARGUMENT, DTYPES, loading_report, on_meta
-from redpeft.adapters.preview import empty_model, model_config
 from redpeft.errors import UserError, some
-from redpeft.models import FLOATS, fingerprint_difference
+from redpeft.models import (
+    DTYPE_ARGUMENT,
+    DTYPES,
+    FLOATS,
+    empty_model,
+    fingerprint_difference,
+    load_config,
+    loading_report,
+    on_meta,
+)
 from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder
 from redpeft.tuner.layer import output_width
 from redpeft.tuner.sites import find_sites
@@ -74,7 +81,7 @@ def fold(
     adapter, out = read_adapter(find_adapter(path)), Path(out)
     folder = _base_folder(adapter, base)
     checkpoint = Checkpoint(folder)
-    original = outline(adapter, model_config(str(folder)), find_run(path))
+    original = outline(adapter, load_config(str(folder)), find_run(path))
     plan = plan_adapter(adapter, original, llama)
     if plan.left and not bundle:
         raise UserError(_no_place(plan, original))
@@ -158,7 +165,7 @@ def preview_fold(model: str, sites: str | Sequence[str] = "ffn", adapter: Adapte
         original = empty_model(model)
         plan = plan_fold(original, {site.name: Parts() for site in find_sites(original, sites)})
     else:
-        original = outline(adapter, model_config(model), adapter.folder)
+        original = outline(adapter, load_config(model), adapter.folder)
         plan = plan_adapter(adapter, original, llama=False)
     return FoldPreview(type(original).__name__, plan.forms, plan.changes, _not_llama(original))
 

@@ -11,8 +11,8 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.files import Adapter
-from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError
+from redpeft.models import on_meta
 from redpeft.storage import TASK
 
 

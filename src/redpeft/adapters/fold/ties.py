@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from redpeft.adapters.loading import on_meta
 from redpeft.errors import UserError, some
+from redpeft.models import on_meta
 
 FLAG = "tie_word_embeddings"
 

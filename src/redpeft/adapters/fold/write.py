@@ -12,16 +12,15 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from redpeft.adapters.files import Adapter
 from redpeft.adapters.fold.checkpoint import INDEX, Checkpoint, companions
 from redpeft.adapters.fold.names import Names
 from redpeft.adapters.fold.plan import Plan
 from redpeft.adapters.fold.survey import FoldedSite, rows
-from redpeft.adapters.loading import ensure_pad_token
 from redpeft.errors import UserError
-from redpeft.models import FLOATS
+from redpeft.models import FLOATS, ensure_pad_token, load_tokenizer
 from redpeft.tuner.edit import fold_edit
 
 
@@ -111,7 +110,7 @@ def write_rest(folder: Path, base: Path, adapter: Adapter, model: PreTrainedMode
             shutil.copyfile(source / path, folder / path)
     model.config.architectures = [type(model).__name__]
     if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.pad_token is None:
             ensure_pad_token(tokenizer)  # as in training
             tokenizer.save_pretrained(folder)

@@ -21,8 +21,8 @@ from transformers import (
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.tasks import TASKS, read_splits
-from redpeft.training.base import bf16_slowdown, load_base, tokenizer_digest
 from redpeft.training.predict import evaluate, load_run, predict
+from redpeft.training.run import load_base
 from redpeft.training.train import train
 
 PACKAGES = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "int8_weight_only": "torchao"}
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_is_quantised_already(instructions, tiny_decoder_folde
 def test_a_missing_extra_is_named_before_anything_is_written(load_in, says, make_recipe, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "redpeft.training.base.importlib.util.find_spec",
+        "redpeft.models.importlib.util.find_spec",
         lambda name, *rest: None if name in PACKAGES.values() else find(name, *rest),
     )
     with pytest.raises(UserError, match=f"^{says}$"):
@@ -168,7 +168,7 @@ def test_a_missing_extra_is_named_before_anything_is_written(load_in, says, make
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="computes on a GPU")
 def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_recipe, tmp_path, capsys, monkeypatch):
     says = "bf16 takes 42 times as long as fp32 on this CPU, which has no instructions for it: set "
-    monkeypatch.setattr("redpeft.training.base.bf16_slowdown", lambda: 41.7)
+    monkeypatch.setattr("redpeft.training.run.bf16_slowdown", lambda: 41.7)
     train(make_recipe(precision="bf16", max_steps=1), tmp_path / "slow")
     said = capsys.readouterr().err
     assert f"{says}precision to fp32\n" in said
@@ -177,34 +177,6 @@ def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_reci
     assert f"{says}precision and base.dtype to fp32\n" in capsys.readouterr().err
     train(make_recipe(max_steps=1), tmp_path / "fp32")
     assert says not in capsys.readouterr().err
-    monkeypatch.setattr("redpeft.training.base.bf16_slowdown", lambda: 1.2)
+    monkeypatch.setattr("redpeft.training.run.bf16_slowdown", lambda: 1.2)
     train(make_recipe(precision="bf16", max_steps=1), tmp_path / "quick")
     assert says not in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no instructions for bf16")
-def test_bf16_is_slow_without_instructions_for_it():
-    with_them = bf16_slowdown()
-    with torch.backends.mkldnn.flags(enabled=False):  # every CPU is then as if it had none
-        assert bf16_slowdown() > 2 * with_them
-
-
-def test_a_tokenizers_digest_tells_other_tokens_and_not_its_use(tiny_encoder_folder):
-    def digest(change=lambda tokenizer: None):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_encoder_folder)
-        change(tokenizer)
-        return tokenizer_digest(tokenizer)
-
-    def use(tokenizer):
-        tokenizer(["a", "a long text"], truncation=True, max_length=5, padding="max_length")
-
-    own = digest()
-    assert digest(use) == own
-    for change in (
-        lambda tokenizer: tokenizer.add_tokens(["<mine>"]),
-        lambda tokenizer: setattr(tokenizer, "pad_token", "a"),
-        lambda tokenizer: setattr(tokenizer, "chat_template", "{{ messages }}"),
-        lambda tokenizer: setattr(tokenizer, "model_max_length", 17),
-        lambda tokenizer: setattr(tokenizer, "padding_side", "left" if tokenizer.padding_side == "right" else "right"),
-    ):
-        assert digest(change) != own
