@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from redpeft import console
-from redpeft.console import Progress
+from redpeft.console import Progress, in_words
 
 
 @pytest.fixture
@@ -53,3 +53,11 @@ def test_what_was_done_before_took_no_time(clock, capsys):
 def test_one_process_speaks_for_all(clock, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert lines_of(clock, capsys, total=100, seconds=10) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (59, "59 s"), (61, "2 min"), (3600, "1 h 0 min"), (12000, "3 h 20 min")],
+)
+def test_durations(seconds, words):
+    assert in_words(seconds) == words

@@ -1,9 +1,12 @@
-"""Run folders with a result.json and nothing else."""
+"""Runs of a table that were asked for, and run folders with a result.json and nothing else."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+
+from redpeft.reproduce.plan import TableRun, recipe_for
+from redpeft.runs.queue import Job
 
 
 def fake_run(out: Path, row: str, task: str, seed: int, test: dict | None, metric: str = "accuracy", **more) -> Path:
@@ -18,3 +21,8 @@ def fake_run(out: Path, row: str, task: str, seed: int, test: dict | None, metri
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def asked(out: Path, row: str, task: str, seed: int) -> TableRun:
+    recipe = recipe_for("roberta-base", row, task, "paper", {"seed": seed})
+    return TableRun(row, task, Job(recipe, out / row / task / f"seed-{seed}"))

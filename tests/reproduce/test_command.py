@@ -32,7 +32,7 @@ def done(tmp_path_factory):
 
 
 @pytest.fixture
-def no_probe(monkeypatch):
+def no_estimate(monkeypatch):
     monkeypatch.setattr(command, "estimate", lambda runs, rows: 1.0)
 
 
@@ -64,7 +64,7 @@ def test_the_same_call_answers_at_once_for_all_that_lies_there(done, capsys, mon
     assert (done / "glue-roberta-base.md").is_file()
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_probe):
+def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_estimate):
     trained = []
 
     def stop_at_the_second(recipe, folder):
@@ -87,7 +87,7 @@ def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_probe):
     assert "Report: " in text
 
 
-def test_a_failed_run_is_a_failed_cell_and_exit_code_1(tmp_path, capsys, monkeypatch, no_probe):
+def test_a_failed_run_is_a_failed_cell_and_exit_code_1(tmp_path, capsys, monkeypatch, no_estimate):
     def fail_on_cola(recipe, folder):
         if recipe.data.path.endswith("cola"):
             raise RunError("the loss is not finite at step 2")

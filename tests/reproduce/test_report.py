@@ -1,132 +1,102 @@
 from __future__ import annotations
 
 import json
-import re
-from html.parser import HTMLParser
-from itertools import dropwhile, takewhile
+import math
 
+import numpy as np
 import pytest
-from fake_runs import fake_run
+from fake_runs import asked, fake_run
 
-from redpeft.reproduce.layout import command_line
-from redpeft.reproduce.plan import Request, Run
-from redpeft.reproduce.published import find_table
-from redpeft.reproduce.report import as_data, make_report, write_report
-from redpeft.reproduce.settings import recipe_for
-from redpeft.runs import pages
-from redpeft.runs.pages import Link
-from redpeft.runs.queue import Job
+from redpeft.reproduce.plan import Request
+from redpeft.reproduce.published import Column, find_table
+from redpeft.reproduce.report import Cell, average, beside_head, cell, finished_runs, make_report, sampling_error
 
 GLUE = find_table("glue-roberta-base")
 
 
-def asked(out, row, task, seed):
-    recipe = recipe_for("roberta-base", row, task, "paper", {"seed": seed})
-    return Run(row, task, Job(recipe, out / row / task / f"seed-{seed}"))
+def cell_of(scores, best=None):
+    return Cell(dict(enumerate(scores)), {}, {}, best)
 
 
-@pytest.fixture
-def report(tmp_path):
-    for seed, score in ((42, 0.911), (43, 0.931)):
-        fake_run(tmp_path, "red", "sst2", seed, {"accuracy": score})
-    for seed in range(42, 57):
-        fake_run(tmp_path, "red", "rte", seed, {"accuracy": 0.5 + seed / 1000})
-    fake_run(tmp_path, "lora", "sst2", 42, {"accuracy": 0.925}, trainable_parameters=295912)
-    fake_run(tmp_path, "top2", "sst2", 42, {"accuracy": 0.85})
-    failing = asked(tmp_path, "lora", "rte", 42)
-    runs = [asked(tmp_path, "red", "sst2", 42), failing, asked(tmp_path, "ia3", "sst2", 42)]
-    request = Request(GLUE, tmp_path, rows=("red", "lora", "ia3"), changes={"epochs": 3})
-    return make_report(request, runs, {failing.job.folder: "the loss is | not finite"})
+def test_best_five_of_fifteen_and_the_mean_of_all(tmp_path):
+    scores = np.random.default_rng(0).uniform(0.1, 0.7, 15)
+    for seed, score in enumerate(scores, start=42):
+        fake_run(tmp_path, "red", "cola", seed, {"matthews": score}, metric="matthews")
+    [(key, runs)] = finished_runs(GLUE, tmp_path).items()
+    assert key == ("red", "cola")
+    assert [run.seed for run in runs] == list(range(42, 57))
+    found = cell(GLUE, Column("cola"), runs, {})
+    highest = np.sort(100 * scores)[-5:]
+    assert found.headline == pytest.approx(highest.mean())
+    assert found.headline_deviation == pytest.approx(highest.std(ddof=1))
+    assert found.mean == pytest.approx(100 * scores.mean())
+    assert found.deviation == pytest.approx(100 * scores.std(ddof=1))
+    assert found.is_chosen
 
 
-def rows_of(markdown, heading):
-    """The cells of the first table behind a heading."""
-    lines = dropwhile(lambda line: not line.startswith("|"), markdown.split(heading, 1)[1].splitlines())
-    table = takewhile(lambda line: line.startswith("|"), lines)
-    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_with_no_more_seeds_than_are_chosen_all_count(count):
+    found = cell_of([float(x) for x in range(count)], best=5)
+    assert not found.is_chosen
+    assert found.headline == found.mean == pytest.approx((count - 1) / 2)
+    assert (found.deviation is None) == (count == 1)
 
 
-def test_measured_beside_published(report):
-    page = write_report(report)
-    head, _, *rows = rows_of(page.with_suffix(".md").read_text(), "# GLUE")
-    assert head == ["method", "trained / published", "sst2", "rte", "average"]
-    found = {row[0]: row[1:] for row in rows}
-    assert found["RED"] == [
-        "384 / 0.02M",
-        "[92.1 ± 1.4](<red/sst2>) / 93.9 ± 0.3",
-        "[55.4 ± 0.2](<red/rte>) (best 5 of 15; all 54.9 ± 0.4) / 78.0 ± 2.1",
-        "73.8 / 86.0",
-    ]
-    assert found["LoRA"] == [
-        "294,912 / 0.3M",
-        "[92.5](<lora/sst2/seed-42>) / 93.9",
-        "[failed](<lora/rte>) / 75.3",
-        "- / 84.6",
-    ]
-    assert found["IA3"] == ["- / 0.06M", "- / 93.4", "- / 73.5", "- / 83.5"]
-    assert found["FT of the top 2 layers"] == ["384 / -", "[85.0](<top2/sst2/seed-42>) / -", "- / -", "- / -"]
-    assert found["standard error of one run, by its test rows"][1] == "± 3.6"  # sqrt(.85 * .15 / 101), the largest
-    assert list(found)[:3] == ["LoRA", "IA3", "RED"]  # the paper's order
+def test_negative_scores_are_the_worst_ones():
+    assert cell_of([-0.3, 0.2, -0.1], best=2).chosen == [0.2, -0.1]
 
 
-def test_failures_runs_sources_and_machine_are_on_the_page(report):
-    text = write_report(report).with_suffix(".md").read_text()
-    [_, _, [run, error]] = rows_of(text, "## Failed runs")
-    assert run.endswith("(<lora/rte/seed-42>)")
-    assert error == r"the loss is \| not finite"
-    assert len(rows_of(text, "## Runs")) == 2 + 19
-    assert rows_of(text, "## Runs")[2] == [
-        *("[lora, sst2, seed 42](<lora/sst2/seed-42>)", "92.5", "50.00 (accuracy)"),
-        *("2", "0.03", "3", "295,912", "1.5"),
-    ]
-    assert ["RED", "the paper's appendix; the released scripts agree"] in rows_of(text, "## Where the settings")
-    facts = dict(rows_of(text, "## Machine and versions")[2:])
-    assert facts["torch"] == "2.9"
-    assert {"processor", "memory", "gpu", "python"} <= set(facts)
-    assert "redpeft reproduce glue-roberta-base epochs=3 --rows red,lora,ia3 --settings paper --out" in text
-    assert "the mean of all follows" in text
+def test_an_empty_cell():
+    found = cell_of([])
+    assert (found.mean, found.headline, found.deviation) == (None, None, None)
+    assert average([cell_of([1.0]), found]) is None
+    assert average([cell_of([1.0]), cell_of([4.0])]) == 2.5
+    assert average([]) is None
 
 
-class Links(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.found, self.open = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.found += [value for name, value in attributes if name in ("href", "src")]
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+def test_columns_of_one_run_and_a_score_that_is_missing(tmp_path):
+    table = find_table("e2e-gpt2-medium")
+    fake_run(tmp_path, "red", "e2e", 42, {"loss": 1.0, "bleu": 60.5, "nist": 8.1, "meteor": None}, metric="loss")
+    runs = finished_runs(table, tmp_path)["red", "e2e"]
+    cells = [cell(table, column, runs, {}).headline for column in table.columns]
+    assert cells == [60.5, 8.1, None, None, None]
 
 
-def test_the_html_page_is_well_formed_and_its_links_lead_somewhere(report):
-    page = write_report(report)
-    parser = Links()
-    text = page.read_text()
-    parser.feed(text)
-    assert parser.open == []
-    assert len(parser.found) > 20
-    missing = [target for target in parser.found if not (page.parent / target).exists()]
-    assert set(missing) == {"lora/rte", "lora/rte/seed-42"}  # the failed run never made its folder
-    assert "<!doctype html>" in text
-    assert '<a href="red/sst2">92.1 ± 1.4</a> / 93.9 ± 0.3' in text
-    for kind in ("parameters", "columns"):
-        assert (page.parent / f"glue-roberta-base-{kind}.png").read_bytes().startswith(b"\x89PNG")
+def test_without_a_test_split_validation_counts(tmp_path):
+    fake_run(tmp_path, "red", "sst2", 1, None)
+    runs = finished_runs(GLUE, tmp_path)["red", "sst2"]
+    assert cell(GLUE, Column("sst2"), runs, {}).headline == 50
 
 
-def test_data_for_machines(report):
-    write_report(report)
-    data = json.loads((report.request.out / "glue-roberta-base.json").read_text())
-    assert data == json.loads(json.dumps(as_data(report)))
-    red = data["rows"]["red"]
-    assert red["columns"]["sst2"]["scores"] == {"42": pytest.approx(91.1), "43": pytest.approx(93.1)}
-    assert red["columns"]["sst2"]["published"] == 93.9
-    assert red["columns"]["rte"]["best"] == 5
-    assert red["published_average"] == pytest.approx((93.9 + 78.0) / 2)
-    assert data["rows"]["lora"]["columns"]["rte"]["failed"] == {"42": "the loss is | not finite"}
-    assert data["changes"] == {"epochs": 3}
+def test_other_folders_are_no_runs(tmp_path):
+    fake_run(tmp_path, "red", "sst2", 1, {"accuracy": 0.9})
+    fake_run(tmp_path, "not-a-row", "sst2", 1, {"accuracy": 0.9})
+    (tmp_path / "lora" / "sst2" / "seed-3").mkdir(parents=True)  # not finished
+    assert list(finished_runs(GLUE, tmp_path)) == [("red", "sst2")]
+
+
+def test_scores_of_a_judge(tmp_path):
+    table = find_table("mt-bench")
+    folder = fake_run(tmp_path, "red", "ultrafeedback", 42, None, metric="loss")
+    (folder / "mt-bench-scores.json").write_text(json.dumps({"turn_1": 5.5, "turn_2": 3, "average": 4.25}))
+    runs = finished_runs(table, tmp_path)["red", "ultrafeedback"]
+    assert [cell(table, column, runs, {}).headline for column in table.columns] == [5.5, 3.0, 4.25]
+
+
+def test_what_so_few_test_rows_allow(tmp_path):
+    fake_run(tmp_path, "red", "sst2", 1, {"accuracy": 0.9})
+    fake_run(tmp_path, "red", "stsb", 1, {"pearson": 0.8}, metric="pearson")
+    fake_run(tmp_path, "red", "cola", 1, {"matthews": 0.8}, metric="matthews")
+    runs = {task: found[0] for (_, task), found in finished_runs(GLUE, tmp_path).items()}
+    assert sampling_error(runs["sst2"]) == pytest.approx(math.sqrt(0.9 * 0.1 / 101))
+    assert sampling_error(runs["stsb"]) == pytest.approx(0.36 / 10)
+    assert sampling_error(runs["cola"]) is None
+
+
+def test_parameters_as_the_paper_counts_them():
+    result = {"method": "red", "trainable_parameters": 1384, "head_parameters": 1000}
+    assert beside_head(result) == 384
+    assert beside_head({**result, "method": "full"}) == 1384
 
 
 def test_all_columns_have_the_printed_average(tmp_path):
@@ -145,44 +115,3 @@ def test_other_tasks_in_the_folder_are_left_out(tmp_path):
     assert [column.task for column in shown.columns] == ["sst2"]
     both = make_report(Request(GLUE, tmp_path), [asked(tmp_path, "red", "ag_news", 42)], {})
     assert [column.task for column in both.columns] == ["sst2", "ag_news"]
-
-
-def test_nothing_came_to_an_end(tmp_path):
-    run = asked(tmp_path, "red", "sst2", 42)
-    page = write_report(make_report(Request(GLUE, tmp_path), [run], {run.job.folder: "broke"}))
-    assert "[failed](<red/sst2>)" in page.with_suffix(".md").read_text()
-    assert not list(tmp_path.glob("*.png"))
-
-
-def test_what_a_judge_has_to_do_is_on_the_page(tmp_path):
-    fake_run(tmp_path, "red", "ultrafeedback", 42, None, metric="loss")
-    report = make_report(Request(find_table("alpaca-eval"), tmp_path), [], {})
-    text = write_report(report).with_suffix(".md").read_text()
-    assert "## What is left to do" in text
-    assert f"--questions FILE --out {tmp_path}/red/ultrafeedback/seed-42/alpaca-eval.json" in text
-
-
-def test_the_call_is_written_out(tmp_path):
-    request = Request(
-        GLUE, tmp_path, tasks=("cola",), seeds=(1, 2), model="my model", settings="default", smoke=True,
-        changes={"data.text": None}, row_changes={"red": {"method_options.unit": 1}},
-    )  # fmt: skip
-    assert command_line(request) == (
-        "redpeft reproduce glue-roberta-base data.text=null red:method_options.unit=1 --tasks cola --seeds 1,2 "
-        f"--model 'my model' --settings default --budget smoke --out {tmp_path}"
-    )
-
-
-def test_texts_are_escaped():
-    blocks = [
-        pages.Heading("a < b"),
-        pages.Paragraph(["x & ", Link("y>", 'z"')]),
-        pages.Code("1 < 2"),
-        pages.Grid(["n", "v"], [[["a|b"], [Link("c", "d e")]]]),
-    ]
-    text = pages.to_html("T & U", blocks)
-    assert "<title>T &amp; U</title>" in text
-    assert "<h2>a &lt; b</h2>" in text
-    assert '<p>x &amp; <a href="z&quot;">y&gt;</a></p>' in text
-    assert "<pre>1 &lt; 2</pre>" in text
-    assert "| a\\|b | [c](<d e>) |" in pages.to_markdown(blocks)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
-from redpeft.reproduce.settings import recipe_for
+from redpeft.reproduce.plan import recipe_for
 from redpeft.reproduce.smoke import make_model
 from redpeft.tasks import ClassificationTask
 from redpeft.training.baselines import apply_method, head_modules

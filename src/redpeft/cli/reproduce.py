@@ -89,7 +89,7 @@ def reproduce(
 
 
 def _report(report: Report) -> Answer:
-    from redpeft.reproduce.layout import grid
+    from redpeft.reproduce.page import grid
     from redpeft.reproduce.report import as_data
     from redpeft.runs.pages import plain
 
@@ -109,7 +109,7 @@ def _report(report: Report) -> Answer:
 
 
 def _list(tables: Iterable[published.Table]) -> Answer:
-    from redpeft.reproduce.settings import base_of
+    from redpeft.reproduce.plan import base_of
 
     shown = Table("table", "what it is", "base model", "rows", "data", "runs", "needs")
     found = {}

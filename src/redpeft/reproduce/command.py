@@ -9,11 +9,12 @@ from pathlib import Path
 
 from redpeft.console import counted, in_words, log_main
 from redpeft.errors import RunError, UserError
-from redpeft.reproduce.plan import Request, Run, check_folder, claim, plan
-from redpeft.reproduce.probe import count_rows, estimate
-from redpeft.reproduce.report import Report, make_report, write_report
-from redpeft.reproduce.scored import Scoring, score_run
+from redpeft.reproduce.external_scores import Scoring, score_run
+from redpeft.reproduce.page import write_report
+from redpeft.reproduce.plan import Request, TableRun, check_folder, claim, plan
+from redpeft.reproduce.report import Report, make_report
 from redpeft.reproduce.smoke import make_scoring
+from redpeft.reproduce.time_estimate import count_rows, estimate
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.runner import run_jobs
 from redpeft.storage import locked
@@ -23,13 +24,13 @@ ASSETS = ".smoke"  # in the output folder
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRuns:
     """The runs of a request: how many, how many of them are done, and how long the others take in seconds.
 
     `seconds` is None where `problem` says why nothing can be tried here.
     """
 
-    runs: list[Run]
+    runs: list[TableRun]
     done: int
     seconds: float | None
     problem: str | None = None
@@ -43,7 +44,7 @@ class Plan:
         return f"{counted(len(self.runs), 'run')} ({counts}), {self.done} of them done; {time}"
 
 
-def show_plan(request: Request) -> Plan:
+def show_plan(request: Request) -> PlannedRuns:
     """What a request would run; nothing is kept of it. Raises `UserError` as `plan` and `check_folder` do."""
     bars_on_terminals_only()
     check_folder(request)
@@ -53,7 +54,7 @@ def show_plan(request: Request) -> Plan:
         try:
             return _timed(runs, todo, count_rows(todo))
         except UserError as error:
-            return Plan(runs, len(runs) - len(todo), None, str(error))
+            return PlannedRuns(runs, len(runs) - len(todo), None, str(error))
 
 
 def reproduce(request: Request, ray: bool = False) -> Report:
@@ -85,14 +86,14 @@ def reproduce(request: Request, ray: bool = False) -> Report:
     return report
 
 
-def _timed(runs: list[Run], todo: list[Run], rows: dict[str, dict[str, int]]) -> Plan:
+def _timed(runs: list[TableRun], todo: list[TableRun], rows: dict[str, dict[str, int]]) -> PlannedRuns:
     try:
-        return Plan(runs, len(runs) - len(todo), estimate(todo, rows))
+        return PlannedRuns(runs, len(runs) - len(todo), estimate(todo, rows))
     except (UserError, RunError) as error:  # of one run; the others may well come to an end
-        return Plan(runs, len(runs) - len(todo), None, str(error))
+        return PlannedRuns(runs, len(runs) - len(todo), None, str(error))
 
 
-def _score(request: Request, runs: Sequence[Run]) -> dict[Path, str]:
+def _score(request: Request, runs: Sequence[TableRun]) -> dict[Path, str]:
     """Run the table's benchmark, where it has one, on each finished run; returns the errors by run folder."""
     benchmark, failed = request.table.scored, {}
     if benchmark is None:
@@ -109,5 +110,5 @@ def _score(request: Request, runs: Sequence[Run]) -> dict[Path, str]:
     return failed
 
 
-def _unfinished(runs: Sequence[Run]) -> list[Run]:
+def _unfinished(runs: Sequence[TableRun]) -> list[TableRun]:
     return [run for run in runs if run.job.recipe.result_in(run.job.folder) is None]

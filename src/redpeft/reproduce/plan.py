@@ -1,23 +1,26 @@
-"""A table asked for becomes runs: rows x tasks x seeds, each a recipe and a folder."""
+"""A table becomes runs: rows x tasks x seeds, each with a recipe from recipes/paper and a folder."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from redpeft.errors import UserError
 from redpeft.reproduce.published import Table, nearest
-from redpeft.reproduce.settings import base_of, family_of, recipe_for
 from redpeft.reproduce.smoke import SMOKE, make_data, make_model
 from redpeft.runs import output
 from redpeft.runs.queue import Job
 from redpeft.tasks.glue import GLUE
-from redpeft.training.recipe import full_name, parse_override
+from redpeft.training.recipe import Recipe, full_name, load_recipe, parse_override, read_yaml
 
 IDENTITY = "reproduce.json"
+OWN = ("learning_rate", "head_lr")  # the fields that the settings "default" leave to the method
+PAPER_RULE = ("unit", "scale_origin")  # and the options of RED
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class Request:
         base_folder: where the paper's base models lie, by their names on the Hub or the last parts of these.
         data: a folder with a folder for each task; the Hub when not given.
         questions: what AlpacaEval or MT-Bench asks, for the tables that they score.
-        settings: one of `redpeft.reproduce.settings.SETTINGS`.
+        settings: whose values: "paper" (as published), "released" (those of the authors' released scripts where they
+            differ), or "default" (this library's own learning rates and units, for a base model that the published
+            ones were not chosen for).
         changes: fields of all recipes, and `row_changes` of the recipes of one row.
         smoke: a few steps of a tiny model on made-up data, but for a `model` or `data` that is given.
     """
@@ -64,7 +69,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Run:
+class TableRun:
     """One run of a table."""
 
     row: str
@@ -90,7 +95,7 @@ def parse_changes(texts: Sequence[str], table: Table) -> tuple[dict[str, Any], d
     return changes, by_row
 
 
-def plan(request: Request, assets: Path) -> list[Run]:
+def plan(request: Request, assets: Path) -> list[TableRun]:
     """The runs of a request: the first seed of every row and task, then the second, so that all grow at the same time.
 
     A smoke test's tiny model and data are written into the folder `assets`. Raises `UserError` for a row, a task or a
@@ -112,7 +117,7 @@ def plan(request: Request, assets: Path) -> list[Run]:
     ]
 
 
-def _run(request: Request, row: str, task: str, seed: int, sources: dict[str, Any]) -> Run:
+def _run(request: Request, row: str, task: str, seed: int, sources: dict[str, Any]) -> TableRun:
     changes = {
         **sources,
         **(SMOKE if request.smoke else {}),
@@ -121,7 +126,7 @@ def _run(request: Request, row: str, task: str, seed: int, sources: dict[str, An
         "seed": seed,
     }
     recipe = recipe_for(request.table.values, row, task, request.settings, changes)
-    return Run(row, task, Job(recipe, request.out / row / task / f"seed-{seed}"))
+    return TableRun(row, task, Job(recipe, request.out / row / task / f"seed-{seed}"))
 
 
 def _seeds(request: Request, task: str) -> list[int]:
@@ -188,3 +193,73 @@ def _data(table: Table, task: str, data: Path | None) -> dict[str, Any]:
         "data.config_name": None,
         **({} if one or task in GLUE else {"data.protocol": None}),
     }
+
+
+# --- recipes/paper: the recipe of a model, completed by the values of a row and a task ------------------------------
+
+
+def recipes_folder() -> Path:
+    """Where the paper's recipes lie: in the package, or in a checkout beside it."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes" / "paper"
+
+
+@cache
+def values() -> dict[str, Any]:
+    """What values.yaml holds."""
+    return read_yaml(recipes_folder() / "values.yaml")
+
+
+def base_of(model: str) -> str:
+    """The base model of a block of values.yaml, as the Hub calls it."""
+    return values()[model]["base"]
+
+
+def family_of(model: str) -> str:
+    """The family of a block of values.yaml: the name of its recipe."""
+    return Path(values()[model]["recipe"]).stem
+
+
+def source_of(model: str, row: str) -> str:
+    """Where a row's values come from."""
+    return values()[model]["rows"][row]["source"]
+
+
+def row_values(model: str, row: str, task: str, settings: str = "paper") -> dict[str, Any]:
+    """The fields of a recipe that the values of one row set for one task.
+
+    A task that the paper has not takes what is no list: the recipe's epochs, the method's default learning rate.
+    """
+    block = values()[model]
+    released = block["rows"][row].get("released", {}) if settings == "released" else {}
+    fields = {**block, **block["rows"][row]}
+    for name in ("recipe", "base", "rows", "source", "released"):
+        fields.pop(name, None)
+    found = {"learning_rate": None} | _of_task(fields, task) | _of_task(released, task)
+    if settings == "default":
+        found = {key: value for key, value in found.items() if key not in OWN}
+        found["learning_rate"] = None
+        options = found["method_options"].items()
+        found["method_options"] = {key: value for key, value in options if key not in PAPER_RULE}
+    return found
+
+
+def recipe_for(model: str, row: str, task: str, settings: str, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe of one run. `changes` go last; keys may have dots. Raises `UserError` as `load_recipe` does."""
+    overrides = copy.deepcopy({**row_values(model, row, task, settings), **changes})
+    return load_recipe(recipes_folder() / values()[model]["recipe"], overrides)
+
+
+def _of_task(fields: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """Fields with the task's own value where they have one for each task."""
+    tasks = values()["tasks"]
+    found = {}
+    for key, value in fields.items():
+        if isinstance(value, list):
+            value = dict(zip(tasks, value, strict=True))
+        if isinstance(value, dict) and value and set(value) <= set(tasks):
+            if task in value:
+                found[key] = value[task]
+        else:
+            found[key] = value
+    return found

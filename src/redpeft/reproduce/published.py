@@ -29,7 +29,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A method in a table; `scores` and `deviations` in the paper's unit, where they were printed."""
 
     name: str
@@ -57,7 +57,7 @@ class Table:
     title: str
     values: str
     columns: tuple[Column, ...]
-    rows: dict[str, Row]
+    rows: dict[str, TableRow]
     seeds: dict[str, list[int]]
     needs: str
     unit: float = 1
@@ -120,11 +120,11 @@ def _table(name: str, values: dict[str, Any]) -> Table:
     return Table(name=name, **{**values, "columns": columns, "seeds": seeds, "rows": rows})
 
 
-def _row(name: str, values: dict[str, Any], columns: tuple[Column, ...]) -> Row:
+def _row(name: str, values: dict[str, Any], columns: tuple[Column, ...]) -> TableRow:
     by_column: dict[str, dict[Column, float]] = {
         key: dict(zip(columns, values[key], strict=True)) for key in ("scores", "deviations") if key in values
     }
-    return Row(name=name, **{**values, **by_column})
+    return TableRow(name=name, **{**values, **by_column})
 
 
 def _seeds(said: int | str) -> list[int]:

@@ -24,7 +24,7 @@ from transformers import (
 
 from redpeft.evaluation.language_model import Decoding
 from redpeft.evaluation.lm_harness import HarnessTask
-from redpeft.reproduce.scored import Scoring
+from redpeft.reproduce.external_scores import Scoring
 from redpeft.tasks.glue import GLUE, HELD_OUT
 
 SMOKE: dict[str, Any] = {

@@ -6,9 +6,9 @@ import pytest
 
 from redpeft.errors import UserError
 from redpeft.evaluation.lm_harness import PRESETS
-from redpeft.reproduce import scored
+from redpeft.reproduce import external_scores
+from redpeft.reproduce.external_scores import LM_EVAL, Scoring, extra_scores, score_run, what_is_left
 from redpeft.reproduce.published import find_table
-from redpeft.reproduce.scored import LM_EVAL, Scoring, extra_scores, score_run, what_is_left
 
 
 def test_scores_of_a_judge_are_read(tmp_path):
@@ -32,7 +32,7 @@ def test_answers_are_made_once_and_the_rest_is_left(tmp_path, monkeypatch):
         calls.append((benchmark, model, questions))
         out.write_text("[]")
 
-    monkeypatch.setattr(scored, "generate", generate)
+    monkeypatch.setattr(external_scores, "generate", generate)
     score_run(tmp_path, "alpaca-eval", "base", Scoring())  # no questions
     assert calls == []
     assert f"redpeft generate alpaca-eval {tmp_path} --questions FILE" in what_is_left(tmp_path, "alpaca-eval")
@@ -57,7 +57,7 @@ def test_lm_eval_scores_an_adapter_or_a_whole_model(tmp_path, monkeypatch, kind)
         metrics = {task.name: {task.metric: 0.1 * place, "other": 9.0} for place, task in enumerate(tasks)}
         return {"results": {"whatever": metrics}}
 
-    monkeypatch.setattr(scored, "evaluate_adapters", evaluate)
+    monkeypatch.setattr(external_scores, "evaluate_adapters", evaluate)
     for _ in range(2):
         score_run(tmp_path, "lm-eval", "base", Scoring())
     assert calls == [("base", [tmp_path]) if kind == "adapter" else (str(tmp_path / "model"), [])]

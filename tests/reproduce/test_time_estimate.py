@@ -5,26 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from redpeft.console import in_words
 from redpeft.errors import UserError
-from redpeft.reproduce import probe
-from redpeft.reproduce.plan import Run
-from redpeft.reproduce.probe import Speed, count_rows, estimate
+from redpeft.reproduce import time_estimate
+from redpeft.reproduce.plan import TableRun
+from redpeft.reproduce.time_estimate import Speed, count_rows, estimate
 from redpeft.runs.queue import Job
 from redpeft.training.recipe import load_recipe
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "1 s"), (59, "59 s"), (61, "2 min"), (3600, "1 h 0 min"), (12000, "3 h 20 min")],
-)
-def test_durations(seconds, words):
-    assert in_words(seconds) == words
-
-
 def run(folder, data, **changes):
     recipe = load_recipe(None, {"base": "m", "data": str(data), "batch_size": 10, "epochs": 4, **changes})
-    return Run("red", Path(data).name, Job(recipe, folder))
+    return TableRun("red", Path(data).name, Job(recipe, folder))
 
 
 @pytest.fixture
@@ -39,9 +30,11 @@ def data(tmp_path):
 
 def test_an_estimate_is_steps_and_rows_of_each_run(data, monkeypatch):
     tried = []
-    monkeypatch.setattr(probe, "_probe", lambda recipe: tried.append(recipe.data.path) or Speed(2.0, 0.1, 0.3, 5.0))
+    monkeypatch.setattr(
+        time_estimate, "_try_steps", lambda recipe: tried.append(recipe.data.path) or Speed(2.0, 0.1, 0.3, 5.0)
+    )
     whole = 5 + 4 * 10 * 2 + 4 * 30 * 0.1 + 50 * 0.3
-    monkeypatch.setattr(probe, "load_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(time_estimate, "load_pretrained", lambda *_, **__: None)
 
     def seconds(runs):
         return estimate(runs, count_rows(runs))
@@ -63,11 +56,15 @@ def test_equal_questions_are_answered_once(tmp_path):
     for split, rows in (("train", 9), ("validation", 4), ("test", 12)):
         lines = [json.dumps({"mr": f"name[{row % 3}]", "ref": f"It is {row}."}) for row in range(rows)]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
-    assert probe._rows(run(tmp_path, tmp_path, task="e2e").job.recipe) == {"train": 9, "validation": 4, "test": 3}
+    assert time_estimate._rows(run(tmp_path, tmp_path, task="e2e").job.recipe) == {
+        "train": 9,
+        "validation": 4,
+        "test": 3,
+    }
 
 
 @pytest.mark.parametrize("task", ["classification", "e2e"])
-def test_a_probe_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
+def test_a_try_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
     seen, clock = {}, iter((100.0, 110.0))
 
     def train(recipe, folder):
@@ -76,9 +73,9 @@ def test_a_probe_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
         (folder / "metrics.jsonl").write_text('{"loss": 1}\n{"eval_loss": 1, "eval_runtime": 1.6}\n')
         return {"seconds_per_step": 0.5, "steps": 6, "rows": {"validation": 16, "test": 8}}
 
-    monkeypatch.setattr(probe, "train", train)
-    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(clock))
-    speed = probe._probe(run(data, data / "one", save_steps=1, task=task).job.recipe)
+    monkeypatch.setattr(time_estimate, "train", train)
+    monkeypatch.setattr(time_estimate.time, "perf_counter", lambda: next(clock))
+    speed = time_estimate._try_steps(run(data, data / "one", save_steps=1, task=task).job.recipe)
     assert (speed.step, speed.validation) == (0.5, pytest.approx(0.1))
     rest = 10 - 6 * 0.5 - 1.6
     if task == "e2e":  # the rest is answering

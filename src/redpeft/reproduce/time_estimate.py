@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from redpeft.models import load_pretrained
-from redpeft.reproduce.plan import Run
+from redpeft.reproduce.plan import TableRun
 from redpeft.tasks import TASKS
 from redpeft.training.recipe import Recipe
 from redpeft.training.run import read_task
@@ -35,7 +35,7 @@ class Speed:
     rest: float
 
 
-def count_rows(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
+def count_rows(runs: Sequence[TableRun]) -> dict[str, dict[str, int]]:
     """The rows of each task by split. Raises `UserError` for data or a base model that is missing."""
     firsts = {run.task: run.job.recipe for run in reversed(runs)}
     rows = {task: _rows(recipe) for task, recipe in firsts.items()}
@@ -44,7 +44,7 @@ def count_rows(runs: Sequence[Run]) -> dict[str, dict[str, int]]:
     return rows
 
 
-def estimate(runs: Sequence[Run], rows: Mapping[str, Mapping[str, int]]) -> float:
+def estimate(runs: Sequence[TableRun], rows: Mapping[str, Mapping[str, int]]) -> float:
     """Seconds that these runs take, one after the other on this machine; `rows` are those of `count_rows`.
 
     The first run of each task is tried with a few steps and rows, in a temporary folder. Raises `UserError` and
@@ -53,7 +53,7 @@ def estimate(runs: Sequence[Run], rows: Mapping[str, Mapping[str, int]]) -> floa
     speeds: dict[str, Speed] = {}
     for run in runs:
         if run.task not in speeds:
-            speeds[run.task] = _probe(run.job.recipe)
+            speeds[run.task] = _try_steps(run.job.recipe)
     return sum(_seconds(run.job.recipe, rows[run.task], speeds[run.task]) for run in runs)
 
 
@@ -67,12 +67,12 @@ def _rows(recipe: Recipe) -> dict[str, int]:
     return counts
 
 
-def _probe(recipe: Recipe) -> Speed:
+def _try_steps(recipe: Recipe) -> Speed:
     few = recipe.data.model_copy(update={"max_train_rows": STEPS * recipe.batch_size, "max_eval_rows": ROWS})
     quick: dict[str, Any] = {"data": few, "epochs": 1, "max_steps": STEPS, "save_steps": None, "report_to": []}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
-        folder = Path(name) / "probe"
+        folder = Path(name) / "run"
         result = train(recipe.model_copy(update=quick), folder)
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     wall = time.perf_counter() - began
