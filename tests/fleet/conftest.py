@@ -1,4 +1,4 @@
-"""Small jobs for fleets: bases without dropout, data sets, and a source that counts."""
+"""Small jobs for fleets: bases without dropout, data sets, and a queue that counts."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ def in_float64(monkeypatch):
 
 @pytest.fixture
 def make_job(still_encoder, data_sets, tmp_path):
-    """An assignment: 3 epochs with 4 rows a batch on one of the data sets, with any field changed."""
-    from redpeft.fleet.source import Assignment
+    """A job: 3 epochs with 4 rows a batch on one of the data sets, with any field changed."""
+    from redpeft.fleet.queue import Job
     from redpeft.training.recipe import load_recipe
 
     def make(name, data_set, **changes):
         data = data_sets.get(data_set, data_set)
         changes = {key.replace("__", "."): value for key, value in changes.items()}
         values = {"base": str(still_encoder), "data": str(data), "epochs": 3, "batch_size": 4, **changes}
-        return Assignment(load_recipe(None, values).alone(), tmp_path / name)
+        return Job(load_recipe(None, values).alone(), tmp_path / name)
 
     return make
 
 
-class Source:
+class ListQueue:
     """Gives out jobs in their order, and keeps what became of them by folder name."""
 
-    def __init__(self, assignments):
-        self.ready, self.results, self.scores = deque(assignments), {}, {}
+    def __init__(self, jobs):
+        self.ready, self.results, self.scores = deque(jobs), {}, {}
         self.count = len(self.ready)
 
     def take(self):
@@ -91,8 +91,8 @@ class Source:
 
 
 @pytest.fixture
-def source_of():
-    return Source
+def queue_of():
+    return ListQueue
 
 
 @pytest.fixture

@@ -48,11 +48,11 @@ def exact_loss(in_float64, monkeypatch):
     monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
 
 
-def compare(jobs, source_of, assert_same, atol, scores):
-    source = source_of(jobs)
+def compare(jobs, queue_of, assert_same, atol, scores):
+    queue = queue_of(jobs)
     events = []
-    train_fleets(source, report=events.append)
-    assert [result for result in source.results.values() if "error" in result] == []
+    train_fleets(queue, report=events.append)
+    assert [result for result in queue.results.values() if "error" in result] == []
     assert [event["head_numbers"] for event in events if event["event"] == "fleet"] == [0]
     for job in jobs:
         alone = job.folder.with_name(f"{job.folder.name}-alone")
@@ -61,40 +61,40 @@ def compare(jobs, source_of, assert_same, atol, scores):
 
 
 @pytest.mark.usefixtures("exact_loss")
-def test_instruction_tuning_gives_what_it_gives_alone(make_chat, source_of, assert_same):
+def test_instruction_tuning_gives_what_it_gives_alone(make_chat, queue_of, assert_same):
     jobs = [
         make_chat("a", seed=1),
         make_chat("b", seed=2, batch_size=3, learning_rate=0.1),
         make_chat("c", seed=3, learn_prompt=True, max_length=40),
         make_chat("d", seed=4, gradient_checkpointing=False, max_steps=5),
     ]
-    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+    compare(jobs, queue_of, assert_same, 1e-8, 1e-6)
 
 
 @pytest.mark.usefixtures("exact_loss")
-def test_a_job_of_one_example_beside_a_large_one(make_chat, source_of, assert_same, questions, tmp_path):
+def test_a_job_of_one_example_beside_a_large_one(make_chat, queue_of, assert_same, questions, tmp_path):
     (tmp_path / "data").mkdir()
     for split in ("train", "validation"):
         row = (questions / f"{split}.jsonl").read_text().splitlines()[3]
         (tmp_path / "data" / f"{split}.jsonl").write_text(row + "\n")
     jobs = [make_chat("large", seed=1), make_chat("one", seed=2, data=str(tmp_path / "data"), batch_size=7)]
-    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+    compare(jobs, queue_of, assert_same, 1e-8, 1e-6)
 
 
-def test_on_a_base_in_bf16(make_chat, source_of, assert_same):
+def test_on_a_base_in_bf16(make_chat, queue_of, assert_same):
     """The edits are fp32 and so are the products; what the base computes in bf16 depends on the batch's shape."""
     jobs = [make_chat(str(seed), seed=seed, base__dtype="bf16", precision="bf16") for seed in range(2)]
-    compare(jobs, source_of, lambda one, other, atol, scores: assert_same(one, other, atol, scores), 0.03, 0.02)
+    compare(jobs, queue_of, lambda one, other, atol, scores: assert_same(one, other, atol, scores), 0.03, 0.02)
 
 
 @pytest.mark.usefixtures("exact_loss")
-def test_gradient_checkpointing_changes_nothing(make_chat, source_of, assert_same):
+def test_gradient_checkpointing_changes_nothing(make_chat, queue_of, assert_same):
     jobs = [make_chat(str(seed), seed=seed, gradient_checkpointing=True) for seed in range(2)]
-    compare(jobs, source_of, assert_same, 1e-8, 1e-6)
+    compare(jobs, queue_of, assert_same, 1e-8, 1e-6)
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_tokens_with_labels(make_job, source_of, assert_same, tmp_path):
+def test_tokens_with_labels(make_job, queue_of, assert_same, tmp_path):
     (tmp_path / "data").mkdir()
     for split, count in {"train": 11, "validation": 6}.items():
         rows = []
@@ -103,9 +103,9 @@ def test_tokens_with_labels(make_job, source_of, assert_same, tmp_path):
             rows.append({"tokens": words, "tags": ["O" if word in ("the", "is") else "B" for word in words]})
         (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = [make_job(str(seed), tmp_path / "data", task="token-classification", seed=seed) for seed in range(3)]
-    source = source_of(jobs)
-    train_fleets(source)
-    assert [result for result in source.results.values() if "error" in result] == []
+    queue = queue_of(jobs)
+    train_fleets(queue)
+    assert [result for result in queue.results.values() if "error" in result] == []
     for job in jobs:
         alone = job.folder.with_name(f"{job.folder.name}-alone")
         train(job.recipe, alone)

@@ -15,22 +15,22 @@ from redpeft.training.train import train
 EXACT = 1e-8
 
 
-def both(assignments, source_of, assert_same, atol, **options):
+def both(jobs, queue_of, assert_same, atol, **options):
     """Train the jobs in fleets and alone, and compare each one's folders."""
-    source = source_of(assignments)
-    train_fleets(source, **options)
-    assert [result for result in source.results.values() if "error" in result] == []
-    assert len(source.results) == len(assignments)
-    for each in assignments:
+    queue = queue_of(jobs)
+    train_fleets(queue, **options)
+    assert [result for result in queue.results.values() if "error" in result] == []
+    assert len(queue.results) == len(jobs)
+    for each in jobs:
         alone = each.folder.with_name(f"{each.folder.name}-alone")
         train(each.recipe, alone)
         assert_same(each.folder, alone, atol)
-    return source
+    return queue
 
 
 @pytest.mark.usefixtures("in_float64")
 class TestFloat64:
-    def test_jobs_that_differ_in_everything(self, make_job, source_of, assert_same):
+    def test_jobs_that_differ_in_everything(self, make_job, queue_of, assert_same):
         """Data, lengths, batch sizes, epochs, seeds, rates, schedules, clipping, decay; more jobs than slots."""
         jobs = [
             make_job("a", "small", seed=1),
@@ -40,24 +40,24 @@ class TestFloat64:
             make_job("e", "large", seed=5, max_steps=11, max_grad_norm=0.05, warmup=4),
             make_job("f", "short", seed=6, epochs=2.5, group_by_length=False, max_length=6, early_stopping=1),
         ]
-        both(jobs, source_of, assert_same, EXACT, slots=4, tokens=200)
+        both(jobs, queue_of, assert_same, EXACT, slots=4, tokens=200)
 
-    def test_identical_jobs(self, make_job, source_of, assert_same, adapter_tensors):
+    def test_identical_jobs(self, make_job, queue_of, assert_same, adapter_tensors):
         jobs = [make_job(name, "small", seed=3) for name in "abc"]
-        both(jobs, source_of, assert_same, EXACT)
+        both(jobs, queue_of, assert_same, EXACT)
         assert_same(jobs[0].folder, jobs[1].folder, 1e-12)
         moved = [tensor for key, tensor in adapter_tensors(jobs[0].folder).items() if key.endswith(".scale_offset")]
         assert all(0.001 < step.abs().max() < 1 for step in moved)
 
     @pytest.mark.parametrize("tokens", [1, 10**6])
-    def test_one_at_a_time_and_all_at_once(self, make_job, source_of, assert_same, tokens):
+    def test_one_at_a_time_and_all_at_once(self, make_job, queue_of, assert_same, tokens):
         jobs = [make_job(str(seed), "short", seed=seed, epochs=2) for seed in range(4)]
-        both(jobs, source_of, assert_same, EXACT, tokens=tokens)
+        both(jobs, queue_of, assert_same, EXACT, tokens=tokens)
 
-    def test_heads_of_other_shapes_get_a_fleet_of_their_own(self, make_job, source_of, assert_same):
+    def test_heads_of_other_shapes_get_a_fleet_of_their_own(self, make_job, queue_of, assert_same):
         jobs = [make_job("two", "small"), make_job("three", "three"), make_job("more", "tiny", epochs=4)]
         events = []
-        both(jobs, source_of, assert_same, EXACT, report=events.append)
+        both(jobs, queue_of, assert_same, EXACT, report=events.append)
         assert [event["slots"] for event in events if event["event"] == "fleet"] == [3, 1]
 
     @pytest.mark.parametrize(
@@ -71,12 +71,12 @@ class TestFloat64:
         ],
         ids=str,
     )
-    def test_ablations_and_other_sites(self, options, make_job, source_of, assert_same):
+    def test_ablations_and_other_sites(self, options, make_job, queue_of, assert_same):
         jobs = [make_job(str(seed), "small", seed=seed, method_options=options) for seed in range(2)]
-        both(jobs, source_of, assert_same, EXACT)
+        both(jobs, queue_of, assert_same, EXACT)
 
     def test_the_last_layer_of_a_head_alone(
-        self, tiny_tokenizer, data_sets, tmp_path, source_of, assert_same, make_job
+        self, tiny_tokenizer, data_sets, tmp_path, queue_of, assert_same, make_job
     ):
         """RoBERTa's head has two layers; the first, new here, is the same for all jobs and stays as it was drawn."""
         import torch
@@ -95,11 +95,11 @@ class TestFloat64:
             for seed in range(2)
             for head in ("all", "last")
         ]
-        both(jobs, source_of, assert_same, EXACT)
+        both(jobs, queue_of, assert_same, EXACT)
         heads = {job.folder.name: _head_parameters(job.folder) for job in jobs}
         assert heads == {"all0": 32 * 33 + 66, "all1": 32 * 33 + 66, "last0": 66, "last1": 66}
 
-    def test_regression_and_label_sets(self, make_job, source_of, assert_same, tmp_path):
+    def test_regression_and_label_sets(self, make_job, queue_of, assert_same, tmp_path):
         for name, values in {"number": [0.5, 1.25, 4.0], "sets": [["a"], ["a", "b"], []]}.items():
             (tmp_path / name).mkdir()
             for split, count in {"train": 14, "validation": 6}.items():
@@ -109,16 +109,16 @@ class TestFloat64:
         jobs = [
             make_job(f"{name}-{seed}", tmp_path / name, seed=seed) for name in ("number", "sets") for seed in range(2)
         ]
-        both(jobs, source_of, assert_same, EXACT)
+        both(jobs, queue_of, assert_same, EXACT)
 
 
 def _head_parameters(folder):
     return json.loads((folder / "result.json").read_text())["head_parameters"]
 
 
-def test_in_float32_within_what_two_orders_of_summation_give(make_job, source_of, assert_same):
+def test_in_float32_within_what_two_orders_of_summation_give(make_job, queue_of, assert_same):
     jobs = [make_job(data, data, seed=seed) for seed, data in enumerate(("small", "large", "short"))]
-    both(jobs, source_of, lambda one, other, atol: assert_same(one, other, atol, scores=1e-3), 1e-3)
+    both(jobs, queue_of, lambda one, other, atol: assert_same(one, other, atol, scores=1e-3), 1e-3)
     for job in jobs:
         mine, alone = (
             [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -12,24 +12,29 @@ import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from redpeft.errors import Stopped, UserError
 from redpeft.fleet import scheduler, train_fleets
+from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
-from redpeft.fleet.source import Assignment
+from redpeft.fleet.job import BatchRequest
+from redpeft.fleet.queue import Job
+from redpeft.fleet.scheduler import choose_batch
 from redpeft.training.train import train
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_job_whose_loss_is_not_finite_is_evicted_alone(make_job, source_of, assert_same):
+def test_a_job_whose_loss_is_not_finite_is_evicted_alone(make_job, queue_of, assert_same):
     jobs = [
         make_job("good", "small", seed=1),
         make_job("broken", "short", seed=2, learning_rate=1e200, max_grad_norm=0, warmup=0, schedule="constant"),
         make_job("other", "large", seed=3),
     ]
-    source = source_of(jobs)
-    train_fleets(source)
-    failed = source.results["broken"]
+    queue = queue_of(jobs)
+    train_fleets(queue)
+    failed = queue.results["broken"]
     assert failed["kind"] == "RunError"
     assert "the loss is not finite at step" in failed["error"]
     assert "try a lower learning_rate" in failed["error"]
@@ -39,23 +44,23 @@ def test_a_job_whose_loss_is_not_finite_is_evicted_alone(make_job, source_of, as
         assert_same(job.folder, alone, 1e-8)
 
 
-def test_a_job_that_cannot_begin_fails_alone(make_job, source_of, tmp_path):
+def test_a_job_that_cannot_begin_fails_alone(make_job, queue_of, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"text": "good", "label": "x"}\n{"text": "bad", "label": "x"}\n')
-    source = source_of(
+    queue = queue_of(
         [make_job("none", tmp_path / "nowhere"), make_job("good", "tiny"), make_job("one", tmp_path / "data")]
     )
     events = []
-    train_fleets(source, report=events.append)
-    assert "no such file or folder" in source.results["none"]["error"]
-    assert "every row has the label 'x'" in source.results["one"]["error"]
-    assert "error" not in source.results["good"]
+    train_fleets(queue, report=events.append)
+    assert "no such file or folder" in queue.results["none"]["error"]
+    assert "every row has the label 'x'" in queue.results["one"]["error"]
+    assert "error" not in queue.results["good"]
     assert [event["event"] for event in events if event["event"] != "pass"] == [
         "failed", "fleet", "started", "failed", *["epoch"] * 3, "finished",
     ]  # fmt: skip
 
 
-def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, source_of, monkeypatch):
+def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, queue_of, monkeypatch):
     from transformers import BertForSequenceClassification
 
     forward = BertForSequenceClassification.forward
@@ -68,34 +73,34 @@ def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, source_of, mon
         return output
 
     monkeypatch.setattr(BertForSequenceClassification, "forward", smoothed)
-    source = source_of([make_job("job", "tiny")])
-    train_fleets(source)
-    assert source.results["job"]["kind"] == "MustTrainAlone"
-    assert "a fleet cannot train BertForSequenceClassification: its loss of a batch" in source.results["job"]["error"]
+    queue = queue_of([make_job("job", "tiny")])
+    train_fleets(queue)
+    assert queue.results["job"]["kind"] == "MustTrainAlone"
+    assert "a fleet cannot train BertForSequenceClassification: its loss of a batch" in queue.results["job"]["error"]
 
 
-def test_what_is_finished_is_not_trained_again(make_job, source_of, monkeypatch):
+def test_what_is_finished_is_not_trained_again(make_job, queue_of, monkeypatch):
     job = make_job("job", "tiny")
-    train_fleets(source_of([job]))
-    monkeypatch.setattr(scheduler, "Mould", lambda *_: pytest.fail("loaded the model"))
-    source = source_of([job])
-    train_fleets(source)
-    assert source.results["job"]["steps"] == 3
+    train_fleets(queue_of([job]))
+    monkeypatch.setattr(scheduler, "TemplateModel", lambda *_: pytest.fail("loaded the model"))
+    queue = queue_of([job])
+    train_fleets(queue)
+    assert queue.results["job"]["steps"] == 3
 
 
-def test_a_folder_in_use_is_left_alone(make_job, source_of):
+def test_a_folder_in_use_is_left_alone(make_job, queue_of):
     from redpeft.storage import locked
 
     jobs = [make_job("used", "tiny"), make_job("free", "tiny")]
-    source = source_of(jobs)
+    queue = queue_of(jobs)
     with locked(jobs[0].folder):
-        train_fleets(source)
-    assert "another process is at work" in source.results["used"]["error"]
-    assert "error" not in source.results["free"]
+        train_fleets(queue)
+    assert "another process is at work" in queue.results["used"]["error"]
+    assert "error" not in queue.results["free"]
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_after_sigterm_every_job_goes_on_from_its_last_step(make_job, source_of, assert_same, monkeypatch):
+def test_after_sigterm_every_job_goes_on_from_its_last_step(make_job, queue_of, assert_same, monkeypatch):
     jobs = [make_job("a", "small", seed=1), make_job("b", "large", seed=2), make_job("c", "short", seed=3)]
     steps, step = [], Fleet.step
 
@@ -107,10 +112,10 @@ def test_after_sigterm_every_job_goes_on_from_its_last_step(make_job, source_of,
 
     monkeypatch.setattr(Fleet, "step", stopping)
     with pytest.raises(Stopped, match="stopped with 3 jobs under way; run the same command again"):
-        train_fleets(source_of(jobs), tokens=1)
-    source = source_of(jobs)
-    train_fleets(source, tokens=1)
-    assert sum(steps) == sum(result["steps"] for result in source.results.values())
+        train_fleets(queue_of(jobs), tokens=1)
+    queue = queue_of(jobs)
+    train_fleets(queue, tokens=1)
+    assert sum(steps) == sum(result["steps"] for result in queue.results.values())
     for job in jobs:
         alone = job.folder.with_name(f"{job.folder.name}-alone")
         train(job.recipe, alone)
@@ -118,7 +123,7 @@ def test_after_sigterm_every_job_goes_on_from_its_last_step(make_job, source_of,
         assert not (job.folder / "checkpoints").exists()
 
 
-def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, source_of, tmp_path):
+def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, queue_of, tmp_path):
     """Killed without a word after the first results; what is left ends as if nothing had been."""
     jobs = [make_job(f"job{seed}", "small", seed=seed, epochs=30) for seed in range(3)]
     jobs.append(make_job("first", "tiny", epochs=1))
@@ -126,12 +131,12 @@ def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, source_of
         [
             "import sys; sys.path.insert(0, sys.argv[1])",
             "import json, pathlib",
-            "from conftest import Source",
+            "from conftest import ListQueue",
             "from redpeft.fleet import train_fleets",
-            "from redpeft.fleet.source import Assignment",
+            "from redpeft.fleet.queue import Job",
             "from redpeft.training.recipe import Recipe",
-            "jobs = [Assignment(Recipe(**r), pathlib.Path(f)) for r, f in json.loads(sys.argv[2])]",
-            "train_fleets(Source(jobs))",
+            "jobs = [Job(Recipe(**r), pathlib.Path(f)) for r, f in json.loads(sys.argv[2])]",
+            "train_fleets(ListQueue(jobs))",
         ]
     )
     listed = json.dumps([[job.recipe.model_dump(), str(job.folder)] for job in jobs])
@@ -146,41 +151,41 @@ def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, source_of
     process.wait()
     left = [job for job in jobs if not (job.folder / "result.json").exists()]
     assert left, "all had come to their end"
-    source = source_of(jobs)
-    train_fleets(source)
-    assert {result["steps"] for name, result in source.results.items() if name != "first"} == {90}
+    queue = queue_of(jobs)
+    train_fleets(queue)
+    assert {result["steps"] for name, result in queue.results.items() if name != "first"} == {90}
     for job in jobs[:3]:
         log = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["epoch"] for entry in log if "eval_loss" in entry] == list(range(1, 31))
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_a_job_pauses_and_goes_on_or_ends(make_job, source_of, assert_same):
+def test_a_job_pauses_and_goes_on_or_ends(make_job, queue_of, assert_same):
     long, short = make_job("long", "small", epochs=5), make_job("short", "small", epochs=5, seed=1)
-    source = source_of([Assignment(job.recipe, job.folder, until=2) for job in (long, short)])
-    train_fleets(source)
-    assert source.scores.keys() == {"long", "short"}
-    assert source.results == {}
-    source = source_of([long, Assignment(short.recipe, short.folder, over=True)])
-    train_fleets(source)
-    assert source.results["short"]["epochs"] == 2
-    assert source.results["long"]["epochs"] == 5
+    queue = queue_of([Job(job.recipe, job.folder, until=2) for job in (long, short)])
+    train_fleets(queue)
+    assert queue.scores.keys() == {"long", "short"}
+    assert queue.results == {}
+    queue = queue_of([long, Job(short.recipe, short.folder, over=True)])
+    train_fleets(queue)
+    assert queue.results["short"]["epochs"] == 2
+    assert queue.results["long"]["epochs"] == 5
     alone = long.folder.with_name("alone")
     train(long.recipe, alone)
     assert_same(long.folder, alone, 1e-8)
 
 
-def test_slots_that_do_not_fit_are_refused(make_job, source_of, monkeypatch):
+def test_slots_that_do_not_fit_are_refused(make_job, queue_of, monkeypatch):
     monkeypatch.setattr("redpeft.fleet.memory.free_memory", lambda device: 3_000)
-    source = source_of([make_job("a", "tiny"), make_job("b", "tiny")])
+    queue = queue_of([make_job("a", "tiny"), make_job("b", "tiny")])
     with pytest.raises(
         UserError, match=r"2 slots cannot fit into memory: a slot takes .* ask for at most 0 \(--slots\)"
     ):
-        train_fleets(source, slots=2)
-    assert source.results == {}
+        train_fleets(queue, slots=2)
+    assert queue.results == {}
 
 
-def test_a_pass_that_does_not_fit_is_made_smaller(make_job, source_of, monkeypatch):
+def test_a_pass_that_does_not_fit_is_made_smaller(make_job, queue_of, monkeypatch):
     """What a GPU does when it is full."""
     step, sizes = Fleet.step, []
 
@@ -191,13 +196,13 @@ def test_a_pass_that_does_not_fit_is_made_smaller(make_job, source_of, monkeypat
         return step(self, batch, slots, rates)
 
     monkeypatch.setattr(Fleet, "step", full)
-    source = source_of([make_job(str(seed), "small", seed=seed, epochs=1) for seed in range(6)])
-    train_fleets(source)
+    queue = queue_of([make_job(str(seed), "small", seed=seed, epochs=1) for seed in range(6)])
+    train_fleets(queue)
     assert max(sizes) > 2
-    assert all("error" not in result for result in source.results.values())
+    assert all("error" not in result for result in queue.results.values())
 
 
-def test_a_fleet_of_one_batch_that_does_not_fit(make_job, source_of, monkeypatch):
+def test_a_fleet_of_one_batch_that_does_not_fit(make_job, queue_of, monkeypatch):
     step = Fleet.step
 
     def full(self, batch, slots, rates):
@@ -206,7 +211,46 @@ def test_a_fleet_of_one_batch_that_does_not_fit(make_job, source_of, monkeypatch
         return step(self, batch, slots, rates)
 
     monkeypatch.setattr(Fleet, "step", full)
-    source = source_of([make_job("big", "large", batch_size=16), make_job("good", "small")])
-    train_fleets(source)
-    assert "its batch does not fit into memory: lower batch_size or max_length" in source.results["big"]["error"]
-    assert "error" not in source.results["good"]
+    queue = queue_of([make_job("big", "large", batch_size=16), make_job("good", "small")])
+    train_fleets(queue)
+    assert "its batch does not fit into memory: lower batch_size or max_length" in queue.results["big"]["error"]
+    assert "error" not in queue.results["good"]
+
+
+def request(rows, length, training=True):
+    return BatchRequest([{"input_ids": [1] * length}] * rows, Rates(0.1, 0.1) if training else None)
+
+
+def test_batches_of_like_length_go_together():
+    waiting = {0: request(4, 10), 1: request(4, 60), 2: request(4, 12), 3: request(4, 9), 4: request(4, 11)}
+    assert choose_batch(waiting, tokens=200) == [0, 3, 4, 2]
+    assert choose_batch(waiting, tokens=100) == [0, 3]
+    assert choose_batch({1: waiting[1], **waiting}, tokens=200) == [1]
+
+
+def test_learning_and_scoring_do_not_mix():
+    waiting = {5: request(2, 8, training=False), 6: request(2, 8), 7: request(2, 8, training=False)}
+    assert choose_batch(waiting, tokens=10**6) == [5, 7]
+
+
+def test_a_batch_that_is_too_long_goes_alone():
+    assert choose_batch({3: request(8, 500), 1: request(1, 499)}, tokens=64) == [3]
+
+
+requests = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 80), st.booleans()), min_size=1, max_size=12)
+
+
+@given(requests=requests, tokens=st.integers(1, 2000))
+def test_everyone_has_a_turn_and_no_pass_is_too_large(requests, tokens):
+    waiting = {slot: request(*each) for slot, each in enumerate(requests)}
+    passes = 0
+    while waiting:
+        chosen = choose_batch(waiting, tokens)
+        assert chosen[0] == next(iter(waiting))
+        assert len({waiting[slot].rates for slot in chosen}) == 1
+        rows = sum(len(waiting[slot].rows) for slot in chosen)
+        assert len(chosen) == 1 or rows * max(waiting[slot].length for slot in chosen) <= tokens
+        for slot in chosen:
+            del waiting[slot]
+        passes += 1
+    assert passes <= len(requests)

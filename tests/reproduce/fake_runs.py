@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from redpeft.fleet.queue import Job
 from redpeft.reproduce.plan import TableRun, recipe_for
-from redpeft.runs.queue import Job
 
 
 def fake_run(out: Path, row: str, task: str, seed: int, test: dict | None, metric: str = "accuracy", **more) -> Path:

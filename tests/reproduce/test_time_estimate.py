@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from redpeft.errors import UserError
+from redpeft.fleet.queue import Job
 from redpeft.reproduce import time_estimate
 from redpeft.reproduce.plan import TableRun
 from redpeft.reproduce.time_estimate import Speed, count_rows, estimate
-from redpeft.runs.queue import Job
 from redpeft.training.recipe import load_recipe
 
 

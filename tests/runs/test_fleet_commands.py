@@ -92,7 +92,7 @@ def test_a_folder_of_six_files_becomes_six_adapters_that_predict(call, asked, cu
 
 
 def test_the_same_call_trains_nothing_again(call, asked, customers, monkeypatch):
-    monkeypatch.setattr("redpeft.fleet.scheduler.Crew.run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("redpeft.fleet.scheduler.Scheduler.run", lambda *_: pytest.fail("trained"))
     stamps = {path: path.stat().st_mtime_ns for path in customers.parent.glob("out/*/adapter/*")}
     assert len(stamps) >= 12
     code, out, err = call(*asked)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from redpeft.errors import RunError, Stopped, UserError
+from redpeft.fleet.queue import Job
 from redpeft.runs import runner
-from redpeft.runs.queue import Job
 from redpeft.runs.runner import jobs_of, run_fleets, run_jobs, run_recipe, summarise
 from redpeft.storage import read_result
 from redpeft.training.recipe import load_recipe

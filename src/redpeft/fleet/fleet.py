@@ -49,10 +49,10 @@ class SlotState(NamedTuple):
 class Fleet:
     """A model with RED, and `slots` jobs that train its edits and heads side by side.
 
-    `model` is a PeftModel with RED, for classification of texts or tokens or for causal language modelling; what it
-    trains (`requires_grad`) is what every slot has a copy of. The model's own adapter is the mould: `fill` copies from
-    it, `copy_to_model` back into it, so that it can be saved and used like any other. `autocast` is the number format
-    that forward passes compute in (None: the model's own).
+    `model` is a PeftModel with RED, for classification of texts or tokens or for causal language modelling. Each slot
+    has a copy of what it trains (`requires_grad`): `fill` copies the model's own adapter into a slot, and
+    `copy_to_model` copies a slot into the model's own adapter, which can then be saved and used like any other.
+    `autocast` is the number format of forward passes (None: the model's own).
 
     Raises `UserError` for a model without RED, one that trains something else beside edits and heads, and a task that
     has no loss here.

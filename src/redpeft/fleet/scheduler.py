@@ -1,13 +1,12 @@
-"""Works off a queue of jobs with fleets: jobs enter free slots, train side by side, and leave when they are done."""
+"""Trains the jobs of a queue in fleets: jobs enter free slots, train side by side, and leave when they have ended."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,215 +15,220 @@ import torch
 from redpeft.console import counted
 from redpeft.errors import RunError, Stopped
 from redpeft.fleet.fleet import Fleet
-from redpeft.fleet.job import Answer, Member, Work
+from redpeft.fleet.job import ActiveJob, BatchRequest, BatchResult
 from redpeft.fleet.memory import plan_memory
-from redpeft.fleet.packing import pack
-from redpeft.fleet.source import Assignment, Jobs, Ready, Report, Source, silent
-from redpeft.fleet.template_model import Mould, autocast_dtype
+from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
+from redpeft.fleet.template_model import TemplateModel, autocast_dtype
 from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
 from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
 from redpeft.training.run import Run
 
-TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, at work
-SLOTS = 64  # enough to find batches of like length among
+TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, busy
+SLOTS = 64  # enough to find batches of similar length among them
 
 
-def train_fleets(source: Source, slots: int | None = None, tokens: int | None = None, report: Report = silent) -> None:
-    """Train all jobs of a source, one fleet after another for those that cannot share one (another base model, other
+def train_fleets(queue: Queue, slots: int | None = None, tokens: int | None = None, report: Report = silent) -> None:
+    """Train all jobs of a queue, one fleet after another for those that cannot share one (another base model, other
     sites, a head of another shape).
 
     `slots`: jobs side by side, at most (by default as many as help and fit into memory). `tokens`: of one pass,
     padding included. `report` gets what happens: events "fleet", "started", "epoch", "paused", "finished", "failed"
     and "pass".
 
-    A job that fails does not stop the others. Raises `Stopped` on Ctrl-C and SIGTERM, after all jobs under way were
-    saved, and `UserError` where the slots asked for do not fit.
+    A job that fails does not stop the others. Raises `Stopped` on Ctrl-C and SIGTERM, after all active jobs were
+    saved, and `UserError` where the slots asked for do not fit into memory.
     """
     bars_on_terminals_only()
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     control = SimpleNamespace(terminated=False)
-    jobs = Jobs(source, report)
+    loader = JobLoader(queue, report)
     with stop_on_signals(control):
-        while ready := jobs.next():
-            crew = None
-            with jobs.failing(ready.assignment):
-                crew = Crew(jobs, ready, slots, tokens, control)
-            if crew is not None:
-                crew.run()
+        while loaded := loader.next():
+            scheduler = None
+            with loader.failing(loaded.job):
+                scheduler = Scheduler(loader, loaded, slots, tokens, control)
+            if scheduler is not None:
+                scheduler.run()
 
 
-@dataclass
-class Aboard:
-    """A job in a slot, what it waits for, and the lock on its folder."""
+def choose_batch(waiting: Mapping[int, BatchRequest], tokens: int) -> list[int]:
+    """The slots whose requests make the next pass, of those that wait; the longest-waiting comes first in `waiting`.
 
-    assignment: Assignment
-    member: Member
-    lock: ExitStack
-    work: Work | None = None
-    evaluations: int = 0
+    That one is always chosen, however long its batch is. The others, of its kind (to train or to evaluate), are the
+    nearest to it in length, so that short rows are not padded to long ones; all of them, padded to the longest, have
+    at most `tokens` tokens.
+    """
+    first, *others = waiting
+    training = waiting[first].rates is not None
+    chosen, rows, longest = [first], len(waiting[first].rows), waiting[first].length
+    similar = [slot for slot in others if (waiting[slot].rates is not None) == training]
+    for slot in sorted(similar, key=lambda slot: abs(waiting[slot].length - longest)):
+        more, length = rows + len(waiting[slot].rows), max(longest, waiting[slot].length)
+        if more * length > tokens:
+            break
+        chosen.append(slot)
+        rows, longest = more, length
+    return chosen
 
 
-class Crew:
-    """One fleet at work: its model, the members in its slots, and passes over what they wait for."""
+class Scheduler:
+    """One fleet at work: its template model, the active jobs in its slots, and the passes that they ask for."""
 
     def __init__(
-        self, jobs: Jobs, first: Ready, slots: int | None, tokens: int | None, control: SimpleNamespace
+        self, loader: JobLoader, first: LoadedJob, slots: int | None, tokens: int | None, control: SimpleNamespace
     ) -> None:
-        self.jobs, self.first, self.control = jobs, first, control
-        self.mould = Mould(first.assignment.recipe, first.task)
-        self.run_of_first = self._prepare(first)  # its Trainer brings the model to its device
-        self.tokens = tokens or (TOKENS_ON_GPU if self.mould.device.type != "cpu" else TOKENS)
-        self.fleet = self._fleet(slots)
-        self.aboard: dict[int, Aboard] = {}  # those that have waited longest come first
+        self.loader, self.first, self.control = loader, first, control
+        self.template = TemplateModel(first.job.recipe, first.task)
+        self.first_run = self._prepare(first)  # its Trainer brings the model to its device
+        self.tokens = tokens or (TOKENS_ON_GPU if self.template.device.type != "cpu" else TOKENS)
+        self.fleet = self._make_fleet(slots)
+        self.jobs: dict[int, ActiveJob] = {}  # by slot; the longest-waiting first
 
     def run(self) -> None:
-        """Until the source has no more jobs of this kind and all are done."""
-        self._admit(self.first, self.run_of_first)
+        """Until the queue has no more jobs of this kind and all have ended or paused."""
+        self._start(self.first, self.first_run)
         while True:
-            while not self.control.terminated and self._free() and (ready := self.jobs.next(self.mould.key)):
-                self._admit(ready)
+            while self._free_slots() and not self.control.terminated:
+                loaded = self.loader.next(self.template.kind)
+                if loaded is None:
+                    break
+                self._start(loaded)
             if self.control.terminated:
                 self._stop()
-            if not self.aboard:
+            if not self.jobs:
                 return
             self._pass()
 
-    def _prepare(self, ready: Ready) -> Run:
-        return self.mould.prepare(ready.assignment.recipe, ready.assignment.folder, ready.task, ready.splits)
+    def _prepare(self, loaded: LoadedJob) -> Run:
+        return self.template.prepare(loaded.job.recipe, loaded.job.folder, loaded.task, loaded.splits)
 
-    def _fleet(self, slots: int | None) -> Fleet:
-        """As many slots as are asked for, or as help; `NoRoom` where they do not fit into memory."""
-        model, trainer = self.mould.model, self.run_of_first.trainer
-        autocast = autocast_dtype(self.first.assignment.recipe)
-        batch, rows = _full_batch(self.run_of_first, self.tokens)
+    def _make_fleet(self, slots: int | None) -> Fleet:
+        """With as many slots as are asked for, or as help; `NoRoom` where they do not fit into memory."""
+        model, trainer = self.template.model, self.first_run.trainer
+        autocast = autocast_dtype(self.first.job.recipe)
+        batch, rows = _full_batch(self.first_run, self.tokens)
         probe = Fleet(model, 1, autocast=autocast)
         probe.check_loss(batch)
         plan = plan_memory(probe, batch, rows)
-        count = plan.choose(min(self.jobs.source.left(), slots or SLOTS), slots)
+        count = plan.choose(min(self.loader.queue.left(), slots or SLOTS), slots)
         fleet = Fleet(model, count, autocast=autocast)
         fleet.decay(trainer.get_decay_parameter_names(model))
-        self.jobs.report({"event": "fleet", "slots": count, "tokens": self.tokens, **vars(plan), "plan": str(plan)})
+        self.loader.report({"event": "fleet", "slots": count, "tokens": self.tokens, **vars(plan), "plan": str(plan)})
         return fleet
 
-    def _free(self) -> list[int]:
-        return [slot for slot in range(self.fleet.slots) if slot not in self.aboard]
+    def _free_slots(self) -> list[int]:
+        return [slot for slot in range(self.fleet.slots) if slot not in self.jobs]
 
-    def _admit(self, ready: Ready, prepared: Run | None = None) -> None:
-        assignment, lock = ready.assignment, ExitStack()
-        with self.jobs.failing(assignment), explaining_full_disk(assignment.folder):
+    def _start(self, loaded: LoadedJob, prepared: Run | None = None) -> None:
+        """Put a job into a free slot, and let it go on to its first request."""
+        folder, lock = loaded.job.folder, ExitStack()
+        with self.loader.failing(loaded.job), explaining_full_disk(folder):
             try:
-                lock.enter_context(locked(assignment.folder))
-                run = prepared or self._prepare(ready)
+                lock.enter_context(locked(folder))
+                run = prepared or self._prepare(loaded)
                 run.begin()
-                slot = self._free()[0]
-                member = Member(run, self.fleet, slot, assignment.until, assignment.over)
+                active = ActiveJob(loaded.job, run, self.fleet, self._free_slots()[0], lock)
             except BaseException:
                 lock.close()
                 raise
-            self.aboard[slot] = Aboard(assignment, member, lock)
-            steps = member.max_steps - member.state.global_step
-            about = {"folder": str(assignment.folder), "steps": steps, "notes": run.notes}
-            self.jobs.report({"event": "started", **about})
-            self._send(slot, None)
+            self.jobs[active.slot] = active
+            steps = active.max_steps - active.state.global_step
+            self.loader.report({"event": "started", "folder": str(folder), "steps": steps, "notes": run.notes})
+            self._advance(active)
 
     def _pass(self) -> None:
-        """One forward pass, with a step where it trains, for who has waited longest and those that go well with it."""
-        waiting = {slot: each.work for slot, each in self.aboard.items() if each.work is not None}
-        slots = pack(waiting, self.tokens)
+        """One forward pass for the longest-waiting job plus jobs of similar length; with a step, where they train."""
+        waiting = {slot: active.request for slot, active in self.jobs.items() if active.request is not None}
+        slots = choose_batch(waiting, self.tokens)
         began = time.perf_counter()
         try:
-            answers = self._compute(slots, [waiting[slot] for slot in slots])
+            results = self._compute({slot: waiting[slot] for slot in slots})
         except torch.OutOfMemoryError:
             if len(slots) > 1:
                 self.tokens //= 2
             else:
-                self._fail(slots[0], "its batch does not fit into memory: lower batch_size or max_length")
+                active = self.jobs[slots[0]]
+                with self.loader.failing(active.job):
+                    raise RunError("its batch does not fit into memory: lower batch_size or max_length") from None
+                self._remove(active)
             torch.cuda.empty_cache()
             return
         rows = sum(len(waiting[slot].rows) for slot in slots)
         steps = sum(waiting[slot].rates is not None for slot in slots)
-        self.jobs.report({"event": "pass", "rows": rows, "steps": steps, "seconds": time.perf_counter() - began})
-        for slot, answer in answers.items():
-            self._send(slot, answer)
+        seconds = time.perf_counter() - began
+        self.loader.report({"event": "pass", "rows": rows, "steps": steps, "seconds": seconds})
+        for slot, result in results.items():
+            self._advance(self.jobs[slot], result)
 
-    def _compute(self, slots: Sequence[int], works: Sequence[Work]) -> dict[int, Answer]:
+    def _compute(self, requests: Mapping[int, BatchRequest]) -> dict[int, BatchResult]:
+        """The results by slot. The rows of all jobs are one batch: they have one tokenizer, and so one way to pad."""
         began = time.perf_counter()
-        rows = [row for work in works for row in work.rows]
-        owners = [slot for slot, work in zip(slots, works, strict=True) for _ in work.rows]
-        batch = self._collate(slots[0], rows)
-        rates = {slot: work.rates for slot, work in zip(slots, works, strict=True) if work.rates is not None}
+        rows = [row for request in requests.values() for row in request.rows]
+        owners = [slot for slot, request in requests.items() for _ in request.rows]
+        batch = _collate(self.jobs[owners[0]].run, rows)
+        rates = {slot: request.rates for slot, request in requests.items() if request.rates is not None}
+        logits = labels = None
         if rates:
             losses = self.fleet.step(batch, owners, rates)
-            logits, labels = None, None
         else:
             losses, found = self.fleet.evaluate(batch, owners)
             logits, labels = found.to(torch.promote_types(found.dtype, torch.float32)).cpu(), batch["labels"]
-        each = (time.perf_counter() - began) / len(rows)
-        answers, start = {}, 0
-        for slot, work in zip(slots, works, strict=True):
-            own = slice(start, start := start + len(work.rows))
+        seconds_per_row = (time.perf_counter() - began) / len(rows)
+        results, start = {}, 0
+        for slot, request in requests.items():
+            own = slice(start, start := start + len(request.rows))
             parts = (None, None) if logits is None or labels is None else (logits[own], labels[own])
-            answers[slot] = Answer(losses[slot], each * len(work.rows), *parts)
-        return answers
+            results[slot] = BatchResult(losses[slot], seconds_per_row * len(request.rows), *parts)
+        return results
 
-    def _collate(self, slot: int, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """The rows of several jobs as one batch: they have one tokenizer, and so one way to pad."""
-        batch = self.aboard[slot].member.run.trainer.data_collator(rows)
-        return {key: value for key, value in batch.items() if torch.is_tensor(value)}
+    def _advance(self, active: ActiveJob, result: BatchResult | None = None) -> None:
+        """Let a job go on to its next request, to a pause or to its end."""
+        self.jobs[active.slot] = self.jobs.pop(active.slot)  # now the last to have its turn
+        active.request = None  # also where going on fails
+        with self.loader.failing(active.job), explaining_full_disk(active.job.folder):
+            active.advance(result)
+            if len(active.evaluations) > active.reported:
+                active.reported = len(active.evaluations)
+                about = {"folder": str(active.job.folder), "metric": active.run.task.metric}
+                self.loader.report({"event": "epoch", **about, **active.evaluations[-1]})
+            if active.request is None:
+                self._end(active)
+        if active.request is None:
+            self._remove(active)
 
-    def _send(self, slot: int, answer: Answer | None) -> None:
-        """Let a job go on with what it waited for, to its next batch, a pause or its end."""
-        aboard = self.aboard[slot] = self.aboard.pop(slot)  # the last to have its turn
-        work = None
-        with self.jobs.failing(aboard.assignment), explaining_full_disk(aboard.assignment.folder):
-            work = aboard.work = aboard.member.go_on(answer)
-            self._tell(aboard)
-            if work is None:
-                self._leave(aboard)
-        if work is None:
-            self._remove(slot)
-
-    def _leave(self, aboard: Aboard) -> None:
-        """A job is done, or pauses."""
-        member, folder = aboard.member, aboard.assignment.folder
-        if member.scores is None:
-            score = member.state.best_metric * (1 if member.run.task.greater_is_better else -1)
-            self.jobs.report({"event": "paused", "folder": str(folder), "epoch": member.state.epoch})
-            self.jobs.source.paused(folder, score)
+    def _end(self, active: ActiveJob) -> None:
+        """A job has ended, or pauses."""
+        folder = active.job.folder
+        if active.scores is None:
+            score = active.state.best_metric * (1 if active.run.task.greater_is_better else -1)
+            self.loader.report({"event": "paused", "folder": str(folder), "epoch": active.state.epoch})
+            self.loader.queue.paused(folder, score)
             return
-        member.finish()
+        active.finish()
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-        self.jobs.done(aboard.assignment, read_result(folder))
+        self.loader.done(active.job, read_result(folder))
 
-    def _tell(self, aboard: Aboard) -> None:
-        """Report an evaluation that has just been made."""
-        evaluations = [entry for entry in aboard.member.state.log_history if "eval_loss" in entry]
-        if len(evaluations) > aboard.evaluations:
-            folder, metric = str(aboard.assignment.folder), aboard.member.run.task.metric
-            self.jobs.report({"event": "epoch", "folder": folder, "metric": metric, **evaluations[-1]})
-        aboard.evaluations = len(evaluations)
-
-    def _fail(self, slot: int, why: str) -> None:
-        with self.jobs.failing(self.aboard[slot].assignment):
-            raise RunError(why)
-        self._remove(slot)
-
-    def _remove(self, slot: int) -> None:
-        self.aboard.pop(slot).lock.close()
+    def _remove(self, active: ActiveJob) -> None:
+        del self.jobs[active.slot]
+        active.lock.close()
 
     def _stop(self) -> None:
-        for aboard in self.aboard.values():
-            aboard.member.save()
-            aboard.lock.close()
-        jobs = counted(len(self.aboard), "job")
+        for active in self.jobs.values():
+            active.save()
+            active.lock.close()
+        jobs = counted(len(self.jobs), "job")
         raise Stopped(f"stopped with {jobs} under way; run the same command again to go on from there")
 
 
+def _collate(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = run.trainer.data_collator(list(rows))
+    return {key: value for key, value in batch.items() if torch.is_tensor(value)}
+
+
 def _full_batch(run: Run, tokens: int) -> tuple[dict[str, Any], int]:
-    """The longest training rows of a run, repeated until a pass is full: the batch, and its rows."""
+    """The longest training row of a run, repeated until a pass is full: the batch, and how many rows it has."""
     dataset = run.trainer._remove_unused_columns(run.trainer.train_dataset)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
     rows = max(run.recipe.batch_size, tokens // lengths[longest])
-    batch = run.trainer.data_collator([dataset[longest]] * rows)
-    return {key: value for key, value in batch.items() if torch.is_tensor(value)}, rows
+    return _collate(run, [dataset[longest]] * rows), rows

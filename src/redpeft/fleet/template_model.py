@@ -45,11 +45,11 @@ def shape_of(task: Task) -> Hashable:
     return getattr(task, "problem_type", None), len(getattr(task, "label_names", ()))
 
 
-class Mould:
+class TemplateModel:
     """The model of jobs of one kind and shape, with RED and heads on it. `recipe` and `task` are any one's of them."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        self.key = kind_of(recipe), shape_of(task)
+        self.kind = kind_of(recipe), shape_of(task)
         self.learner = build_learner(recipe, task)
         self.model = self.learner.model
         self._base = self.model.get_base_model()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import UserError
+from redpeft.fleet.queue import Job
 from redpeft.reproduce.published import Table, nearest
 from redpeft.reproduce.smoke import SMOKE, make_data, make_model
 from redpeft.runs import output
-from redpeft.runs.queue import Job
 from redpeft.tasks.glue import GLUE
 from redpeft.training.recipe import Recipe, full_name, load_recipe, parse_override, read_yaml
 

@@ -11,13 +11,12 @@ from typing import Any
 
 from redpeft.console import counted, log_main
 from redpeft.errors import RunError, UserError, some
-from redpeft.fleet.source import Report
+from redpeft.fleet.queue import Job, Report
 from redpeft.fleet.template_model import why_alone
 from redpeft.runs.fleets_on_ray import run_fleets_on_ray
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.output import check_folder, claim, read_record
 from redpeft.runs.progress import saying_once, showing
-from redpeft.runs.queue import Job
 from redpeft.runs.runner import must_train_alone, run_fleets, run_jobs
 from redpeft.runs.tally import Tally
 from redpeft.storage import finite, locked

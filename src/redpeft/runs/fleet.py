@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from redpeft.fleet.source import Report
+from redpeft.fleet.queue import Report
 from redpeft.runs.batch import Batch, Row, Totals, run_batch
 from redpeft.runs.batch_report import PAGE, write_report
 from redpeft.runs.job_files import jobs_of_entries, read_entries

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.errors import Stopped
+from redpeft.fleet.queue import Event, Job, JobQueue, Report, silent
 from redpeft.fleet.scheduler import SLOTS, train_fleets
-from redpeft.fleet.source import Assignment, Event, Report, silent
 from redpeft.runs.on_ray import RETRIES, connect
-from redpeft.runs.queue import Job, JobQueue
 from redpeft.runs.runner import checked_for_fleets
 
 PATIENCE = 0.5  # seconds between two looks at what happens
@@ -25,11 +24,11 @@ class SharedQueue:
         self.taken: dict[int, set[Path]] = {}
         self.events: list[Event] = []
 
-    def take(self, worker: int) -> Assignment | None:
-        assignment = self.queue.take()
-        if assignment is not None:
-            self.taken.setdefault(worker, set()).add(assignment.folder)
-        return assignment
+    def take(self, worker: int) -> Job | None:
+        job = self.queue.take()
+        if job is not None:
+            self.taken.setdefault(worker, set()).add(job.folder)
+        return job
 
     def done(self, worker: int, folder: Path, result: dict[str, Any]) -> None:
         self.taken[worker].discard(folder)
@@ -68,7 +67,7 @@ class RemoteSource:
     def __init__(self, queue: Any, worker: int) -> None:
         self.queue, self.worker = queue, worker
 
-    def take(self) -> Assignment | None:
+    def take(self) -> Job | None:
         return _get(self.queue.take.remote(self.worker))
 
     def done(self, folder: Path, result: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from redpeft.errors import UserError
-from redpeft.runs.queue import Job
+from redpeft.fleet.queue import Job
 from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, parse_override
 from redpeft.training.run import check_recipe
 

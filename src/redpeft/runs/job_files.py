@@ -9,8 +9,8 @@ from typing import Any
 
 from redpeft.console import log_main
 from redpeft.errors import UserError
+from redpeft.fleet.queue import Job
 from redpeft.fleet.template_model import why_alone
-from redpeft.runs.queue import Job
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names

@@ -7,7 +7,7 @@ from typing import Any
 
 from redpeft.console import log_main
 from redpeft.errors import Stopped, UserError, first_line
-from redpeft.runs.queue import Job
+from redpeft.fleet.queue import Job
 from redpeft.runs.runner import run_jobs
 
 RETRIES = 3

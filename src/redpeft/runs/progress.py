@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from redpeft.console import Progress, counted, log_main
-from redpeft.fleet.source import Report
+from redpeft.fleet.queue import Report
 from redpeft.runs.pages import number
 from redpeft.runs.tally import Tally
 from redpeft.training.callbacks import no_bars

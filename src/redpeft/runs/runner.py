@@ -13,11 +13,10 @@ import torch
 from redpeft.console import is_first_process, log_main
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.fleet.fleet import MustTrainAlone
+from redpeft.fleet.queue import Event, Job, JobQueue, Report, silent
 from redpeft.fleet.scheduler import train_fleets
-from redpeft.fleet.source import Event, Report, silent
 from redpeft.fleet.template_model import kind_of, why_alone
 from redpeft.runs.progress import saying_once, showing
-from redpeft.runs.queue import Job, JobQueue
 from redpeft.runs.tally import Tally
 from redpeft.storage import CHECKPOINTS, last_checkpoint, locked, to_json, write_atomically
 from redpeft.training.recipe import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from redpeft.fleet.source import Report
+from redpeft.fleet.queue import Report
 from redpeft.runs import pages
 from redpeft.runs.batch import Batch, Row, Totals, run_batch
 from redpeft.runs.batch_report import PAGE, other_scores, write_report

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redpeft.runs.queue import Group, Job, JobQueue
+from redpeft.fleet.queue import HalvingGroup, Job, JobQueue
 from redpeft.training.recipe import load_recipe
 
 
@@ -20,15 +20,15 @@ def job(name, **changes):
 def work_off(queue, score):
     """Do what the queue says: the epochs after which each job ended, by name."""
     ended = {}
-    while assignment := queue.take():
-        name = assignment.folder.name
-        if assignment.over or assignment.until == math.inf:
-            done = ended[name] if assignment.over else assignment.recipe.epochs
+    while job := queue.take():
+        name = job.folder.name
+        if job.over or job.until == math.inf:
+            done = ended[name] if job.over else job.recipe.epochs
             ended[name] = done
-            queue.done(assignment.folder, {"epochs": done})
+            queue.done(job.folder, {"epochs": done})
         else:
-            ended[name] = assignment.until
-            queue.paused(assignment.folder, score(name))
+            ended[name] = job.until
+            queue.paused(job.folder, score(name))
     return ended
 
 
@@ -94,7 +94,7 @@ def test_what_ended_before_an_interruption_counts_as_halved():
     ("jobs", "epochs", "rungs"), [(2, 8, [4]), (8, 5, [1, 2]), (4, 1, []), (1, 9, []), (5, 2, [1])]
 )
 def test_rungs_are_whole_epochs(jobs, epochs, rungs):
-    group = Group({Path(str(number)): job("x", epochs=epochs).recipe for number in range(jobs)})
+    group = HalvingGroup({Path(str(number)): job("x", epochs=epochs).recipe for number in range(jobs)})
     assert group.rungs == [*rungs, math.inf]
 
 
@@ -106,3 +106,48 @@ def test_the_best_always_comes_to_the_end(scores, epochs):
     best = max(range(len(scores)), key=scores.__getitem__)
     assert ended[str(best)] == epochs
     assert queue.results.keys() == {Path(name) for name in names}
+
+
+@pytest.fixture
+def group_of(tmp_path):
+    """A queue of one group of so many jobs of 8 epochs; those named have finished before."""
+
+    def make(count, finished=()):
+        for name in finished:
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "result.json").write_text("{}")
+        jobs = [job(tmp_path / f"{n}") for n in range(count)]
+        return JobQueue(jobs, {each.folder: "group" for each in jobs})
+
+    return make
+
+
+def pauses(queue, finished=()):
+    """Work a queue off; the score of a job is its number. The epochs at which each pauses or ends."""
+    log: dict[str, list[float]] = {}
+    while job := queue.take():
+        name = job.folder.name
+        if name in finished:
+            queue.done(job.folder, {})
+            continue
+        if job.over or job.until == math.inf:
+            log.setdefault(name, []).append(math.inf if not job.over else -1)
+            queue.done(job.folder, {})
+        else:
+            log.setdefault(name, []).append(job.until)
+            queue.paused(job.folder, float(Path(name).name))
+    assert queue.left() == 0
+    return log
+
+
+def test_after_an_interrupt_no_rung_is_decided_twice(group_of):
+    """Jobs 0 and 1 were stopped at the first rung and have their results: the others are compared at the second."""
+    assert pauses(group_of(4, finished=["0", "1"]), {"0", "1"}) == {"2": [4, -1], "3": [4, math.inf]}
+
+
+def test_the_winner_goes_on_alone_after_an_interrupt(group_of):
+    assert pauses(group_of(4, finished=["0", "1", "2"]), {"0", "1", "2"}) == {"3": [math.inf]}
+
+
+def test_a_group_that_is_done_stays_so(group_of):
+    assert pauses(group_of(2, finished=["0", "1"]), {"0", "1"}) == {}

@@ -1,0 +1,219 @@
+"""The queue that a fleet takes its jobs from: what comes next, what has ended, and which of competing jobs go on."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import Dataset
+
+from redpeft.errors import RunError, Stopped, UserError
+from redpeft.fleet.memory import NoRoom
+from redpeft.fleet.template_model import kind_of, shape_of
+from redpeft.storage import RESULT
+from redpeft.tasks import Task
+from redpeft.training.recipe import Recipe
+from redpeft.training.run import check_recipe, read_task
+
+Event = dict[str, Any]
+Report = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The report of callers who want none."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run asked for: a recipe with one seed, and its run folder.
+
+    A fleet pauses the job after `until` epochs. With `over` it does not train it any further, but scores and saves it.
+    """
+
+    recipe: Recipe
+    folder: Path
+    until: float = math.inf
+    over: bool = False
+
+
+class Queue(Protocol):
+    """Gives out jobs, and is told what became of them."""
+
+    def take(self) -> Job | None:
+        """The next job; None where there is none now."""
+
+    def done(self, folder: Path, result: dict[str, Any]) -> None:
+        """A job has ended: its result, or {"error": ..., "kind": ..., "seed": ...}."""
+
+    def paused(self, folder: Path, score: float) -> None:
+        """A job is saved after its `until` epochs, with its best validation score so far (higher is better)."""
+
+    def left(self) -> int:
+        """How many jobs have not ended."""
+
+
+@dataclass
+class HalvingGroup:
+    """Jobs of which the better half goes on at each rung (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+
+    The others end there, as by early stopping. `rungs` are the epochs after which they are compared: of E epochs
+    E/2, E/4, ... as often as it takes to leave one job, without those below one epoch.
+    """
+
+    jobs: dict[Path, Recipe]
+    waiting: dict[Path, float] = field(default_factory=dict)  # their scores at this rung
+    rung: int = 0
+
+    def __post_init__(self) -> None:
+        count = math.ceil(math.log2(max(1, len(self.jobs))))
+        epochs = min((recipe.epochs for recipe in self.jobs.values()), default=0.0)
+        rungs = [max(1.0, math.floor(epochs / 2 ** (count - number))) for number in range(count)]
+        self.size = len(self.jobs)
+        self.rungs = [*(rung for rung in dict.fromkeys(rungs) if rung < epochs), math.inf]
+        alive = sum(not (folder / RESULT).is_file() for folder in self.jobs)
+        while self.rung < len(self.rungs) - 1 and alive <= math.ceil(len(self.jobs) / 2 ** (self.rung + 1)):
+            self.rung += 1  # decided before an interrupt: the worse half is finished
+
+    @property
+    def until(self) -> float:
+        return self.rungs[self.rung]
+
+    def decide(self) -> list[Job]:
+        """The jobs to go on with or to end, once all others of the group have ended or wait too."""
+        if not self.waiting or self.waiting.keys() != self.jobs.keys():
+            return []
+        ranked = sorted(self.waiting, key=self.waiting.__getitem__, reverse=True)
+        self.rung += 1
+        # half of all that began: jobs that failed, or ended before an interrupt, count among the worse
+        stay = set(ranked[: math.ceil(self.size / 2**self.rung)])
+        decided = [Job(self.jobs[folder], folder, self.until, folder not in stay) for folder in ranked]
+        self.waiting.clear()
+        self.jobs = {folder: recipe for folder, recipe in self.jobs.items() if folder in stay}
+        return decided
+
+
+class JobQueue:
+    """A `Queue` in the memory of one process, which keeps the results by run folder.
+
+    `halving` gives the group of each folder that competes with others. Jobs of a worker that died can be given out
+    again (`give_back`): they go on from their checkpoints.
+    """
+
+    def __init__(self, jobs: Iterable[Job], halving: Mapping[Path, Hashable] | None = None) -> None:
+        self.results: dict[Path, dict[str, Any]] = {}
+        jobs, groups = list(jobs), halving or {}
+        competing: dict[Hashable, dict[Path, Recipe]] = {}
+        for job in jobs:
+            if job.folder in groups:
+                competing.setdefault(groups[job.folder], {})[job.folder] = job.recipe
+        self._groups = {
+            folder: group for recipes in competing.values() for group in [HalvingGroup(recipes)] for folder in recipes
+        }
+        self._ready = deque(
+            Job(job.recipe, job.folder, self._groups[job.folder].until if job.folder in groups else math.inf)
+            for job in jobs
+        )
+        self._taken: dict[Path, Job] = {}
+        self._unfinished = {job.folder for job in jobs}
+
+    def take(self) -> Job | None:
+        if not self._ready:
+            return None
+        job = self._ready.popleft()
+        self._taken[job.folder] = job
+        return job
+
+    def done(self, folder: Path, result: dict[str, Any]) -> None:
+        self._taken.pop(folder, None)
+        self._unfinished.discard(folder)
+        self.results[folder] = result
+        if group := self._groups.get(folder):
+            group.jobs.pop(folder, None)
+            self._ready.extend(group.decide())
+
+    def paused(self, folder: Path, score: float) -> None:
+        self._taken.pop(folder, None)
+        group = self._groups[folder]
+        group.waiting[folder] = score
+        self._ready.extend(group.decide())
+
+    def left(self) -> int:
+        return len(self._unfinished)
+
+    def ready(self) -> int:
+        """How many jobs can be taken now."""
+        return len(self._ready)
+
+    def give_up(self, error: str) -> dict[Path, dict[str, Any]]:
+        """The results, with an error for each job that has none."""
+        for folder in sorted(self._unfinished):
+            self.results[folder] = {"folder": str(folder), "error": error, "kind": "RunError", "seed": None}
+        return self.results
+
+    def give_back(self, folders: Sequence[Path]) -> None:
+        """Put jobs back that were taken and have not ended; they are taken first."""
+        self._ready.extendleft(self._taken.pop(folder) for folder in folders if folder in self._taken)
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job with its data, and the kind of fleet that it needs."""
+
+    job: Job
+    task: Task
+    splits: dict[str, Dataset]
+
+    @property
+    def kind(self) -> Hashable:
+        return kind_of(self.job.recipe), shape_of(self.task)
+
+
+class JobLoader:
+    """Loads the jobs of a queue when they are asked for. A job that fails is reported, and the next one is taken."""
+
+    def __init__(self, queue: Queue, report: Report) -> None:
+        self.queue, self.report = queue, report
+        self._later: list[tuple[Job, Hashable]] = []  # taken, but of another kind than was asked for
+
+    def next(self, kind: Hashable = None) -> LoadedJob | None:
+        """The next job, of this kind if one is given."""
+        for index, (job, its_kind) in enumerate(self._later):
+            if kind in (None, its_kind):
+                del self._later[index]
+                return self._load(job) or self.next(kind)
+        while taken := self.queue.take():
+            if loaded := self._load(taken):
+                if kind in (None, loaded.kind):
+                    return loaded
+                self._later.append((taken, loaded.kind))
+        return None
+
+    def done(self, job: Job, result: dict[str, Any]) -> None:
+        """Report a job's result, or its error, and give it to the queue."""
+        result = {"folder": str(job.folder), **result}
+        self.queue.done(job.folder, result)
+        self.report({"event": "failed" if "error" in result else "finished", **result})
+
+    @contextmanager
+    def failing(self, job: Job) -> Iterator[None]:
+        """An error inside becomes the result of this job, and the other jobs go on."""
+        try:
+            yield
+        except (Stopped, NoRoom):
+            raise
+        except (UserError, RunError) as error:
+            self.done(job, {"error": str(error), "kind": type(error).__name__, "seed": job.recipe.seed})
+
+    def _load(self, job: Job) -> LoadedJob | None:
+        with self.failing(job):
+            if result := job.recipe.result_in(job.folder):
+                self.done(job, result)
+                return None
+            check_recipe(job.recipe)
+            return LoadedJob(job, *read_task(job.recipe))
+        return None
