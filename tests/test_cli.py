@@ -89,7 +89,7 @@ def test_the_process_answers_a_mistake_without_a_traceback():
         (["predict", "run"], "Missing argument 'file'. See redpeft predict --help"),
         (["train", "a.yaml", "--out"], "Option '--out' requires an argument. See redpeft"),
         (["version", "extra"], "unexpected extra argument"),
-        (["train", "--lr"], "fields of a recipe are written without dashes, as KEY=VALUE\n"),
+        (["train", "--lr"], "recipe fields are written without dashes, as KEY=VALUE\n"),
         (["evaluate", "--lr", "1"], "See redpeft evaluate --help\n"),
         (
             ["train", "--base", "my models/b", "--learning-rate=1e-2", "--out", "r", "epochs=2"],
@@ -125,7 +125,7 @@ def test_what_is_given_in_place_of_a_recipe_is_recognised(redpeft, data_folder, 
     names = {"data": data_folder, "model": tiny_encoder_folder}
     code, out, err = redpeft("train", *(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, "")
-    assert err.endswith(f" is no recipe: give it as a field, as in: {right.format(**names)}\n")
+    assert err.endswith(f" is not a recipe: give it as a field, such as: {right.format(**names)}\n")
     assert one_line(err)
 
 
@@ -145,7 +145,7 @@ def test_an_interrupt_is_one_line(redpeft, monkeypatch):
     monkeypatch.setattr("redpeft.adapters.files.read_config", lambda _: os.kill(os.getpid(), signal.SIGINT))
     code, out, err = redpeft("inspect", "somewhere")
     assert (code, out) == (130, "")
-    assert err == "redpeft: interrupted; the same command again goes on from what was saved\n"
+    assert err == "redpeft: interrupted; run the same command again to continue from what was saved\n"
 
 
 def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_path, tiny_encoder_folder, data_folder):
@@ -201,7 +201,7 @@ def test_init_writes_a_recipe_and_never_over_a_file(redpeft, tmp_path):
     code, out, err = redpeft("init", path)
     assert (code, out) == (2, "")
     assert one_line(err)
-    assert "is there already" in err
+    assert "exists already" in err
     assert path.read_text() == text
     code, _, err = redpeft("init", tmp_path / "no" / "recipe.yaml")
     assert code == 2
@@ -415,7 +415,7 @@ def test_a_failed_seed_is_reported_after_the_others(redpeft, monkeypatch, tmp_pa
     assert summary["seeds"] == [5]
     assert summary["failed"] == {str(tmp_path / "run" / "seed-4"): "the loss is not finite at step 1"}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["validation"] == summary["validation"]
-    last = f"redpeft: not all seeds came to an end: {tmp_path}/run/seed-4: the loss is not finite at step 1"
+    last = f"redpeft: some seeds failed: {tmp_path}/run/seed-4: the loss is not finite at step 1"
     assert err.splitlines()[-1] == last
     code, out, err = redpeft(*call, "--seeds", "4", "--out", tmp_path / "all")
     assert (code, out) == (1, "")
@@ -451,7 +451,7 @@ def test_demo_does_not_write_into_another_run(redpeft, trained):
     ("arguments", "message"),
     [
         (["nowhere.yaml"], "nowhere.yaml"),
-        (["a.yaml", "b.yaml"], "one recipe at a time"),
+        (["a.yaml", "b.yaml"], "give one recipe, not a.yaml, b.yaml"),
         (["learningrate=1", "base=x", "data=y"], "did you mean 'learning_rate'?"),
         (["base=x", "data=y", "batch_size=none"], "batch_size"),
         (["base=x", "data=y", "--seeds", "one"], "seeds"),
@@ -595,7 +595,7 @@ def test_predict_writes_rows_with_their_answers(redpeft, trained, tmp_path, name
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rows.csv", "rows.csv is there already: give another name, or remove it"),
+        ("rows.csv", "rows.csv exists already: give another name, or remove it"),
         ("out.txt", "the extension decides the format, and .csv, .tsv, .jsonl are known"),
         ("none/out.csv", "no such folder: "),
     ],

@@ -187,23 +187,3 @@ def test_snippets_run(page, workplace, monkeypatch):
             exec(compile(text, page_name(page), "exec"), names)
     if left_out:
         pytest.skip(f"all blocks but {left_out} ran: {TOO_OLD}")
-
-
-def test_the_messages_of_the_errors_page_are_those_of_the_code():
-    messages = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs/reference/errors.md").read_text(encoding="utf-8"), re.M)
-    assert len(messages) > 40
-    said = "\n".join(template for file in (ROOT / "src").rglob("*.py") for template in texts(file))
-    missing = [message for message in messages if message.replace(r"\|", "|") not in said]
-    assert not missing
-
-
-def texts(file: Path) -> list[str]:
-    """The texts in a Python file, with … for what an f-string fills in."""
-    found = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-        elif isinstance(node, ast.JoinedStr):
-            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
-            found.append("".join(parts))
-    return found

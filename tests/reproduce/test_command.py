@@ -158,10 +158,10 @@ def test_the_list_names_every_table(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name one table; `redpeft reproduce --list` shows them"),
-        (["epochs=3"], "name one table"),
+        ([], "give the name of one table; `redpeft reproduce --list` shows them"),
+        (["epochs=3"], "give the name of one table"),
         (["glue-t5"], "there is no table glue-t5: did you mean glue-t5-base?"),
-        (["rank-1", "--seeds", "one"], "--seeds takes whole numbers, as 42,43, not 'one'"),
+        (["rank-1", "--seeds", "one"], "--seeds takes whole numbers such as 42,43, not 'one'"),
         (["rank-1", "--rows", "adapter"], "did you mean adapter-r1"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import NoReturn
 from redpeft.cli.command import app as app
 from redpeft.cli.command import run_app
 
-# importing them registers their commands; --help lists these in this order
+# importing these registers their commands; --help lists them in this order
 from redpeft.cli import runs  # noqa: F401  # isort: skip
 from redpeft.cli import fleets  # noqa: F401  # isort: skip
 from redpeft.cli import adapters  # noqa: F401  # isort: skip

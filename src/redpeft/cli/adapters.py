@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from redpeft.cli.command import Answer, RunFolder, command
+from redpeft.cli.command import CommandOutput, RunFolder, command
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError, some
 
@@ -18,12 +18,12 @@ def sites(
     model: Annotated[str, typer.Argument(help="A Hub name, or a folder with a config.json.", show_default=False)],
     sites: Annotated[str, typer.Option(help="ffn, attention, qkv, several as ffn,qkv, or red+ (all five).")] = "ffn",
     layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, as 0,1,11.")] = None,
-) -> Answer:
+) -> CommandOutput:
     """Show which modules would be edited and how few parameters that takes. No weights are needed."""
     from redpeft.adapters.preview import preview, preview_table
 
     found = preview(model, sites.split(","), None if layers is None else _numbers(layers))
-    return Answer(dataclasses.asdict(found), [f"{found.model} ({found.architecture})", preview_table(found)])
+    return CommandOutput(dataclasses.asdict(found), [f"{found.model} ({found.architecture})", preview_table(found)])
 
 
 @command("redpeft inspect runs/demo/red/seed-0 --plot red.png")
@@ -31,7 +31,7 @@ def inspect(
     adapter: RunFolder,
     other: Annotated[Path | None, typer.Argument(help="A second adapter to compare with.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw a picture to this PNG file.")] = None,
-) -> Answer:
+) -> CommandOutput:
     """Show what an adapter has learned, site by site, or how two adapters differ."""
     from redpeft.adapters import inspect, read_adapter
     from redpeft.storage import find_adapter
@@ -46,7 +46,7 @@ def inspect(
     if plot:
         data["plot"] = inspect.plot(adapters, plot)
         shown.append(f"Drew {plot}")
-    return Answer(data, shown)
+    return CommandOutput(data, shown)
 
 
 @command("redpeft fold runs/reviews --out models/reviews")
@@ -71,7 +71,7 @@ def fold(
         str | None, typer.Option(metavar="MODEL", help="Only show what folding would write for this model.")
     ] = None,
     sites: Annotated[str, typer.Option(help="With --plan and no adapter: ffn, attention, qkv, red+.")] = "ffn",
-) -> Answer:
+) -> CommandOutput:
     """Fold an adapter into its base model's weights: a plain checkpoint that needs no redpeft."""
     from redpeft.adapters import read_adapter
     from redpeft.adapters.fold import fold, preview_fold, tables
@@ -79,11 +79,11 @@ def fold(
 
     if plan:
         preview = preview_fold(plan, sites.split(","), read_adapter(find_adapter(adapter)) if adapter else None)
-        return Answer(dataclasses.asdict(preview), [tables.preview_table(preview, plan), *preview.notes])
+        return CommandOutput(dataclasses.asdict(preview), [tables.preview_table(preview, plan), *preview.notes])
     if adapter is None or out is None:
         raise UserError("name an adapter and --out, or a model with --plan MODEL")
     result = fold(adapter, out, base, dtype=dtype, llama=as_ == "llama", bundle=format_ == "bundle")
-    return Answer(result.summary(), [tables.result_table(result), *result.notes, f"Checkpoint: {out}"])
+    return CommandOutput(result.summary(), [tables.result_table(result), *result.notes, f"Checkpoint: {out}"])
 
 
 @command("redpeft compose 'runs/formal:0.7 + runs/brief:0.3' --out adapters/both")
@@ -98,7 +98,7 @@ def compose(
     ],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
     head: Annotated[Path | None, typer.Option(help="The adapter whose head to keep, where several bring one.")] = None,
-) -> Answer:
+) -> CommandOutput:
     """Make an adapter from others by exact arithmetic on their edits."""
     from redpeft.adapters import inspect
     from redpeft.adapters.expression import compose
@@ -112,7 +112,7 @@ def compose(
         shown.append("No fingerprint of the base model: none was made for exactly these sites.")
     if whose:
         shown.append(f"Head (modules_to_save): {whose}")
-    return Answer(data, [*shown, f"Adapter: {out}"])
+    return CommandOutput(data, [*shown, f"Adapter: {out}"])
 
 
 @command("redpeft import-released RoBERTa_base/checkpoint/mnli --base FacebookAI/roberta-base --out adapters/mnli")
@@ -120,32 +120,32 @@ def import_released(
     path: Annotated[Path, typer.Argument(help="A delta_vector.pth, or the folder that holds it.", show_default=False)],
     base: Annotated[str, typer.Option(help="The base model: a Hub name, or a folder with a config.json.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
-) -> Answer:
+) -> CommandOutput:
     """Turn a checkpoint of the paper's own code into an adapter, and tell what is in it."""
     from redpeft.adapters.released import import_released, import_table
 
     found = import_released(path, base, out)
-    return Answer(dataclasses.asdict(found), [import_table(found), *found.notes, f"Adapter: {out}"])
+    return CommandOutput(dataclasses.asdict(found), [import_table(found), *found.notes, f"Adapter: {out}"])
 
 
 @command("redpeft export-released adapters/mnli --out mnli")
 def export_released(
     adapter: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-) -> Answer:
+) -> CommandOutput:
     """Write an adapter as the paper's own code saves it: delta_vector.pth, and classifier.pth for RoBERTa's head."""
     from redpeft.adapters import read_adapter
     from redpeft.adapters.released import export_released
     from redpeft.storage import find_adapter
 
     found = export_released(read_adapter(find_adapter(adapter)), out)
-    return Answer(dataclasses.asdict(found), [f"Wrote {file} ({found.dtype})" for file in found.files])
+    return CommandOutput(dataclasses.asdict(found), [f"Wrote {file} ({found.dtype})" for file in found.files])
 
 
 @command("redpeft list runs")
 def list_(
     path: Annotated[Path, typer.Argument(help="A folder with adapters below it, or a pack.", show_default=False)],
-) -> Answer:
+) -> CommandOutput:
     """Show what adapters a folder or a pack holds, and check each; exit code 1 where one is damaged."""
     from redpeft.adapters.listing import adapters_table, list_adapters
 
@@ -154,14 +154,14 @@ def list_(
     names = some([row.name for row in damaged])
     error = RunError(f"damaged: {len(damaged)} of {counted(len(rows), 'adapter')}: {names}") if damaged else None
     reasons = [f"{row.name}: {row.reason}" for row in damaged]
-    return Answer({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)
+    return CommandOutput({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)
 
 
 @command("redpeft pack runs --out adapters.safetensors")
 def pack(
     folder: Annotated[Path, typer.Argument(help="A folder with adapters below it.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The file to write, such as adapters.safetensors.")],
-) -> Answer:
+) -> CommandOutput:
     """Pack the adapters of one base model, and the small files of their runs, into one file, bit for bit."""
     from redpeft.adapters import pack_adapters
 
@@ -171,7 +171,7 @@ def pack(
         shown.append(f"Left out, not finished: {some(packed.unfinished)}")
     if packed.left_out:
         shown.append(f"Left out, may be pickles: {some(packed.left_out)}")
-    return Answer(dataclasses.asdict(packed), shown)
+    return CommandOutput(dataclasses.asdict(packed), shown)
 
 
 @command("redpeft unpack adapters.safetensors --out runs --only reviews/seed-1")
@@ -179,12 +179,12 @@ def unpack(
     file: Annotated[Path, typer.Argument(help="A pack.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     only: Annotated[list[str] | None, typer.Option(help="An adapter's name; may be given several times.")] = None,
-) -> Answer:
+) -> CommandOutput:
     """Write the adapters of a pack into a folder, as they lay before they were packed."""
     from redpeft.adapters import unpack_adapters
 
     names = unpack_adapters(file, out, only or ())
-    return Answer({"out": out, "adapters": names}, [f"Unpacked {counted(len(names), 'adapter')}: {out}"])
+    return CommandOutput({"out": out, "adapters": names}, [f"Unpacked {counted(len(names), 'adapter')}: {out}"])
 
 
 @command("redpeft serve models/llama --adapters runs/teams -- --port 8000")
@@ -197,7 +197,7 @@ def serve(
         Path, typer.Option(help="A folder with adapters and runs, or a pack: each is a model of its own.")
     ] = Path("runs"),
     max_adapters: Annotated[int, typer.Option(min=1, help="How many of them a batch can mix.")] = 64,
-) -> Answer:
+) -> CommandOutput:
     """Serve a base model and any number of RED adapters with vLLM's OpenAI server."""
     from redpeft.serving.command import serve
 

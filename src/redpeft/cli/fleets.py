@@ -8,17 +8,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from redpeft.cli.command import Answer, command, recipe_and_fields
+from redpeft.cli.command import CommandOutput, command, recipe_and_fields
 
 Halving = Annotated[
-    bool, typer.Option("--halving", help="Let only the better half of what competes go on, several times.")
+    bool,
+    typer.Option("--halving", help="Stop the worse half of the competing jobs several times (successive halving)."),
 ]
-Slots = Annotated[int | None, typer.Option(min=1, help="Jobs side by side; as many as fit when not given.")]
-Tokens = Annotated[int | None, typer.Option(min=1, help="Tokens of one pass, padding included.")]
+Slots = Annotated[int | None, typer.Option(min=1, help="Jobs trained at the same time. Default: as many as fit.")]
+Tokens = Annotated[
+    int | None, typer.Option(min=1, help="Tokens in one pass, padding included. Default: chosen by memory.")
+]
 
-Ray = Annotated[
-    bool, typer.Option("--ray", help="Spread the jobs over a Ray cluster: a fleet in each of its workers.")
-]
+Ray = Annotated[bool, typer.Option("--ray", help="Spread the jobs over a Ray cluster, with a fleet in each worker.")]
 
 
 @command("redpeft sweep base=roberta-base data.path=reviews.csv --grid lr=3e-3,1e-2,3e-2 --seeds 5 --out runs/rates")
@@ -29,26 +30,26 @@ def sweep(
     ],
     grid: Annotated[
         list[str],
-        typer.Option(help="A field and its values, as lr=3e-3,1e-2 or batch_size=8,16; may be given several times."),
+        typer.Option(help="A field and its values, such as lr=3e-3,1e-2. Repeat it for more fields."),
     ],
-    seeds: Annotated[str | None, typer.Option(help="How many (5: 0 to 4), or which (1,2,3).")] = None,
-    out: Annotated[Path, typer.Option(help="The folder of runs and report.")] = Path("runs/sweep"),
+    seeds: Annotated[str | None, typer.Option(help="How many (5 means 0 to 4), or which ones (1,2,3).")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for runs and report.")] = Path("runs/sweep"),
     halving: Halving = False,
     slots: Slots = None,
     tokens: Tokens = None,
     ray: Ray = False,
-    tell: Any = None,
-) -> Answer:
-    """Train every combination of some fields' values with every seed, and show which is best."""
+    on_event: Any = None,
+) -> CommandOutput:
+    """Train every combination of values with every seed, and show which is best."""
     path, overrides = recipe_and_fields("sweep", arguments)
     from redpeft.runs.batch import failures
     from redpeft.runs.grid import parse_grid, parse_seeds
     from redpeft.runs.sweep import run_sweep, sweep_table
 
     chosen = parse_seeds(seeds) if seeds else None
-    found = run_sweep(path, overrides, parse_grid(grid), out, chosen, halving, slots, tokens, ray, tell)
+    found = run_sweep(path, overrides, parse_grid(grid), out, chosen, halving, slots, tokens, ray, on_event)
     shown = [sweep_table(found), f"Best on validation: {found.best or '-'}", f"Report: {found.page}"]
-    return Answer({**found.data, "report": found.page}, shown, failures(found.rows))
+    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.rows))
 
 
 @command("redpeft fleet customers base=roberta-base epochs=10 --out runs/customers")
@@ -57,31 +58,31 @@ def fleet(
         Path,
         typer.Argument(
             metavar="JOBS.jsonl|FOLDER",
-            help="JSON lines with a job each: recipe fields, and a name if you like; or a folder with a data file "
-            "(or a folder with train, validation and test files) for each job.",
+            help="A file of JSON lines, one job each: recipe fields and optionally a name. Or a folder with one data "
+            "file (or one folder with train, validation and test files) for each job.",
             show_default=False,
         ),
     ],
     fields: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Fields of all jobs that do not have them of their own."),
+        typer.Argument(metavar="KEY=VALUE", help="Fields of all jobs; a job's own fields override them."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of runs and report.")] = Path("runs/fleet"),
-    recipe: Annotated[str | None, typer.Option(help="A recipe file with the fields that the jobs share.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for runs and report.")] = Path("runs/fleet"),
+    recipe: Annotated[str | None, typer.Option(help="A recipe file with fields that all jobs share.")] = None,
     halving: Halving = False,
     slots: Slots = None,
     tokens: Tokens = None,
     ray: Ray = False,
-    tell: Any = None,
-) -> Answer:
+    on_event: Any = None,
+) -> CommandOutput:
     """Train many adapters of one base model together, one for each job of a list or each data file of a folder."""
     from redpeft.runs.batch import failures
     from redpeft.runs.batch_report import facts, jobs_table
     from redpeft.runs.fleet import run_fleet
 
-    found = run_fleet(jobs, out, recipe, fields or [], halving, slots, tokens, ray, tell)
+    found = run_fleet(jobs, out, recipe, fields or [], halving, slots, tokens, ray, on_event)
     totals = Table(show_header=False)
     for name, value in facts(found.rows, found.totals).items():
         totals.add_row(name, value)
     shown = [jobs_table(found.rows, out), totals, f"Report: {found.page}"]
-    return Answer({**found.data, "report": found.page}, shown, failures(found.rows))
+    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.rows))

@@ -1,4 +1,4 @@
-"""Commands that let language models answer, and score them, as the paper's Llama-2 experiments do."""
+"""Commands that let language models answer and score them, as in the paper's Llama-2 experiments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from redpeft.cli.command import Answer, command
+from redpeft.cli.command import CommandOutput, command
 from redpeft.console import counted
 
 
@@ -21,21 +21,20 @@ def generate(
     ],
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a name on the Hub.")],
     questions: Annotated[Path, typer.Option(help="AlpacaEval's alpaca_eval.json, or FastChat's question.jsonl.")],
-    out: Annotated[Path, typer.Option(help="The file to write; the same command again goes on from a kill.")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="An adapter on MODEL: its folder, or the run folder around it.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="What the benchmark is to call the model.")] = None,
+    out: Annotated[Path, typer.Option(help="The file to write. After a kill the same command continues.")],
+    adapter: Annotated[Path | None, typer.Option(help="An adapter of MODEL: its folder, or its run folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="The name of the model in the answers.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered together.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 768,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", min=1.0, help="Holds back tokens seen before; 1: not.")
+        float, typer.Option("--repetition-penalty", min=1.0, help="Makes repeated tokens less likely; 1: no penalty.")
     ] = 1.1,
     no_repeat_ngrams: Annotated[
-        int, typer.Option("--no-repeat-ngrams", min=0, help="No sequence of so many tokens comes twice; 0: it may.")
+        int,
+        typer.Option("--no-repeat-ngrams", min=0, help="No sequence of this many tokens appears twice; 0: no limit."),
     ] = 5,
-) -> Answer:
-    """Answer the questions of AlpacaEval or MT-Bench, decoding greedily as the paper does, for their own judges."""
+) -> CommandOutput:
+    """Answer the questions of AlpacaEval or MT-Bench with greedy decoding as in the paper, for their own judges."""
     from redpeft.evaluation.generate import generate
     from redpeft.evaluation.language_model import Decoding
 
@@ -43,28 +42,34 @@ def generate(
     done = generate(
         benchmark, model, questions, out, adapter=adapter, name=name, decoding=decoding, batch_size=batch_size
     )
-    return Answer(done, [f"{counted(done['questions'], 'answer')} of {done['model']}: {out}"])
+    return CommandOutput(done, [f"{counted(done['questions'], 'answer')} of {done['model']}: {out}"])
 
 
 @command("redpeft lm-eval meta-llama/Llama-2-7b-hf --adapter runs/red --tasks open-llm-leaderboard --out scores.json")
 def lm_eval(
     base: Annotated[str, typer.Argument(help="The base model: a folder, or a name on the Hub.", show_default=False)],
-    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, as gsm8k,mmlu; or open-llm-leaderboard.")],
-    out: Annotated[Path, typer.Option(help="The JSON file to write; the same command again goes on from a kill.")],
+    tasks: Annotated[
+        str, typer.Option(help="Tasks or groups of lm-eval, such as gsm8k,mmlu; or open-llm-leaderboard.")
+    ],
+    out: Annotated[Path, typer.Option(help="The JSON file to write. After a kill the same command continues.")],
     adapter: Annotated[
-        list[str] | None, typer.Option(help="An adapter folder, or the run folder around it; may be given again.")
+        list[str] | None, typer.Option(help="An adapter folder, or its run folder. Repeat it for more adapters.")
     ] = None,
-    with_base: Annotated[bool, typer.Option("--with-base", help="Score the base model alone too.")] = False,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Also score the base model without an adapter.")
+    ] = False,
     num_fewshot: Annotated[
-        int | None, typer.Option("--num-fewshot", min=0, help="Examples in a prompt, if not as the task says.")
+        int | None, typer.Option("--num-fewshot", min=0, help="Examples in each prompt. Default: what the task says.")
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option("--include-path", help="A folder with task files of your own.")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Requests computed together.")] = 8,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows of each task: a try.")] = None,
-) -> Answer:
-    """Score adapters by EleutherAI's lm-evaluation-harness, all on one base model that is loaded once."""
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score only this many rows of each task, as a test.")
+    ] = None,
+) -> CommandOutput:
+    """Score adapters with EleutherAI's lm-evaluation-harness. Their base model is loaded once."""
     from redpeft.evaluation.lm_harness import evaluate_adapters, parse_tasks, results_table
 
     asked = parse_tasks(tasks, num_fewshot)
@@ -78,4 +83,4 @@ def lm_eval(
         batch_size=batch_size,
         limit=limit,
     )
-    return Answer(result, [results_table(result, asked), f"Scores: {out}"])
+    return CommandOutput(result, [results_table(result, asked), f"Scores: {out}"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from redpeft.cli.command import Answer, command
+from redpeft.cli.command import CommandOutput, command
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError
 
@@ -24,36 +24,38 @@ def reproduce(
         list[str] | None,
         typer.Argument(
             metavar="TABLE|[ROW:]KEY=VALUE",
-            help="A table of the paper, and fields of all its recipes, or of one row's, that override the paper's.",
+            help="A table of the paper, and recipe fields that override the paper's, of all rows or of one ROW.",
         ),
     ] = None,
-    list_: Annotated[bool, typer.Option("--list", help="Name every table and what it needs.")] = False,
-    rows: Annotated[str | None, typer.Option(help="Methods, as red,lora. All of the paper's when not given.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Data sets, as rte,cola; with --data any folder's.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, as 42,43. The paper's when not given.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show every table and what it needs.")] = False,
+    rows: Annotated[str | None, typer.Option(help="Methods, such as red,lora. Default: all of the paper's.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Data sets, such as rte,cola; with --data any folder in it.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 42,43. Default: the paper's.")] = None,
     model: Annotated[str | None, typer.Option(help="Another base model: a folder, or a name on the Hub.")] = None,
     base_folder: Annotated[
-        Path | None, typer.Option("--base-folder", help="Where the paper's base models lie, instead of the Hub.")
+        Path | None, typer.Option("--base-folder", help="The folder with the paper's base models, instead of the Hub.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="A folder with a folder for each data set.")] = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Of alpaca-eval: alpaca_eval.json; of mt-bench: FastChat's question.jsonl.")
+        Path | None, typer.Option(help="For alpaca-eval: alpaca_eval.json. For mt-bench: FastChat's question.jsonl.")
     ] = None,
     settings: Annotated[
         Literal["paper", "released", "default"] | None,
         typer.Option(
-            help="Whose values: the paper's, those of its released scripts where they differ, or redpeft's default "
-            "learning rates and units (the default with --model)."
+            help="Where settings come from: the paper, its released scripts (where they differ), or redpeft's own "
+            "learning rates and units. Default: paper, and default with --model."
         ),
     ] = None,
     budget: Annotated[
-        Literal["smoke", "full"], typer.Option(help="smoke: a few steps of a tiny model on made-up data.")
+        Literal["smoke", "full"], typer.Option(help="smoke: a few steps of a tiny model on generated data.")
     ] = "full",
-    plan: Annotated[bool, typer.Option("--plan", help="Only tell which runs, and how long.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only show the runs and how long they take.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Spread the runs over a Ray cluster.")] = False,
-    out: Annotated[Path | None, typer.Option(help="The folder of runs and report. runs/TABLE when not given.")] = None,
-) -> Answer:
-    """Run a table of the paper, or a part of it, and write a report beside the published figures."""
+    out: Annotated[Path | None, typer.Option(help="The folder for runs and report. Default: runs/TABLE.")] = None,
+) -> CommandOutput:
+    """Run a table of the paper, or part of it, and report the results beside the published figures."""
     from redpeft.reproduce.command import reproduce, show_plan
     from redpeft.reproduce.plan import Request, parse_changes
     from redpeft.reproduce.published import find_table, tables
@@ -62,7 +64,7 @@ def reproduce(
         return _list(tables().values())
     names = [argument for argument in arguments or [] if "=" not in argument]
     if len(names) != 1:
-        raise UserError("name one table; `redpeft reproduce --list` shows them")
+        raise UserError("give the name of one table; `redpeft reproduce --list` shows them")
     table = find_table(names[0])
     changes, row_changes = parse_changes([argument for argument in arguments or [] if "=" in argument], table)
     request = Request(
@@ -84,11 +86,11 @@ def reproduce(
         planned = show_plan(request)
         runs = [{"run": run.job.folder, "recipe": run.job.recipe.resolved().model_dump()} for run in planned.runs]
         facts = {"done": planned.done, "seconds": planned.seconds, "problem": planned.problem}
-        return Answer({"table": table.name, **facts, "runs": runs}, [planned.line()])
+        return CommandOutput({"table": table.name, **facts, "runs": runs}, [planned.line()])
     return _report(reproduce(request, ray))
 
 
-def _report(report: Report) -> Answer:
+def _report(report: Report) -> CommandOutput:
     from redpeft.reproduce.page import grid
     from redpeft.reproduce.report import as_data
     from redpeft.runs.pages import plain
@@ -101,14 +103,14 @@ def _report(report: Report) -> Answer:
         shown.add_row(*(plain(cell) for cell in row))
     page = report.request.out / f"{report.table.name}.html"
     failed = "; ".join(f"{folder}: {error}" for folder, error in report.failed.items())
-    return Answer(
+    return CommandOutput(
         data={**as_data(report), "report": page},
-        shown=[shown, f"Report: {page}" + (" (it says what is left to do)" if report.left else "")],
+        shown=[shown, f"Report: {page}" + (" (it lists what is left to do)" if report.left else "")],
         error=RunError(f"{counted(len(report.failed), 'run')} failed: {failed}") if failed else None,
     )
 
 
-def _list(tables: Iterable[published.Table]) -> Answer:
+def _list(tables: Iterable[published.Table]) -> CommandOutput:
     from redpeft.reproduce.plan import base_of
 
     shown = Table("table", "what it is", "base model", "rows", "data", "runs", "needs")
@@ -128,11 +130,11 @@ def _list(tables: Iterable[published.Table]) -> Answer:
             "runs": runs,
             "needs": table.needs,
         }
-    return Answer({"tables": found}, [shown])
+    return CommandOutput({"tables": found}, [shown])
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"--seeds takes whole numbers, as 42,43, not {text!r}") from None
+        raise UserError(f"--seeds takes whole numbers such as 42,43, not {text!r}") from None

@@ -11,23 +11,24 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from redpeft.cli.command import Answer, RunFolder, command, recipe_and_fields
+from redpeft.cli.command import CommandOutput, RunFolder, command, recipe_and_fields
 from redpeft.console import counted, rounded
 from redpeft.errors import RunError, UserError
 
-MATRIX = 20  # labels, of a confusion matrix that is shown
-
+MATRIX = 20  # the most labels for which a confusion matrix is shown
 
 TaskName = Annotated[
     Literal["classification", "token-classification", "instruction", "e2e"] | None,
-    typer.Option(help="Of an adapter folder without a run that does not say it."),
+    typer.Option(help="The task, where an adapter folder without a run does not say it."),
 ]
 
 
 @command("redpeft init my-recipe.yaml")
 def init(
-    path: Annotated[Path, typer.Argument(help="The file to write; never overwritten.")] = Path("recipe.yaml"),
-) -> Answer:
+    path: Annotated[Path, typer.Argument(help="The file to write. An existing file is not overwritten.")] = Path(
+        "recipe.yaml"
+    ),
+) -> CommandOutput:
     """Write a recipe with every field, its meaning and its default."""
     from redpeft.training.recipe import template
 
@@ -35,22 +36,22 @@ def init(
         with path.open("x", encoding="utf-8") as file:
             file.write(template())
     except FileExistsError:
-        raise UserError(f"{path} is there already: give another name, or remove it") from None
+        raise UserError(f"{path} exists already: give another name, or remove it") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return Answer({"recipe": path}, [f"Wrote {path}. Edit it, then: redpeft train {path}"])
+    return CommandOutput({"recipe": path}, [f"Wrote {path}. Edit it, then: redpeft train {path}"])
 
 
 @command("redpeft train base=roberta-base data.path=reviews.csv --out runs/reviews --seeds 1,2,3")
 def train(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that override its own."),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that override it."),
     ],
-    out: Annotated[str | None, typer.Option(help="The run folder, instead of the recipe's `output`.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="Several seeds, as 1,2,3: one run for each.")] = None,
-) -> Answer:
-    """Train an adapter by a recipe. The same command again resumes a run, or shows what a finished one gave."""
+    out: Annotated[str | None, typer.Option(help="The run folder. Overrides the recipe's `output`.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, such as 1,2,3: one run for each.")] = None,
+) -> CommandOutput:
+    """Train an adapter. The same command again resumes the run, or shows its result when it is finished."""
     path, overrides = recipe_and_fields("train", arguments)
     from redpeft.runs.closing import closing_lines
     from redpeft.runs.runner import run_recipe
@@ -63,21 +64,21 @@ def train(
     best = "" if "seeds" in result else f", best epoch ({rounded(result['best_epoch'])})"
     scores = {f"validation{best}": result["validation"], **({"test": result["test"]} if result["test"] else {})}
     failed = "; ".join(f"{folder}: {error}" for folder, error in result.get("failed", {}).items())
-    return Answer(
+    return CommandOutput(
         data={"run": recipe.run_folder(), **result},
         shown=[_scores(scores), *closing_lines(recipe, result)],
-        error=RunError(f"not all seeds came to an end: {failed}") if failed else None,
+        error=RunError(f"some seeds failed: {failed}") if failed else None,
     )
 
 
 @command("redpeft evaluate runs/reviews new-reviews.csv")
 def evaluate(
     run: RunFolder,
-    data: Annotated[str, typer.Argument(help="A file, a folder, or a data set of the Hub.", show_default=False)],
+    data: Annotated[str, typer.Argument(help="A file, a folder, or a data set on the Hub.", show_default=False)],
     config: Annotated[str | None, typer.Option(help="The Hub data set's configuration, such as sst2.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if it was moved.")] = None,
     task: TaskName = None,
-) -> Answer:
+) -> CommandOutput:
     """Score a trained adapter on data with labels."""
     from redpeft.storage import find_run
     from redpeft.training.predict import evaluate, open_run
@@ -86,24 +87,26 @@ def evaluate(
     matrix = metrics.pop("confusion_matrix", None)
     found = {"run": run, "data": data, "metrics": metrics, **({"confusion_matrix": matrix} if matrix else {})}
     small = matrix and len(matrix["true"]) <= MATRIX
-    return Answer(found, [_scores({data: metrics}), *([_confusion(matrix)] if small else [])])
+    return CommandOutput(found, [_scores({data: metrics}), *([_confusion(matrix)] if small else [])])
 
 
 @command("echo 'Where is my card?' | redpeft predict runs/demo/red/seed-0 -")
 def predict(
     run: RunFolder,
-    file: Annotated[str, typer.Argument(help="A data file, or - for standard input: a table, JSON lines, or lines.")],
+    file: Annotated[
+        str, typer.Argument(help="A data file, or - for standard input: a table, JSON lines, or lines of text.")
+    ],
     format: Annotated[
         Literal["csv", "tsv", "jsonl", "json", "lines"] | None,
-        typer.Option(help="What the input is, whatever its extension or first line says."),
+        typer.Option(help="The format of the input. Overrides its extension and first line."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the rows with their answers to this .csv, .tsv or .jsonl file.")
+        Path | None, typer.Option(help="Write the rows with their predictions to this .csv, .tsv or .jsonl file.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where it is not where it was.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if it was moved.")] = None,
     task: TaskName = None,
-) -> Iterator[dict[str, Any]] | Answer:
-    """Label texts, or answer prompts: one JSON object a row, with the row's `id` or else what was read of it."""
+) -> Iterator[dict[str, Any]] | CommandOutput:
+    """Label texts or answer prompts: one JSON object a row, with the row's `id`, or else its text."""
     from redpeft.storage import find_run
     from redpeft.training.answer_files import check_name, read_rows, rounded_answer, save_answers
     from redpeft.training.predict import answer_batches, identity, open_run
@@ -116,51 +119,53 @@ def predict(
     if out is None:
         return ({**identity(row, read), **rounded_answer(answer)} for row, read, answer in answers)
     written = save_answers(out, answers)
-    return Answer({"out": out, "rows": written}, [f"Wrote {counted(written, 'row')} with answers to {out}"])
+    return CommandOutput({"out": out, "rows": written}, [f"Wrote {counted(written, 'row')} with answers to {out}"])
 
 
 @command("redpeft score e2e --references testset_w_refs.csv --predictions predictions.jsonl")
 def score(
-    benchmark: Annotated[Literal["e2e"], typer.Argument(help="Whose metrics: e2e, those of the E2E NLG challenge.")],
+    benchmark: Annotated[Literal["e2e"], typer.Argument(help="e2e: the metrics of the E2E NLG challenge.")],
     references: Annotated[
         Path,
         typer.Option(
-            help="Several a meaning representation: a table with columns mr and ref, or lines with an empty line "
-            "after each group."
+            help="Several texts for each meaning representation: a table with columns mr and ref, or lines with an "
+            "empty line after each group."
         ),
     ],
     predictions: Annotated[
         Path,
-        typer.Option(help="One a meaning representation, in their order: lines, or what `redpeft predict` wrote."),
+        typer.Option(
+            help="One text for each meaning representation, in that order: lines, or the output of `redpeft predict`."
+        ),
     ],
-) -> Answer:
-    """Score generated texts by a benchmark's official metrics."""
+) -> CommandOutput:
+    """Score generated texts with a benchmark's official metrics."""
     from redpeft.tasks.e2e_files import score_files
 
     scores = score_files(references, predictions)
     data = {"benchmark": benchmark, "references": references, "predictions": predictions, "scores": scores}
-    return Answer(data, [_scores({predictions.name: scores})])
+    return CommandOutput(data, [_scores({predictions.name: scores})])
 
 
 @command("redpeft demo --out runs/demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Where the runs, the table and the plot go.")] = Path("runs/demo"),
-) -> Answer:
-    """Train RED and four other methods on a small data set that comes along: no account, no download, five minutes."""
+    out: Annotated[Path, typer.Option(help="The folder for runs and plot.")] = Path("runs/demo"),
+) -> CommandOutput:
+    """Train RED and four other methods on a small data set in the package: no account, no download, five minutes."""
     from redpeft.demo import run_demo
 
     result, shown = run_demo(out)
-    return Answer(result, shown)
+    return CommandOutput(result, shown)
 
 
 @command("redpeft version")
-def version() -> Answer:
-    """Show the version of redpeft and of what it stands on."""
+def version() -> CommandOutput:
+    """Show the versions of redpeft and of the libraries that it uses."""
     from importlib.metadata import version
 
     packages = ("redpeft", "torch", "transformers", "peft", "accelerate", "datasets")
     versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
-    return Answer(versions, [f"{name} {number}" for name, number in versions.items()])
+    return CommandOutput(versions, [f"{name} {number}" for name, number in versions.items()])
 
 
 def _scores(splits: dict[str, dict[str, Any]]) -> Table:

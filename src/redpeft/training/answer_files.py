@@ -43,11 +43,11 @@ def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[
 
 
 def check_name(path: Path) -> None:
-    """Raises `UserError` for a file of answers that cannot be written, or is there already."""
+    """Raises `UserError` for a file of answers that cannot be written or exists already."""
     if path.suffix.lower() not in WRITTEN:
         raise UserError(f"--out {path}: the extension decides the format, and {', '.join(WRITTEN)} are known")
     if path.exists():
-        raise UserError(f"{path} is there already: give another name, or remove it")
+        raise UserError(f"{path} exists already: give another name, or remove it")
     if not path.parent.is_dir():
         raise UserError(f"--out {path}: no such folder: {path.parent}")
 
