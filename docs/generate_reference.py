@@ -60,8 +60,10 @@ def config_fields() -> str:
     """RedConfig's own fields, without those that PEFT gives to every method."""
     inherited = {field.name for field in fields(peft.PeftConfig)}
     hints = typing.get_type_hints(redpeft.RedConfig)
+    arguments = inspect.cleandoc(redpeft.RedConfig.__doc__).split("Args:\n")[1].split("\n\n")[0]
+    meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", arguments, re.M))
     rows = [
-        (f"`{field.name}`", _type(hints[field.name]), f"`{field.default!r}`", field.metadata["help"])
+        (f"`{field.name}`", _type(hints[field.name]), f"`{field.default!r}`", " ".join(meanings[field.name].split()))
         for field in fields(redpeft.RedConfig)
         if field.name not in inherited and field.default is not MISSING
     ]

@@ -477,7 +477,21 @@ def _in_place(module: nn.Module) -> nn.Module:
     return inner
 
 
-# --- example inputs -------------------------------------------------------------------------------------------------
+# --- forward passes that measure ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def keep_modes_and_rng(model: nn.Module) -> Iterator[None]:
+    """For a forward pass that is only a measurement: modes and random numbers are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
 
 ROWS, POSITIONS = 8, 64  # of random tokens
 

@@ -264,7 +264,7 @@ def test_strength_counts_in_compositions_and_is_not_saved(llama, tiny, tmp_path)
 def test_strength_scales_the_gradient_too():
     edit = Edit(4)
     edit.set_strength(0.5)
-    edit.reset(identity=False)
+    edit.randomize()
     upstream, hidden = torch.randn(3, 4), torch.randn(3, 4)
     edit(hidden).backward(upstream)
     torch.testing.assert_close(edit.offset.grad, 0.5 * (upstream * hidden).sum(0))

@@ -89,7 +89,7 @@ def test_folding_a_linear_layer_equals_editing_its_output(out, inner, with_bias,
 
 def trained_edit(width=8, **kwargs):
     edit = Edit(width, **kwargs)
-    edit.reset(identity=False)
+    edit.randomize()
     return edit
 
 
@@ -112,7 +112,8 @@ def test_another_origin_and_unit_change_no_more_than_rounding_does(scale, bias, 
     edit = Edit(1, unit=1.0, origin=0)
     edit.load_state_dict({"scale": torch.tensor([scale]), "bias": torch.tensor([bias]), "unit": torch.ones(1)})
     assert edit.effective[0].item() == scale
-    edit.express(unit, origin=1.0)
+    edit.training_origin = 1.0
+    edit.express(unit)
     assert [name for name, _ in edit.named_parameters()] == ["scale_offset", "bias"]  # in their order
     assert abs(1 + edit.offset.double().item() - scale) <= 2**-24 * max(1, abs(scale - 1))
     assert edit.effective[1].item() == pytest.approx(bias, rel=1e-6, abs=1e-37)
@@ -130,10 +131,10 @@ def test_values_counted_from_another_origin_are_loaded_as_what_they_are(own, giv
         edit.load_state_dict({"bias": torch.zeros(8), "unit": torch.ones(1)})
 
 
-def test_an_adapter_from_elsewhere_takes_the_origin_of_what_it_learned_since():
+def test_an_imported_adapter_takes_the_origin_of_what_it_learned_since():
     trained = trained_edit(unit=0.25)
     edit = Edit(8, origin=0)
-    edit.from_elsewhere = True
+    edit.training_origin = 1.0
     edit.load_state_dict(trained.state_dict())
     assert edit.origin == 1
     assert torch.equal(edit.scale_offset, trained.scale_offset)
@@ -253,11 +254,14 @@ def test_a_measured_unit_is_known_again_after_loading():
     assert fresh.unit_pending
 
 
-def test_a_unit_that_was_measured_as_exactly_1_is_known_by_its_configuration():
-    edit = Edit(4, unit_measured=True)
-    assert edit.unit_pending  # a new one, made from the configuration of another
-    edit.load_state_dict(Edit(4).state_dict())
+def test_a_unit_that_was_measured_as_exactly_1_is_known():
+    """Not as 1, which stands for a unit that was not measured, but as the number next to it."""
+    edit, again = Edit(4), Edit(4)
+    edit.express(1.0)
     assert not edit.unit_pending
+    again.load_state_dict(edit.state_dict())
+    assert not again.unit_pending
+    assert again.unit.item() == 1 + 2**-23
 
 
 @pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id", "_fsdp_flattened"])
@@ -271,5 +275,6 @@ def test_what_deepspeed_and_fsdp_manage_is_left_to_them(mark):
     assert edit.offset.data_ptr() == lent
     edit = trained_edit(origin=0)
     setattr(edit.scale, mark, object())
+    edit.training_origin = 1.0
     with pytest.raises(UserError, match=r"sharded already: call redpeft\.calibrate\(model\) before"):
-        edit.express(0.5, origin=1.0)
+        edit.express(0.5)

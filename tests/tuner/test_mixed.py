@@ -16,7 +16,7 @@ def edits(width=6, names=("a", "b")):
     for seed, name in enumerate(names):
         torch.manual_seed(seed)
         made[name] = Edit(width)
-        made[name].reset(identity=False)
+        made[name].randomize()
         made[name].express(unit=0.3)
         with torch.no_grad():
             made[name].offset.mul_(30)

@@ -26,10 +26,10 @@ from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates, adamw, clip
 from redpeft.fleet.heads import Groups, StackedHead
 from redpeft.fleet.losses import row_loss
+from redpeft.models import keep_modes_and_rng
 from redpeft.tuner.edit import effective_edit
 from redpeft.tuner.mixed import EditTable, RowIndex
 from redpeft.tuner.model import red_layers
-from redpeft.tuner.units import keep_modes_and_rng
 
 
 class MustTrainAlone(UserError):

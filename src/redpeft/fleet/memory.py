@@ -15,7 +15,7 @@ from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
-from redpeft.tuner.units import keep_modes_and_rng
+from redpeft.models import keep_modes_and_rng
 
 COPIES = 4  # of a job's numbers: values, two moments, and the best values
 SHARE = 0.8  # of the free memory is planned with

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftConfig
@@ -13,7 +13,7 @@ from peft import PeftConfig
 from redpeft.errors import UserError
 from redpeft.models import plain_name
 from redpeft.tuner.register import REDPEFT
-from redpeft.tuner.sites import KINDS, RED_PLUS
+from redpeft.tuner.sites import site_kinds
 
 FORMAT = 2  # of adapter folders: docs/reference/adapter-format.md
 
@@ -22,80 +22,53 @@ FORMAT = 2  # of adapter folders: docs/reference/adapter-format.md
 class RedConfig(PeftConfig):
     """Configuration of RED, Representation EDiting (arXiv 2402.15179): `h' = scale * h + unit * bias` at each site.
 
-    The scale is learned as `scale_origin + scale_offset`.
+    Args:
+        sites: Where to edit: 'ffn' (the FFN's output, the paper's choice and the default), 'attention' (the
+            attention's output projection), 'qkv' (its query, key and value projections), a list of these (or
+            'ffn,qkv'), or 'red+' (all five, the paper's enhanced variant). Found by structure in self-attention
+            blocks.
+        target_modules: Names of the modules to edit instead of `sites`: PEFT's rules (a list of names or name
+            endings, or one regular expression). Once the adapter is in a model: the full names of the edited modules.
+        exclude_modules: Names of modules to leave out, by PEFT's rules (a list of endings, or one expression).
+        layers_to_transform: Indices of the blocks to edit; all of them when not given.
+        use_scale: Learn the scale (False: the paper's bias-only ablation).
+        use_bias: Learn the bias (False: the paper's scale-only ablation).
+        unit: The unit in which the bias is learned. 'auto': the typical size of the output that it is added to,
+            measured in the first training forward; a number: that number (1 is the paper's own rule).
+        scale_origin: What the scale is counted from: 1, so that weight decay leads to the identity, or 0, the paper's
+            own rule (for its weight decay, and for optimisers that scale a step by a parameter's size). The scale is
+            learned as `scale_origin + scale_offset`.
+        modules_to_save: Modules to train in full and save beside the edits, such as a new head.
+        init_weights: Start as the identity (scale 1, bias 0). False: random edits, for tests only.
+        resolved: Set by redpeft: `target_modules` holds the full names of the edited modules.
+        base_fingerprint: Set by redpeft: tells the base model's weights from others of the same shape.
+        unit_measured: Set by redpeft: the units of an automatic `unit` have been measured.
+        format: Set by redpeft: the version of the adapter's files, 2 for those of today.
 
     Raises `UserError` for choices that contradict each other or leave nothing to learn.
     """
 
-    sites: str | list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Where to edit: 'ffn' (the FFN's output, the paper's choice and the default), 'attention' (the "
-            "attention's output projection), 'qkv' (its query, key and value projections), a list of these "
-            "(or 'ffn,qkv'), or 'red+' (all five, the paper's enhanced variant). Found by structure in self-attention "
-            "blocks."
-        },
-    )
-    target_modules: Collection[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to edit instead of `sites`: PEFT's rules (a list of names or name endings, "
-            "or one regular expression). Once the adapter is in a model: the full names of the edited modules."
-        },
-    )
-    exclude_modules: Collection[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules to leave out, by PEFT's rules (a list of endings, or one expression)."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to edit; all of them when not given."}
-    )
-    use_scale: bool = field(
-        default=True, metadata={"help": "Learn the scale (False: the paper's bias-only ablation)."}
-    )
-    use_bias: bool = field(default=True, metadata={"help": "Learn the bias (False: the paper's scale-only ablation)."})
-    unit: float | str = field(
-        default="auto",
-        metadata={
-            "help": "The unit in which the bias is learned. 'auto': the typical size of the output that it is added "
-            "to, measured in the first training forward; a number: that number (1 is the paper's own rule)."
-        },
-    )
-    scale_origin: float = field(
-        default=1.0,
-        metadata={
-            "help": "What the scale is counted from: 1, so that weight decay leads to the identity, or 0, the paper's "
-            "own rule (for its weight decay, and for optimisers that scale a step by a parameter's size)."
-        },
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train in full and save beside the edits, such as a new head."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "Start as the identity (scale 1, bias 0). False: random edits, for tests only."},
-    )
-    resolved: bool = field(
-        default=False,
-        metadata={"help": "Set by redpeft: `target_modules` holds the full names of the edited modules."},
-    )
-    base_fingerprint: dict | None = field(
-        default=None,
-        metadata={"help": "Set by redpeft: tells the base model's weights from others of the same shape."},
-    )
-    unit_measured: bool = field(
-        default=False, metadata={"help": "Set by redpeft: the units of an automatic `unit` have been measured."}
-    )
-    format: int | None = field(
-        default=None, metadata={"help": "Set by redpeft: the version of the adapter's files, 2 for those of today."}
-    )
+    sites: str | list[str] | None = None
+    target_modules: Collection[str] | str | None = None
+    exclude_modules: Collection[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    use_scale: bool = True
+    use_bias: bool = True
+    unit: float | str = "auto"
+    scale_origin: float = 1.0
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    resolved: bool = False
+    base_fingerprint: dict | None = None
+    unit_measured: bool = False
+    format: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = REDPEFT
         if isinstance(self.sites, str) and "," in self.sites:
             self.sites = [kind.strip() for kind in self.sites.split(",")]
-        if self.format is None:  # version 1 did not say, but that its modules are named in full
+        if self.format is None:  # version 1 did not store its version, but the full names of its modules
             self.format = 1 if self.resolved else FORMAT
         check_format(self.format)
         if self.format == 1:
@@ -110,41 +83,15 @@ class RedConfig(PeftConfig):
         if self.target_modules is not None and not isinstance(self.target_modules, str):
             names = {plain_name(name) for name in self.target_modules}
             if self.resolved and names != set(self.target_modules):
-                self.base_fingerprint = None  # of the names as they were
+                self.base_fingerprint = None  # it was taken with the names of a compiled model
             self.target_modules = names
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        self._served: dict[str, PeftConfig] = {}  # the configurations of the model that this one is among
-        self._found: dict[str, tuple[Any, Any]] = {}  # by field: what was asked for, and what that model gave for it
-
-    def to_dict(self) -> dict[str, Any]:
-        """PEFT's, with each head once: PEFT adds those of a task again whenever it is given the object."""
-        heads = self.modules_to_save
-        return {**super().to_dict(), "modules_to_save": heads and list(dict.fromkeys(heads))}
-
-    def serve(self, configs: dict[str, PeftConfig], adapter_name: str) -> None:
-        """Become the configuration of an adapter of a model, whose configurations are `configs`.
-
-        PEFT keeps the caller's object, which may be that of another adapter already: that one gets a copy, and what
-        was asked for is looked up anew.
-        """
-        for name, config in self._served.items():
-            if config is self:
-                self._served[name] = copy.copy(self)
-        for name, (asked, found) in self._found.items():
-            if getattr(self, name) == found:
-                setattr(self, name, asked)
-        self._served, self._found = configs, {}
-        configs[adapter_name] = self
-
-    def resolve(self, **found: Any) -> None:
-        """Put in what was found in the model."""
-        for name, value in found.items():
-            asked, _ = self._found.get(name, (getattr(self, name), None))
-            self._found[name] = asked, value
-            setattr(self, name, value)
+        self._model_configs: dict[str, PeftConfig] = {}  # all configurations of the model that this one belongs to
+        self._resolved: dict[str, tuple[Any, Any]] = {}  # by field: the value asked for, and the one set by `resolve`
 
     def _check_where(self) -> None:
+        """Check the fields that say where to edit."""
         if self.target_modules is not None and not self.target_modules:
             raise UserError("target_modules is empty: name at least one module, or leave it out and choose sites")
         if self.layers_to_transform is not None and self.layers_to_transform in ([], ()):
@@ -158,7 +105,34 @@ class RedConfig(PeftConfig):
         if self.sites is None and self.target_modules is None:
             self.sites = "ffn"
         if self.sites is not None:
-            _check_sites(self.sites)
+            site_kinds(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        """PEFT's, with each head once: PEFT adds the heads of a task again whenever it is given the object."""
+        heads = self.modules_to_save
+        return {**super().to_dict(), "modules_to_save": heads and list(dict.fromkeys(heads))}
+
+    def enter_model(self, configs: dict[str, PeftConfig], adapter_name: str) -> None:
+        """Become the configuration of an adapter of a model, whose configurations are `configs`.
+
+        PEFT keeps the caller's object, which may belong to another adapter already. That adapter gets a copy, and the
+        fields that `resolve` has set go back to what was asked for.
+        """
+        for name, config in self._model_configs.items():
+            if config is self:
+                self._model_configs[name] = copy.copy(self)
+        for name, (asked, found) in self._resolved.items():
+            if getattr(self, name) == found:  # the caller may have set another value since
+                setattr(self, name, asked)
+        self._model_configs, self._resolved = configs, {}
+        configs[adapter_name] = self
+
+    def resolve(self, **found: Any) -> None:
+        """Set fields to what was found in the model, and remember what was asked for."""
+        for name, value in found.items():
+            asked, _ = self._resolved.get(name, (getattr(self, name), None))
+            self._resolved[name] = asked, value
+            setattr(self, name, value)
 
 
 def check_format(version: Any, where: str = "") -> None:
@@ -167,15 +141,6 @@ def check_format(version: Any, where: str = "") -> None:
         raise UserError(
             f"{where}an adapter of format {version}, and this redpeft reads formats up to {FORMAT}: upgrade redpeft"
         )
-
-
-def _check_sites(sites: str | Sequence[str]) -> None:
-    chosen = [sites] if isinstance(sites, str) else list(sites)
-    if not chosen:
-        raise UserError(f"sites is empty: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
-    unknown = [kind for kind in chosen if kind not in KINDS and kind != RED_PLUS]
-    if unknown:
-        raise UserError(f"unknown sites {unknown}: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
 
 
 def _is_positive_number(value: object) -> bool:

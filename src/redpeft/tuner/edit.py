@@ -18,7 +18,7 @@ from redpeft.tuner.compose import Difference
 
 Affine = tuple[torch.Tensor, torch.Tensor]  # scale and bias (width,), the bias in the output's own size
 HALF = (torch.float16, torch.bfloat16)
-# What the scale is learned and stored as tells what it is counted from. To add -0.0 changes no bit of any number.
+# What the scale is counted from, by the name under which it is learned and stored. Adding -0.0 changes no bit.
 ORIGINS = {"scale_offset": 1.0, "scale": -0.0}
 
 
@@ -69,6 +69,10 @@ class Edit(nn.Module):
     to, so that one learning rate serves every model; "auto" is 1 until it is measured. The vectors are fp32 (fp64 on
     an fp64 base) whatever the base's dtype. A vector that is not learned is a buffer, since PEFT sets `requires_grad`
     on every parameter of an active adapter.
+
+    Attributes:
+        strength: (1,), how strongly the edit acts; None stands for 1. Neither learned nor saved.
+        training_origin: what the scale is counted from once it is trained; `express` goes over to it.
     """
 
     bias: torch.Tensor
@@ -80,7 +84,6 @@ class Edit(nn.Module):
         width: int,
         *,
         unit: float | str = "auto",
-        unit_measured: bool = False,
         origin: float = 1.0,
         use_scale: bool = True,
         use_bias: bool = True,
@@ -90,6 +93,7 @@ class Edit(nn.Module):
         super().__init__()
         kind = {"dtype": dtype, "device": device}
         self.scale_name = name_of_scale(origin)
+        self.training_origin = origin
         for name, vector, learned in (
             (self.scale_name, torch.full((width,), 1.0 - origin, **kind), use_scale),
             ("bias", torch.zeros(width, **kind), use_bias),
@@ -99,13 +103,9 @@ class Edit(nn.Module):
             else:
                 self.register_buffer(name, vector)
         self.register_buffer("unit", torch.full((1,), 1.0 if unit == "auto" else float(unit), **kind))
-        # Of a live edit, neither learned nor saved; None: 1. A tensor, or each strength would be compiled anew.
-        self.register_buffer("strength", None, persistent=False)
+        self.register_buffer("strength", None, persistent=False)  # a number would be compiled anew for each value
         self.auto_unit = unit == "auto" and use_bias
         self.unit_known = not self.auto_unit
-        self.unit_measured = unit_measured  # of values that are yet to be loaded, as the configuration says
-        self.from_elsewhere = False  # when it is trained on, the scale is counted from 1
-        self.awaits_values = False  # of a file of version 1
 
     @property
     def origin(self) -> float:
@@ -117,24 +117,17 @@ class Edit(nn.Module):
         return getattr(self, self.scale_name)
 
     @property
-    def learned(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The offset and the bias (width,), and the bias's unit (1,). `UserError`: there are no values yet."""
-        if self.awaits_values:
-            self._check_values()
-        return self.offset, self.bias, self.unit
-
-    @property
     def effective(self) -> Affine:
         """Scale and bias (width,) as they act at this strength."""
         if self.strength is None:
-            return effective_edit(*self.learned, self.origin)
+            return effective_edit(self.offset, self.bias, self.unit, self.origin)
         d, bias = self.difference
         return 1 + d, bias
 
     @property
     def difference(self) -> Difference:
         """What differs from the identity at this strength: `scale - 1` and the bias."""
-        d, bias = effective_edit(*self.learned, self.origin - 1)
+        d, bias = effective_edit(self.offset, self.bias, self.unit, self.origin - 1)
         return (d, bias) if self.strength is None else (self.strength * d, self.strength * bias)
 
     @property
@@ -142,28 +135,30 @@ class Edit(nn.Module):
         return self.offset.requires_grad or self.bias.requires_grad
 
     @property
-    def is_to_begin(self) -> bool:
-        """Whether learning begins with `express`: the unit is not known yet, or the scale not counted from 1."""
-        return self.unit_pending or self.from_elsewhere
-
-    @property
     def unit_pending(self) -> bool:
-        """Whether the unit is still to be measured. The tensor is asked until it is known: values that are loaded into
-        an edit, also by transformers, which replaces tensors, bring the unit that they were learned in."""
+        """Whether the unit is still to be measured: an automatic one is 1 until then, and never 1 afterwards.
+
+        The tensor is asked until the unit is known: values that are loaded into an edit, also by transformers, which
+        replaces tensors, bring the unit that they were learned in.
+        """
         if not self.unit_known and not self.unit.is_meta:
             self.unit_known = bool(self.unit != 1.0)
         return not self.unit_known
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., width), in hidden's dtype."""
-        return apply_edit(hidden, *self.effective)
+    @property
+    def express_pending(self) -> bool:
+        """Whether training has to begin with `express`."""
+        return self.unit_pending or self.origin != self.training_origin
+
+    def forward(self, hidden: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+        """(..., width) -> (..., width), in hidden's dtype. Of a sum that is edited, one part goes without the bias."""
+        scale, bias = self.effective
+        return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))
 
     @torch.no_grad()
-    def reset(self, identity: bool = True) -> None:
-        """Set the identity (scale 1, bias 0), or for tests random vectors far from it, of those that are learned."""
-        self.offset.fill_(1.0 - self.origin)
-        self.bias.zero_()
-        for vector in self.parameters() if not identity else ():
+    def randomize(self) -> None:
+        """Move what is learned far from where it is, for tests."""
+        for vector in self.parameters():
             vector.add_(torch.randn_like(vector))
 
     def set_strength(self, strength: float) -> None:
@@ -171,48 +166,48 @@ class Edit(nn.Module):
         self.strength = None if strength == 1 else torch.full_like(self.unit, strength)
 
     @torch.no_grad()
-    def express(self, unit: float, origin: float | None = None) -> None:
-        """Count the bias in `unit`, and the scale from `origin`, from now on; the edit stays what it was.
+    def express(self, unit: float) -> None:
+        """Count the bias in `unit`, and the scale from `training_origin`, from now on; the edit stays what it was.
 
         The bias changes by rounding alone, a scale by at most 2^-24 * max(1, |scale - 1|). Raises `UserError` for
         another origin of vectors that FSDP or DeepSpeed manage: these go by name.
         """
+        if self.auto_unit and unit == 1.0:
+            unit = 1.0 + 2.0**-23  # 1 stands for a unit that was not measured
         self.bias.mul_(float(self.unit) / unit)
         self.unit.fill_(unit)
         self.unit_known = True
-        if origin is None or origin == self.origin:
+        if self.origin == self.training_origin:
             return
         if _is_managed(self.offset):
             raise UserError(
                 "an adapter that was trained elsewhere cannot begin to learn in a model that is sharded already: "
                 "call redpeft.calibrate(model) before the model is wrapped"
             )
-        self.offset.add_(self.origin - origin)
-        self._count_from(origin)
+        self.offset.add_(self.origin - self.training_origin)
+        self._rename_scale(self.training_origin)
 
-    def _count_from(self, origin: float) -> None:
+    def _rename_scale(self, origin: float) -> None:
         """Give the scale's vector the name that goes with another origin, in its place: optimisers go by the order."""
         old, new = self.scale_name, name_of_scale(origin)
         vectors = self._parameters if old in self._parameters else self._buffers
         renamed = {new if name == old else name: vector for name, vector in vectors.items()}
         vectors.clear()
         vectors.update(renamed)
-        self.scale_name, self.from_elsewhere = new, False
+        self.scale_name = new
 
-    @torch.no_grad()
-    def await_values(self) -> None:
-        """Be an error until values are loaded: transformers only logs that a file had none for this edit."""
-        self.offset.fill_(torch.nan)
-        self.awaits_values = True
-
-    @torch.compiler.disable
-    def _check_values(self) -> None:
-        if self.offset.is_meta or bool(self.offset.isnan().all()):
-            raise UserError(
-                "this adapter's configuration is of format 1 and its values were never loaded: load the folder with "
-                "PeftModel.from_pretrained, and save it again to convert it"
-            )
-        self.awaits_values = False
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Values whose scale is counted from another origin than this one's are converted. Where it is the origin that
+        training goes over to, this edit goes over to it instead: the values were trained since."""
+        own, given = self.scale_name, next((name for name in ORIGINS if prefix + name in state_dict), None)
+        if given is not None and given != own:
+            if ORIGINS[given] == self.training_origin:
+                self._rename_scale(self.training_origin)
+            else:
+                state_dict[prefix + own] = state_dict.pop(prefix + given) + (ORIGINS[given] - self.origin)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}unit" in state_dict:
+            self.unit_known = not self.auto_unit
 
     # Precision: PEFT (`add_adapter`), `.to(bfloat16)`, TRL (trainable parameters of a quantised base) and DeepSpeed
     # cast adapters to the base's dtype. Module-wide casts are refused where they happen; vectors whose `.data` were
@@ -233,21 +228,6 @@ class Edit(nn.Module):
                 if vector.dtype in HALF:
                     vector.data = vector.data.float()
         return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Values whose scale is counted from another origin than this one's are counted anew; those of an adapter from
-        elsewhere that was trained on since bring their own."""
-        own, given = self.scale_name, next((name for name in ORIGINS if prefix + name in state_dict), None)
-        if given is not None and given != own and self.from_elsewhere:
-            self._count_from(ORIGINS[given])
-        elif given is not None and given != own:
-            vector = state_dict.pop(prefix + given)
-            state_dict[prefix + own] = vector + (ORIGINS[given] - self.origin)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if given is not None:
-            self.awaits_values = False
-        if f"{prefix}unit" in state_dict:
-            self.unit_known = not self.auto_unit or self.unit_measured
 
 
 def _is_managed(parameter: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ a mixture-of-experts block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from redpeft.errors import UserError
 from redpeft.models import FLOATS
 from redpeft.tuner.compose import Combination
 from redpeft.tuner.config import RedConfig
-from redpeft.tuner.edit import Edit, apply_edit, fold_edit
+from redpeft.tuner.edit import Edit, fold_edit
 from redpeft.tuner.mixed import EditTable, RowIndex
 
 
@@ -56,15 +56,13 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.redpeft_edit = nn.ModuleDict()
         self.width = width
         self.site = site
-        self.watch: Callable[[RedLayer, torch.Tensor], None] | None = None  # gets the outputs while units are measured
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
             self.register_buffer(name, None, persistent=False)
         self._mixed: tuple[RowIndex, EditTable] | None = None
-        self._added: RemovableHandle | None = None  # the hook on a module whose output is edited too
-        self._first_part: torch.Tensor | None = None  # of a sum of two outputs, while they are watched
+        self._added: tuple[nn.Module, RemovableHandle] | None = None  # `added`, and the hook on it
         if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
             self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
         self.update_layer(adapter_name, config)
@@ -76,7 +74,6 @@ class RedLayer(nn.Module, BaseTunerLayer):
         edit = Edit(
             self.width,
             unit=config.unit,
-            unit_measured=config.unit_measured,
             origin=config.scale_origin,
             use_scale=config.use_scale,
             use_bias=config.use_bias,
@@ -87,7 +84,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if edit.unit_pending and measured is not None and not edit.bias.is_meta:
             edit.express(unit=float(measured.unit))
         if not config.init_weights:
-            edit.reset(identity=False)
+            edit.randomize()
         self.redpeft_edit[adapter_name] = edit
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -147,81 +144,62 @@ class RedLayer(nn.Module, BaseTunerLayer):
         return [self.redpeft_edit[name] for name in self.active_adapters if name in self.redpeft_edit]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.merged and (self.disable_adapters or self.watch is not None):
+        if self.merged and self.disable_adapters:
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
-        if self.watch is not None:
-            self._show(output[0] if isinstance(output, tuple) else output)
-        if self.disable_adapters or self.merged or self.watch is not None:
+        if self.disable_adapters or self.merged:
             return output
         if isinstance(output, tuple):
             return self._edit(output[0]), *output[1:]
         return self._edit(output)
 
-    def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _edit(self, hidden: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         if self._mixed is not None:
-            return self._edit_mixed(hidden, *self._mixed)
-        for edit in self._acting_edits():
-            hidden = edit(hidden)
+            return self._edit_mixed(hidden, *self._mixed, with_bias)
+        for edit in self.active_edits:
+            if not edit.unit_known and edit.training:
+                self._check_unit(edit)
+            hidden = edit(hidden, with_bias)
         return hidden
 
-    def _acting_edits(self) -> list[Edit]:
-        edits = self.active_edits
-        for edit in edits:
-            if (
-                not edit.unit_known
-                and edit.training
-                and edit.trainable
-                and not edit.unit.is_meta
-                and edit.unit_pending
-            ):
-                raise UserError(
-                    f"the unit of the bias at {self.site} has not been measured: it was loaded for inference, or the "
-                    "base model's own forward was not called; call redpeft.calibrate(model) before training"
-                )
-        return edits
+    @torch.compiler.disable
+    def _edit_mixed(
+        self, hidden: torch.Tensor, index: RowIndex, table: EditTable, with_bias: bool = True
+    ) -> torch.Tensor:
+        return table.apply(hidden, index.rows(hidden.shape[0], hidden.device), with_bias)
 
-    def _show(self, hidden: torch.Tensor) -> None:
-        """Give an output to `watch`; of a sum of two the sum, when the second comes."""
-        assert self.watch is not None
-        if self._added is not None and self._first_part is None:
-            self._first_part = hidden
-            return
-        if self._first_part is not None:
-            hidden, self._first_part = hidden + self._first_part.view_as(hidden), None
-        self.watch(self, hidden)
+    def _check_unit(self, edit: Edit) -> None:
+        if edit.trainable and not edit.unit.is_meta and edit.unit_pending:
+            raise UserError(
+                f"the unit of the bias at {self.site} has not been measured: it was loaded for inference, or the "
+                "base model's own forward was not called; call redpeft.calibrate(model) before training"
+            )
+
+    # One edit, two modules: GraniteMoeShared adds a shared expert to its experts in the block's own forward. The edit
+    # of the sum is `scale * (h + g) + bias = (scale * h + bias) + scale * g`: by this layer, and by a hook on the
+    # other module.
+
+    @property
+    def added(self) -> nn.Module | None:
+        """The module whose output the model adds to this layer's, and which the same edit acts on."""
+        return self._added and self._added[0]
 
     def edit_too(self, module: nn.Module) -> None:
-        """Let the edit act on the sum of this layer's output and `module`'s, which the model adds elsewhere:
-        `scale * (h + g) + bias = (scale * h + bias) + scale * g`."""
-        self._added = module.register_forward_hook(self._edit_added)
+        """Let the edit act on the sum of this layer's output and `module`'s."""
+        self._added = module, module.register_forward_hook(self._edit_added)
+
+    def _edit_added(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if self.disable_adapters else self._edit(output, with_bias=False)
 
     def release(self) -> None:
         """Leave the module of `edit_too` as it was."""
         if self._added is not None:
-            self._added.remove()
+            self._added[1].remove()
             self._added = None
-
-    def _edit_added(self, module: nn.Module, args: Any, added: torch.Tensor) -> torch.Tensor:
-        if self.watch is not None:
-            self._show(added)
-        if self.disable_adapters or self.watch is not None:
-            return added
-        if self._mixed is not None:
-            index, table = self._mixed
-            return self._edit_mixed(added, index, table.without_bias())
-        for edit in self._acting_edits():
-            scale, bias = edit.effective
-            added = apply_edit(added, scale, torch.zeros_like(bias))
-        return added
 
     def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
         """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""
         self._mixed = None if index is None or table is None else (index, table)
-
-    @torch.compiler.disable
-    def _edit_mixed(self, hidden: torch.Tensor, index: RowIndex, table: EditTable) -> torch.Tensor:
-        return table.apply(hidden, index.rows(hidden.shape[0], hidden.device))
 
     # Merging. PEFT calls it merge; a merged layer is a folded one.
 

@@ -86,7 +86,9 @@ class EditTable:
         slots = [slot for slot, name in enumerate(adapters) if name in edits]
         if slots:
             used = [edits[adapters[slot]] for slot in slots]
-            offsets, biases, units = map(torch.stack, zip(*(edit.learned for edit in used), strict=True))
+            offsets, biases, units = map(
+                torch.stack, zip(*((edit.offset, edit.bias, edit.unit) for edit in used), strict=True)
+            )
             origins = rows.new_tensor([[edit.origin] for edit in used])
             rows[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
         for slot in slots:  # a table by `effective` alone would be twice the small operations
@@ -94,13 +96,11 @@ class EditTable:
                 rows[slot] = torch.stack(edit.effective)
         return cls(rows)
 
-    def without_bias(self) -> EditTable:
-        return EditTable(torch.stack((self.rows[:, 0], torch.zeros_like(self.rows[:, 1])), dim=1))
-
-    def apply(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def apply(self, hidden: torch.Tensor, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
         """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
         edits = self.rows.index_select(0, rows).view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
-        return apply_edit(hidden, edits[:, 0], edits[:, 1])
+        scale, bias = edits[:, 0], edits[:, 1]
+        return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))
 
 
 @torch.compiler.disable

@@ -37,7 +37,7 @@ from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.tuner.rates import watch_rate
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
-from redpeft.tuner.units import hook_on
+from redpeft.tuner.units import add_hook
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class RedModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         model = self.model = compile_in_place(model)
         config = self.peft_config[adapter_name]
-        config.serve(self.peft_config, adapter_name)
+        config.enter_model(self.peft_config, adapter_name)
         was_saved = config.resolved
         if config.sites is not None and not config.resolved:
             sites = find_sites(model, config.sites, config.layers_to_transform)
@@ -71,24 +71,29 @@ class RedModel(BaseTuner):
         if not config.inference_mode:
             leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        # Full names, also where PEFT was given endings: loading goes by these.
-        edits = {name: layer.redpeft_edit for name, layer in red_layers(model).items()}
-        edits = {name: of_site[adapter_name] for name, of_site in edits.items() if adapter_name in of_site}
-        if config.format == 1:
+        layers = red_layers(model).items()
+        edits = {
+            name: layer.redpeft_edit[adapter_name] for name, layer in layers if adapter_name in layer.redpeft_edit
+        }
+        if config.format == 1:  # transformers only logs that a file had no values for an edit
             for edit in edits.values():
-                edit.await_values()
-        if was_saved and config.scale_origin == 0 and config.unit == "auto" and not config.unit_measured:
-            for edit in edits.values():
-                edit.from_elsewhere = True
+                nn.init.constant_(edit.offset, torch.nan)
+            model.register_forward_pre_hook(_refuse_missing_values)
+        automatic = config.unit == "auto" and not config.unit_measured
+        for edit in edits.values():
+            if was_saved and automatic and config.scale_origin == 0:  # an imported checkpoint
+                edit.training_origin = 1.0
         if config.unit == "auto" and not config.inference_mode:
-            hook_on(model)
+            add_hook(model)
             for edit in edits.values():
                 watch_rate(edit)
+        # Full names, also where PEFT was given endings: loading goes by these.
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         _let_skip_calls(model, False)
         self._check_base(model, config, adapter_name)
 
     def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
+        """Warn where the adapter was trained on another base model of the same shape."""
         found = fingerprint(model, config.target_modules or ())
         if found is None:
             logger.info(
@@ -96,8 +101,7 @@ class RedModel(BaseTuner):
                 "cannot be taken, and another base model of the same shape would not be noticed",
                 adapter_name,
             )
-        differs = fingerprint_difference(config.base_fingerprint, found)
-        if differs:
+        if differs := fingerprint_difference(config.base_fingerprint, found):
             named = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
             warnings.warn(
                 f"adapter '{adapter_name}' was trained on another base model{named} than this one: {differs}",
@@ -431,6 +435,21 @@ def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
 def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
     heads = _head_modules(model, adapter).items()
     return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
+
+
+@torch.compiler.disable
+def _refuse_missing_values(model: nn.Module, args: Any) -> None:
+    """A hook before the forward passes of a model with an adapter of version 1, which removes itself. Raises
+    `UserError` while an edit has no values."""
+    for layer in red_layers(model).values():
+        for edit in layer.edits:
+            if edit.offset.is_meta or bool(edit.offset.isnan().all()):
+                raise UserError(
+                    "this adapter's configuration is of format 1 and its values were never loaded: load the folder "
+                    "with PeftModel.from_pretrained, and save it again to convert it"
+                )
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _refuse_missing_values]:
+        del model._forward_pre_hooks[key]
 
 
 def _either_scale(key: str) -> str:

@@ -6,23 +6,15 @@
     h ───> │ query, key, value ───────────> output    │ ─ + ──> │ up: d -> f ──────> down: f -> d  │ ─ + ──> h
            └────── "qkv" ──────────────── "attention" ┘         └──────────────────────── "ffn" ───┘
 
-A block is a member of a `ModuleList` or `Sequential`. Of lists within lists, one whose members attend is a stack of
-blocks (Swin's stages, ALBERT's groups), and one of unlike parts belongs to the block around it (T5's `layer`).
-
-- "ffn": leave out attention, state-space mixers, adapters and bottlenecks. Of the linears that remain, the FFN's make
-  the widest detour: from d up to f (or 2f: gate and up fused) and back. The site is the one that leads back; the last
-  one where up and down look alike, or where a block has FFNs on both sides of its attention (conformers).
-  Experts are edited together, at the smallest module that holds them all: its output is their sum. Where the block
-  itself adds a shared expert to that (GraniteMoeShared), the site has two parts (`added`). Where it norms the sum of
-  its experts and an FFN beside them (Gemma 4), the norm's output is the site.
+- "ffn": of the linears outside attention, the one that leads back to d from the widest detour, up to f. A mixture of
+  experts is edited at the smallest module that holds all experts: its output is their sum.
 - "attention": in each self-attention, the linear back to d that is no query, key, value, gate or position.
-- "qkv": in each self-attention, the linears named after query, key and value, which must be each of them exactly once;
-  or the only linear beside the output, which holds them fused.
+- "qkv": in each self-attention, the linears named after query, key and value, each of them exactly once; or the only
+  linear beside the output, which holds the three fused.
 
-Of a model with several towers the one that reads text is edited (LLaVA, CLIP); both sides of an encoder-decoder are,
-and so is a lone vision or speech encoder. For another tower name its modules by `target_modules`. Attention is known
-by "attn" or "attention" in the names of modules or classes, cross-attention by "cross", "encdec" or "encoder_att".
-A convolution of size 1 is no site: the last dimension of its output is not the width.
+Each rule is said where it acts, with a model that needs it. What no rule decides is an error that lists what was seen:
+name the modules by `target_modules` then. A convolution of size 1 is no site: the last dimension of its output is not
+the width.
 """
 
 from __future__ import annotations
@@ -32,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import chain
 
 import torch
 from peft import PeftModel
@@ -48,20 +39,7 @@ KINDS = ("ffn", "attention", "qkv")
 RED_PLUS = "red+"
 RED_PLUS_KINDS = ("ffn", "attention", "qkv")  # the paper's enhanced variant; a kind to come is no part of it
 
-SHARED_EXPERT = "shared_mlp"  # as GraniteMoeShared calls what it adds to its experts
-
-_ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)", re.I)
-_CROSS = re.compile(r"cross|enc_?dec|encoder_att", re.I)
-_ASIDE = re.compile(r"mamba|(^|_)ssm|bottleneck|adapter", re.I)  # neither attention nor FFN
-_EXPERT = re.compile(r"expert|moe$", re.I)
-_NORM = re.compile(r"norm(\dd|gated)?$", re.I)
-_AFTER_FFN = re.compile(r"post_(feed_?forward|ffn|mlp)_(layer_?)?norm$")
-_QKV = re.compile(r"(?:^|_)w?(?:(qkv|qk|kv|q|k|v)|(q)uer(?:y|ies)|(k)eys?|(v)alues?)(?=_|$)", re.I)
-_OUTPUT = re.compile(r"(^|[._])(o|out|output)($|[._])", re.I)
-_GATE = re.compile(r"gate|position|relative|(^|[._])(pos|rel)($|[._])", re.I)
-
-Named = tuple[str, nn.Module]
-Skip = Callable[[str, nn.Module], bool]
+Named = tuple[str, nn.Module]  # a module under its full name
 Linear = tuple[str, int, int]  # name, width in, width out
 
 
@@ -98,21 +76,47 @@ def find_sites(
             "red+" for these three, the paper's enhanced variant.
         layers: keep the blocks with these indices.
 
-    Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or in doubt.
+    Raises `UserError`, which lists the blocks and linears seen, where a kind is not found or is ambiguous.
     """
     model = unwrapped(model)
     model = unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
     blocks = _edited_blocks(model)
     modules = dict(_walk("", model))
     found: dict[int, Site] = {}  # by module
-    for kind in _kinds(sites):
+    for kind in site_kinds(sites):
         of_block = {block.name: block.sites(kind) for block in blocks}
-        _check(kind, of_block, blocks, model)
-        for site in chain.from_iterable(of_block.values()):
-            found.setdefault(id(modules[site.name]), site)
+        if not any(of_block.values()):
+            raise _ambiguity_error(kind, blocks, f" in {type(model).__name__}")
+        edited = {_signature(block) for block in blocks if of_block[block.name]}
+        missed = [block for block in blocks if not of_block[block.name] and _signature(block) in edited]
+        if missed:
+            where = f" in {missed[0].name}, though in blocks that look the same"
+            raise _ambiguity_error(kind, missed, where)
+        for block in blocks:
+            for site in of_block[block.name]:
+                found.setdefault(id(modules[site.name]), site)
     order = {name: position for position, name in enumerate(modules)}
     ordered = sorted(found.values(), key=lambda site: order[site.name])
-    return ordered if layers is None else _of_layers(ordered, [layers] if isinstance(layers, int) else list(layers))
+    if layers is None:
+        return ordered
+    asked = [layers] if isinstance(layers, int) else list(layers)
+    known = sorted({site.layer for site in ordered})
+    if unknown := [layer for layer in asked if layer not in known]:
+        raise UserError(f"no block to edit has the index {unknown}; those of this model have {known}")
+    return [site for site in ordered if site.layer in asked]
+
+
+def site_kinds(sites: str | Sequence[str]) -> list[str]:
+    """The kinds of sites that `sites` of `find_sites` stands for. Raises `UserError` for unknown ones and for none."""
+    asked = {sites} if isinstance(sites, str) else set(sites)
+    choices = f"choose among {', '.join(KINDS)} and '{RED_PLUS}'"
+    if not asked:
+        raise UserError(f"sites is empty: {choices}")
+    if unknown := sorted(asked - {*KINDS, RED_PLUS}):
+        raise UserError(f"unknown sites {unknown}: {choices}")
+    if RED_PLUS in asked:
+        asked.update(RED_PLUS_KINDS)
+    return [kind for kind in KINDS if kind in asked]
 
 
 def find_blocks(model: nn.Module) -> dict[str, list[str]]:
@@ -128,22 +132,69 @@ def find_blocks(model: nn.Module) -> dict[str, list[str]]:
     return stacks
 
 
-def _kinds(sites: str | Sequence[str]) -> list[str]:
-    asked = {sites} if isinstance(sites, str) else set(sites)
-    if not asked or not asked <= {*KINDS, RED_PLUS}:
-        raise UserError(f"sites={sites!r}: choose among {', '.join(KINDS)} and '{RED_PLUS}'")
-    asked |= set(RED_PLUS_KINDS) if RED_PLUS in asked else set()
-    return [kind for kind in KINDS if kind in asked]
+# --- the blocks of a model -------------------------------------------------------------------------------------------
 
 
-def _of_layers(sites: list[Site], layers: list[int]) -> list[Site]:
-    known = sorted({site.layer for site in sites})
-    if unknown := [layer for layer in layers if layer not in known]:
-        raise UserError(f"no block to edit has the index {unknown}; those of this model have {known}")
-    return [site for site in sites if site.layer in layers]
+def _edited_blocks(model: nn.Module) -> list[_Block]:
+    """Of a model with several towers the blocks of the one that reads text (LLaVA, CLIP); both sides of an
+    encoder-decoder, and those of a lone vision or speech encoder."""
+    blocks = list(_blocks("", model, model, inside_block=False))
+    useful = [block for block in blocks if block.ffn or block.attentions]
+    text_config = type(getattr(getattr(model, "config", None), "text_config", None))
+    of_text_config = [block for block in useful if _config(block.tower) is text_config is not type(None)]
+    return of_text_config or [block for block in useful if block.reads_text] or useful or blocks
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------
+def _blocks(name: str, module: nn.Module, tower: nn.Module, inside_block: bool) -> Iterator[_Block]:
+    """The blocks below a module: the members of a `ModuleList` or `Sequential`. `inside_block`: the module is itself
+    in a block."""
+    for path, child in _children(name, module):
+        owner = child if _config(child) not in (type(None), _config(tower)) else tower
+        if inside_block and _is_attention(path, child):
+            continue
+        if _is_stack(child, inside_block):
+            yield from _members(path, child, owner)
+        else:
+            yield from _blocks(path, child, owner, inside_block)
+
+
+def _members(name: str, stack: nn.Module, tower: nn.Module) -> Iterator[_Block]:
+    """The members of a stack, or the blocks within them: a member whose own members attend is a stage of blocks (Swin)
+    or a group (ALBERT). A list of unlike parts belongs to the block around it (T5's `layer`)."""
+    for index, (path, member) in enumerate(_children(name, stack)):
+        if _is_stack(member, inside_block=True):
+            yield from _members(path, member, tower)
+            continue
+        block = _Block(path, member, index, tower)
+        inner = list(_blocks(path, member, tower, inside_block=True))
+        if inner and (any(one.attends for one in inner) or not (block.ffn or block.attentions)):
+            yield from inner
+        else:
+            yield block
+
+
+def _is_stack(module: nn.Module, inside_block: bool) -> bool:
+    """Whether this is a list of blocks: not of linears, nor, within a block, of its unlike parts."""
+    members = [child for _, child in _children("", module)] if _is_list(module) else []
+    alike = len(members) == 1 or len({type(member) for member in members}) < len(members)
+    return bool(members) and not any(map(_widths, members)) and (alike or not inside_block)
+
+
+# --- the sites of a block --------------------------------------------------------------------------------------------
+
+# Attention is known by the names of modules and classes, and so is what is neither attention nor FFN: state-space
+# mixers, MobileBERT's bottlenecks, the adapters of X-MOD's languages.
+_ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)", re.I)
+_CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_att", re.I)
+_SKIPPED = re.compile(r"mamba|(^|_)ssm|bottleneck|adapter", re.I)
+_EXPERT = re.compile(r"expert|moe$", re.I)
+_NORM = re.compile(r"norm(\dd|gated)?$", re.I)
+_NORM_AFTER_FFN = re.compile(r"post_(feed_?forward|ffn|mlp)_(layer_?)?norm$")
+_QKV = re.compile(r"(?:^|_)w?(?:(qkv|qk|kv|q|k|v)|(q)uer(?:y|ies)|(k)eys?|(v)alues?)(?=_|$)", re.I)
+_OUTPUT = re.compile(r"(^|[._])(o|out|output)($|[._])", re.I)
+_GATE = re.compile(r"gate|position|relative|(^|[._])(pos|rel)($|[._])", re.I)
+
+SHARED_EXPERT = "shared_mlp"  # GraniteMoeShared's name for what it adds to its experts
 
 
 @dataclass(eq=False)
@@ -158,8 +209,8 @@ class _Block:
     def sites(self, kind: str) -> list[Site]:
         if kind == "ffn":
             if len(self.ffn) > 1:
-                raise UserError(_doubt(kind, [self], f": {', '.join(self.ffn)} could each be it"))
-            return [Site(name, kind, self.width, self.index, self._added(name)) for name in self.ffn]
+                raise _ambiguity_error(kind, [self], f": {', '.join(self.ffn)} could each be it")
+            return [Site(name, kind, self.width, self.index, self._shared_expert(name)) for name in self.ffn]
         pick = self._output if kind == "attention" else self._query_key_value
         return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
 
@@ -179,21 +230,28 @@ class _Block:
     def attends(self) -> bool:
         return any(_is_attention(*named) for named in [(self.name, self.module), *_walk(self.name, self.module)])
 
+    @property
+    def reads_text(self) -> bool:
+        modalities = getattr(self.tower, "input_modalities", "text")
+        return getattr(self.tower, "main_input_name", None) == "input_ids" and "text" in modalities
+
     @cached_property
     def ffn(self) -> list[str]:
-        """The module whose output is the FFN's; nothing where there is none, several where it is in doubt."""
+        """The module whose output is the FFN's; none where there is no FFN, several where it is ambiguous."""
         if _is_attention(self.name, self.module):
             return []
-        parts = list(_walk(self.name, self.module, _is_attention))
-        if experts := [name for name, module in parts if _says(_EXPERT, name, module)]:
-            around = [n for n, m in parts if not _is_list(m) and all(name.startswith(f"{n}.") for name in experts)]
-            return self._with_experts(around[-1] if around else experts[0], parts)
-        linears = _linears(self.name, self.module, _is_no_ffn)
+        outside_attention = list(_walk(self.name, self.module, _is_attention))
+        experts = [name for name, module in outside_attention if _matches(_EXPERT, name, module)]
+        if experts:
+            return self._with_experts(experts, outside_attention)
+        linears = _linears(self.name, self.module, lambda *named: _is_attention(*named) or _skip(*named))
         ways_back = _ways_back(linears, self.width)
+        # The FFN makes the widest detour: MobileBERT and Gemma 3n have narrower ones beside it.
         inner = max((start for _, start in ways_back), default=0)
         back = [name for name, start in ways_back if start == inner]
-        # A prediction head is a small MLP with neither attention nor norm; XLM keeps its FFNs apart from these too.
-        if inner <= self.width and not self.attends and not any(_says(_NORM, *part) for part in parts):
+        # A prediction head is a small MLP with neither attention nor norm. XLM keeps its FFNs apart from both too.
+        has_norm = any(_matches(_NORM, *named) for named in outside_attention)
+        if inner <= self.width and not self.attends and not has_norm:
             return []
         if inner == self.width:
             return back[-1:]  # up and down look alike
@@ -201,116 +259,138 @@ class _Block:
         beside = {_parent(name) for name, *widths in linears if widths == [self.width, self.width]}
         if 2 * inner != self.width and any(_parent(name) in beside for name in back):
             return []
+        # Conformers have half an FFN before attention and half an FFN after it: the second is the site.
         return back[-1:] if self._attention_between(back[-2:]) else back
 
-    def _with_experts(self, experts: str, parts: list[Named]) -> list[str]:
-        """The site of a block with experts, whose sum is the output of the module `experts`."""
-        siblings = [named for named in parts if _parent(named[0]) == _parent(experts) and named[0] != experts]
-        each = [one for named in siblings for one in (_children(*named) if _is_list(named[1]) else [named])]
-        others = [named for named in each if not (_says(_NORM, *named) or _says(_ASIDE, *named))]
+    def _with_experts(self, experts: list[str], parts: list[Named]) -> list[str]:
+        """The site of a block with experts: the smallest module that holds them all."""
+        around = [n for n, m in parts if not _is_list(m) and all(name.startswith(f"{n}.") for name in experts)]
+        site = around[-1] if around else experts[0]
+        siblings = [named for named in parts if _parent(named[0]) == _parent(site) and named[0] != site]
+        others = [named for named in _flat(siblings) if not (_matches(_NORM, *named) or _matches(_SKIPPED, *named))]
         dense = [named[0] for named in others if _ways_back(_linears(*named), self.width)]
-        if not dense or _last(dense[0]) == shared_expert(dict(parts)[experts], siblings):
-            return [experts]
-        # Gemma 4 norms the sum of its experts and its dense FFN. LongCat-Flash adds its experts later than the FFN
-        # beside them, behind one more attention: nowhere is their sum.
-        return [name for name, _ in siblings if _AFTER_FFN.search(name)] or [experts, *dense]
+        if not dense or _last(dense[0]) == shared_expert(dict(parts)[site], siblings):
+            return [site]
+        # Gemma 4 norms the sum of its experts and its dense FFN: the norm's output is the site. LongCat-Flash adds its
+        # experts later than the FFN beside them, behind one more attention: their sum is nowhere.
+        return [name for name, _ in siblings if _NORM_AFTER_FFN.search(name)] or [site, *dense]
 
-    def _added(self, site: str) -> str | None:
+    def _shared_expert(self, site: str) -> str | None:
+        """The full name of the shared expert whose output this block adds to that of `site` (GraniteMoeShared)."""
         modules = {self.name: self.module, **dict(_walk(self.name, self.module))}
-        added = shared_expert(modules[site], _children("", modules[_parent(site)]))
-        return added and f"{_parent(site)}.{added}"
+        name = shared_expert(modules[site], _children("", modules[_parent(site)]))
+        return name and f"{_parent(site)}.{name}"
 
     def _attention_between(self, names: list[str]) -> bool:
-        """Whether attention is declared between two modules, as it is between the halves of a conformer's FFN."""
+        """Whether attention is declared between two modules."""
         order = [(name in names, _is_attention(name, module)) for name, module in _walk(self.name, self.module)]
         here = [position for position, (is_one, _) in enumerate(order) if is_one]
         return len(here) == 2 and any(attends for _, attends in order[here[0] : here[1]])
 
     @cached_property
     def attentions(self) -> list[Named]:
-        """The self-attentions in the block; the block itself where a model keeps its attentions in a list (XLM)."""
-        within = [(self.name, self.module), *_walk(self.name, self.module, _is_aside)]
+        """The self-attentions in the block, or the block itself: XLM keeps its attentions in a list of their own."""
+        within = [(self.name, self.module), *_walk(self.name, self.module, _skip)]
         found = [named for named in within if _is_attention(*named)]
         topmost = [named for named in found if not any(named[0].startswith(f"{outer}.") for outer, _ in found)]
-        each = [one for named in topmost for one in (_children(*named) if _is_list(named[1]) else [named])]
-        own = [named for named in each if not _says(_CROSS, *named) and _linears(*named)]
-        return [named for named in own if not any(_reads_weights(type(part)) for part in named[1].modules())]  # type: ignore
+        own = [named for named in _flat(topmost) if not _matches(_CROSS_ATTENTION, *named) and _linears(*named)]
+        return [(name, module) for name, module in own if not any(map(_bypasses_forward, map(type, module.modules())))]
 
     def _output(self, name: str, attention: nn.Module) -> list[Linear]:
-        back = [linear for linear, letters in _lettered(name, attention) if not letters and linear[2] == self.width]
+        """The output projection: by its name where several linears lead back to the width."""
+        back = [linear for linear, letters in _label_qkv(name, attention) if not letters and linear[2] == self.width]
         if not back:
-            raise UserError(_doubt("attention", [self]))
+            raise _ambiguity_error("attention", [self])
         return ([linear for linear in back if _OUTPUT.search(linear[0][len(name) :])] or back)[-1:]
 
     def _query_key_value(self, name: str, attention: nn.Module) -> list[Linear]:
-        linears = _lettered(name, attention)
-        if sorted("".join(letters for _, letters in linears)) == ["k", "q", "v"]:
-            return [linear for linear, letters in linears if letters]
+        labelled = _label_qkv(name, attention)
+        if sorted("".join(letters for _, letters in labelled)) == ["k", "q", "v"]:
+            return [linear for linear, letters in labelled if letters]
         output = self._output(name, attention)
-        fused = [linear for linear, _ in linears if linear not in output]
+        fused = [linear for linear, _ in labelled if linear not in output]
         if len(fused) != 1:
-            raise UserError(_doubt("qkv", [self]))
+            raise _ambiguity_error("qkv", [self])
         return fused
 
 
-def _blocks(name: str, module: nn.Module, tower: nn.Module, nested: bool) -> Iterator[_Block]:
-    """The blocks below a module; `nested`: which is itself within a member of a list."""
-    for path, child in _children(name, module):
-        owner = child if _config(child) not in (type(None), _config(tower)) else tower
-        if nested and _is_attention(path, child):
-            continue
-        yield from _members(path, child, owner) if _is_stack(child, nested) else _blocks(path, child, owner, nested)
+def _ways_back(linears: list[Linear], width: int) -> list[tuple[str, int]]:
+    """The linears that end a detour from `width` to another width and back: their names, and that width. The way there
+    may be twice as wide: gate and up fused (Phi-3)."""
+    shapes = Counter((start, end) for _, start, end in linears)
+    back = []
+    for name, start, end in linears:
+        others = shapes - Counter([(start, end)])
+        if end == width and (others[width, start] or others[width, 2 * start]):
+            back.append((name, start))
+    return back
 
 
-def _members(name: str, stack: nn.Module, tower: nn.Module) -> Iterator[_Block]:
-    for index, member in enumerate(_children(name, stack)):
-        if _is_stack(member[1], nested=True):
-            yield from _members(*member, tower)
-            continue
-        block, inner = _Block(*member, index, tower), list(_blocks(*member, tower, nested=True))
-        is_stage = any(one.attends for one in inner) or not (block.ffn or block.attentions)
-        yield from inner if inner and is_stage else [block]
+def _label_qkv(name: str, attention: nn.Module) -> list[tuple[Linear, str]]:
+    """The linears of an attention that are no gates or positions, with "q", "k", "v" by their names ("" for none)."""
+    labelled = []
+    for linear in _linears(name, attention):
+        inside = linear[0][len(name) :]
+        if not _GATE.search(inside):
+            letters = ("".join("".join(found) for found in _QKV.findall(part)) for part in reversed(inside.split(".")))
+            labelled.append((linear, next(filter(None, letters), "").lower()))
+    return labelled
 
 
-def _edited_blocks(model: nn.Module) -> list[_Block]:
-    return _of_the_language_model(list(_blocks("", model, tower=model, nested=False)), model)
+@cache
+def _bypasses_forward(kind: type) -> bool:
+    """Whether an attention gives its projections' weights to torch's own function, and never calls the projections
+    (WavLM, `nn.MultiheadAttention`): an edit of their outputs would do nothing."""
+    codes = (getattr(function, "__code__", None) for base in kind.__mro__ for function in vars(base).values())
+    return any("multi_head_attention_forward" in code.co_names for code in codes if code)
 
 
-def _of_the_language_model(blocks: list[_Block], model: nn.Module) -> list[_Block]:
-    text_config = type(getattr(getattr(model, "config", None), "text_config", None))
-    useful = [block for block in blocks if block.ffn or block.attentions]
-    of_text_config = [block for block in useful if _config(block.tower) is text_config is not type(None)]
-    return of_text_config or [block for block in useful if _reads_text(block.tower)] or useful or blocks
+def shared_expert(experts: nn.Module, siblings: Iterable[Named]) -> str | None:
+    """The one of the modules beside `experts` whose output their block adds to theirs, by the last part of its name.
+    None for a module that holds no experts or sums them all itself."""
+    if not any(_matches(_EXPERT, *child) for child in _children("", experts)):
+        return None
+    shared = (_last(name) for name, module in siblings if _last(name) == SHARED_EXPERT and _linears("", module))
+    return next(shared, None)
 
 
-def _reads_text(tower: nn.Module) -> bool:
-    modalities = getattr(tower, "input_modalities", "text")
-    return getattr(tower, "main_input_name", None) == "input_ids" and "text" in modalities
+def _matches(pattern: re.Pattern, name: str, module: nn.Module) -> bool:
+    """Whether the last part of a module's name, or the name of its class, matches."""
+    return bool(pattern.search(_last(name)) or pattern.search(type(module).__name__))
 
 
-# --- doubts ----------------------------------------------------------------------------------------------------------
+def _is_attention(name: str, module: nn.Module) -> bool:
+    """By its name; or by its class, unless that is named after an attention within (`PixtralAttentionLayer`)."""
+    if _NORM.search(type(module).__name__) or not _matches(_ATTENTION, name, module):
+        return False
+    by_name = _ATTENTION.search(_last(name))
+    return bool(by_name) or not any(_matches(_ATTENTION, *child) for child in _children(name, module))
 
 
-def _check(kind: str, of_block: dict[str, list[Site]], blocks: list[_Block], model: nn.Module) -> None:
-    if not any(of_block.values()):
-        raise UserError(_doubt(kind, blocks, f" in {type(model).__name__}"))
-    edited = {_looks(block) for block in blocks if of_block[block.name]}
-    if odd := [block for block in blocks if not of_block[block.name] and _looks(block) in edited]:
-        raise UserError(_doubt(kind, odd, f" in {odd[0].name}, though in blocks that look the same"))
+def _skip(name: str, module: nn.Module) -> bool:
+    """Whether a part of a block is neither attention nor FFN: by its name, or as a stack of blocks of its own."""
+    return not _is_attention(name, module) and (
+        _matches(_SKIPPED, name, module) or _is_stack(module, inside_block=True)
+    )
 
 
-def _looks(block: _Block) -> tuple:
+# --- ambiguity -------------------------------------------------------------------------------------------------------
+
+
+def _signature(block: _Block) -> tuple:
+    """Equal for blocks of the same modules."""
     return tuple((name[len(block.name) :], type(module)) for name, module in _walk(block.name, block.module))
 
 
-def _doubt(kind: str, blocks: list[_Block], where: str = "") -> str:
+def _ambiguity_error(kind: str, blocks: list[_Block], where: str = "") -> UserError:
+    """The error that lists what was seen: one block of each class, those with linears first."""
     what = {"ffn": "the FFN's output", "attention": "attention's output projection", "qkv": "query, key and value"}
-    seen: dict[str, str] = {}  # one block of each class, those with linears first
+    seen: dict[str, str] = {}
     for block in sorted(blocks, key=lambda block: not _linears(block.name, block.module)):
         shapes = [f"{n[len(block.name) + 1 :]} {a}->{b}" for n, a, b in _linears(block.name, block.module)]
         seen.setdefault(type(block.module).__name__, ", ".join(shapes[:16]) or "no linears")
     listed = "; ".join(f"{name} ({shapes})" for name, shapes in list(seen.items())[:4]) or "none"
-    return (
+    return UserError(
         f"cannot tell {what[kind]}{where}. Blocks seen: {listed}. Name the modules to edit by target_modules instead"
     )
 
@@ -328,28 +408,17 @@ def _children(name: str, module: nn.Module) -> Iterator[Named]:
             yield f"{name}.{key}" if name else key, child
 
 
-def _walk(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> Iterator[Named]:
+def _walk(name: str, module: nn.Module, skip: Callable[[str, nn.Module], bool] | None = None) -> Iterator[Named]:
     """All modules below, in order, but for those within linears and those to skip."""
     for path, child in _children(name, module):
-        if not skip(path, child):
+        if skip is None or not skip(path, child):
             yield path, child
             if not _widths(child):
                 yield from _walk(path, child, skip)
 
 
-def _linears(name: str, module: nn.Module, skip: Skip = lambda *named: False) -> list[Linear]:
+def _linears(name: str, module: nn.Module, skip: Callable[[str, nn.Module], bool] | None = None) -> list[Linear]:
     return [(path, *widths) for path, child in _walk(name, module, skip) if (widths := _widths(child))]
-
-
-def _lettered(name: str, attention: nn.Module) -> list[tuple[Linear, str]]:
-    """The linears of an attention that are no gates or positions, with "q", "k", "v" by their names ("" for none)."""
-    found = []
-    for linear in _linears(name, attention):
-        inside = linear[0][len(name) :]
-        if not _GATE.search(inside):
-            letters = ("".join(chain.from_iterable(_QKV.findall(part))) for part in reversed(inside.split(".")))
-            found.append((linear, next(filter(None, letters), "").lower()))
-    return found
 
 
 def _widths(module: nn.Module) -> tuple[int, int] | None:
@@ -360,33 +429,13 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     return (start, end) if isinstance(start, int) and isinstance(end, int) else None
 
 
-@cache
-def _reads_weights(kind: type) -> bool:
-    """Whether an attention gives its projections' weights to torch's own function, and never calls the projections
-    (WavLM, `nn.MultiheadAttention`): an edit of their outputs would do nothing."""
-    codes = (getattr(function, "__code__", None) for base in kind.__mro__ for function in vars(base).values())
-    return any("multi_head_attention_forward" in code.co_names for code in codes if code)
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def _ways_back(linears: list[Linear], width: int) -> list[tuple[str, int]]:
-    """The linears that end a detour from `width` to another width, or to twice that (gate and up fused), and back:
-    their names, and that width."""
-    shapes = Counter((start, end) for _, start, end in linears)
-
-    def leads_back(inner: int, end: int) -> bool:
-        others = shapes - Counter([(inner, end)])
-        return end == width and bool(others[end, inner] or others[end, 2 * inner])
-
-    return [(name, start) for name, start, end in linears if leads_back(start, end)]
-
-
-def shared_expert(experts: nn.Module, siblings: Iterable[Named]) -> str | None:
-    """The one of the modules beside `experts` whose output their block adds to theirs, by the last part of its name:
-    GraniteMoeShared's `shared_mlp`. None for a module that holds no experts or sums them all itself."""
-    if not any(_says(_EXPERT, *child) for child in _children("", experts)):
-        return None
-    shared = (_last(name) for name, module in siblings if _last(name) == SHARED_EXPERT and _linears("", module))
-    return next(shared, None)
+def _flat(modules: list[Named]) -> list[Named]:
+    """With the members of lists in place of the lists."""
+    return [one for named in modules for one in (_children(*named) if _is_list(named[1]) else [named])]
 
 
 def _config(module: nn.Module) -> type:
@@ -399,34 +448,3 @@ def _parent(name: str) -> str:
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2]
-
-
-def _says(pattern: re.Pattern, name: str, module: nn.Module) -> bool:
-    return bool(pattern.search(_last(name)) or pattern.search(type(module).__name__))
-
-
-def _is_attention(name: str, module: nn.Module) -> bool:
-    """By its name; or by its class, unless that is named after an attention within (`PixtralAttentionLayer`)."""
-    if _NORM.search(type(module).__name__) or not _says(_ATTENTION, name, module):
-        return False
-    by_name = _ATTENTION.search(_last(name))
-    return bool(by_name) or not any(_says(_ATTENTION, *child) for child in _children(name, module))
-
-
-def _is_aside(name: str, module: nn.Module) -> bool:
-    return not _is_attention(name, module) and (_says(_ASIDE, name, module) or _is_stack(module, nested=True))
-
-
-def _is_no_ffn(name: str, module: nn.Module) -> bool:
-    return _is_attention(name, module) or _is_aside(name, module)
-
-
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.Sequential))
-
-
-def _is_stack(module: nn.Module, nested: bool) -> bool:
-    """Whether this is a list of blocks: not of linears, nor, within a block, of its unlike parts."""
-    members = [child for _, child in _children("", module)] if _is_list(module) else []
-    alike = len(members) == 1 or len({type(member) for member in members}) < len(members)
-    return bool(members) and not any(map(_widths, members)) and (alike or not nested)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -26,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, first_line, some
-from redpeft.models import example_inputs
+from redpeft.models import example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.layer import RedLayer
 
@@ -43,56 +42,58 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any] | None = None) -> dict[
     the same on all. Raises `UserError` where there is no edit, no way to make up inputs, or a site that the batch does
     not reach.
     """
-    model = _unwrapped(model)
-    layers = [module for module in model.modules() if isinstance(module, RedLayer)]
+    while isinstance(model := unwrapped(model), (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module  # or the forward pass would be a collective one
+    layers = _layers(model)
     if not layers:
         raise UserError("the model has no RED adapter: nothing to calibrate")
     base = next((m for m in model.modules() if "peft_config" in vars(m) and not isinstance(m, BaseTuner)), model)
-    pending = [layer for layer in layers if _pending(layer)]
+    pending = [layer for layer in layers if _pending_edits(layer)]
     if pending:
         if batch is not None:
-            sizes = _sizes(base, pending, partial(model, **batch), _masks(batch))
+            sizes = _measure(base, pending, partial(model, **batch), _masks(batch))
         else:
             try:
-                sizes = _sizes(base, pending, partial(_run_made_up, base, pending, model))
-            except Exception as error:
-                raise UserError(
-                    f"cannot make up inputs for {type(base).__name__} ({first_line(error)}): pass a batch to "
-                    "calibrate(model, batch)"
-                ) from error
+                sizes = _measure_on_example(base, pending, model)
+            except UserError as error:
+                raise UserError(f"{error}: pass a batch to calibrate(model, batch)") from error
         if missed := [layer.site for layer in pending if not sizes[layer]]:
             raise UserError(f"the batch does not reach {len(missed)} sites ({some(missed)}): pass another batch")
         _set_units(base, pending, sizes)
     return {layer.site: float(edit.unit) for layer in layers for edit in layer.active_edits}
 
 
+def add_hook(base: nn.Module) -> None:
+    """Have the units of a base model's adapters measured in the first training forward."""
+    if measure_before_training not in base._forward_pre_hooks.values():
+        base.register_forward_pre_hook(measure_before_training, with_kwargs=True)
+
+
 @torch.compiler.disable
 def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A hook before the forward passes of a base model with RED, which removes itself when nothing is left to measure.
 
-    Raises `UserError`, which names `calibrate`, where inputs cannot be made up and several processes train: each has a
-    batch of its own. One process then measures on its batch.
+    Where inputs cannot be made up, one process measures on its batch. Of several each has a batch of its own: that
+    raises `UserError`, which names `calibrate`.
     """
-    if not base.training:
+    layers = _layers(base)
+    if not base.training or any(edit.unit.is_meta for layer in layers for edit in layer.edits):
         return
-    layers = [module for module in base.modules() if isinstance(module, RedLayer)]
-    if any(edit.unit.is_meta for layer in layers for edit in layer.edits):
-        return
-    pending = [layer for layer in layers if _pending(layer, of_trained=True)]
+    pending = [layer for layer in layers if _pending_edits(layer, trained=True)]
     if pending:
         if getattr(base, "_is_replica", False):
             raise UserError(
                 "nn.DataParallel trains copies of the model: call redpeft.calibrate(model) before training"
             )
         try:
-            sizes = _sizes(base, pending, partial(_run_made_up, base, pending, base))
-        except Exception as error:
+            sizes = _measure_on_example(base, pending, base)
+        except UserError as error:
             if _several_processes():
                 raise UserError(
-                    f"cannot make up inputs for {type(base).__name__} ({first_line(error)}) to measure the units of "
-                    "biases: call redpeft.calibrate(model, batch) before training, with one batch on all processes"
+                    f"{error} to measure the units of biases: call redpeft.calibrate(model, batch) before training, "
+                    "with one batch on all processes"
                 ) from error
-            sizes = _sizes(base, pending, partial(base.forward, *args, **kwargs), _masks(kwargs))
+            sizes = _measure(base, pending, partial(base.forward, *args, **kwargs), _masks(kwargs))
         if missed := [layer.site for layer in pending if not sizes[layer]]:
             if len(missed) == len(pending):
                 raise UserError(f"no forward pass reaches {some(missed)}: an edit there would do nothing")
@@ -101,21 +102,11 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
                 "unit of the other sites there",
                 stacklevel=2,
             )
-        _set_units(base, pending, sizes, of_trained=True)
-    if not any(edit.is_to_begin for layer in layers for edit in layer.edits):
-        _remove_hook(base)
-
-
-def hook_on(base: nn.Module) -> None:
-    """Have the units of a base model's adapters measured in the first training forward."""
-    if measure_before_training not in base._forward_pre_hooks.values():
-        base.register_forward_pre_hook(measure_before_training, with_kwargs=True)
-
-
-def _remove_hook(base: nn.Module) -> None:
-    # Found by itself and not by a handle, which copies of a model do not have.
-    for key in [key for key, hook in base._forward_pre_hooks.items() if hook is measure_before_training]:
-        del base._forward_pre_hooks[key], base._forward_pre_hooks_with_kwargs[key]
+        _set_units(base, pending, sizes, trained=True)
+    if not any(edit.express_pending for layer in layers for edit in layer.edits):
+        # Found by itself and not by a handle, which copies of a model do not have.
+        for key in [key for key, hook in base._forward_pre_hooks.items() if hook is measure_before_training]:
+            del base._forward_pre_hooks[key], base._forward_pre_hooks_with_kwargs[key]
 
 
 @torch.no_grad()
@@ -153,64 +144,82 @@ def typical_size(hidden: torch.Tensor, site: str, real: torch.Tensor | None = No
 Sizes = dict[RedLayer, list[float]]  # of each of the site's outputs in a forward pass
 
 
-def _pending(layer: RedLayer, of_trained: bool = False) -> list[Edit]:
-    """The active edits of a site that are yet to begin; `of_trained`: of those that are trained."""
-    return [edit for edit in layer.active_edits if edit.is_to_begin and (edit.trainable or not of_trained)]
+def _measure_on_example(base: nn.Module, layers: Sequence[RedLayer], model: nn.Module) -> Sizes:
+    """The typical sizes on example inputs. `model` is the one to call where FSDP has spread the weights. Raises
+    `UserError`, the beginning of a sentence, where there are no such inputs or the model does not take them."""
+    module: nn.Module = base
+    if isinstance(base, PreTrainedModel) and set(layers) <= set(base.base_model.modules()):
+        module = base.base_model  # without a head, which may ask for more than inputs
+    sharded = model is not base and any(hasattr(weight, "placements") for weight in base.parameters())
+    # In a hook before the forward of `base`, to call it would be to compile it.
+    run: Callable[..., Any] = model if sharded else base.forward if module is base else module
+    try:
+        inputs = example_inputs(base, layers[0].device_of_base)
+        if "use_cache" in inspect.signature(module.forward).parameters:
+            inputs["use_cache"] = False
+        return _measure(base, layers, partial(run, **inputs))
+    except Exception as error:
+        raise UserError(f"cannot make up inputs for {type(base).__name__} ({first_line(error)})") from error
 
 
-def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, of_trained: bool = False) -> None:
+def _measure(
+    base: nn.Module, layers: Sequence[RedLayer], run: Callable[[], Any], masks: Sequence[torch.Tensor] = ()
+) -> Sizes:
+    """The typical sizes of the base layers' outputs in one forward pass, without edits and in evaluation mode. Modes
+    and random numbers are afterwards as they were."""
+    sizes: Sizes = {layer: [] for layer in layers}
+    first_part: dict[RedLayer, torch.Tensor] = {}  # of a sum of two outputs
+
+    def watch(layer: RedLayer, _module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if layer.added is not None and layer not in first_part:
+            first_part[layer] = hidden
+            return
+        if layer in first_part:
+            hidden = hidden + first_part.pop(layer).view_as(hidden)
+        real = next((mask for mask in masks if mask.numel() == hidden[..., 0].numel()), None)
+        if not hidden.is_meta and (size := typical_size(hidden, layer.site, real)) is not None:
+            sizes[layer].append(size.item())
+
+    every = _layers(base)
+    disabled = [layer.disable_adapters for layer in every]
+    parts = [(layer, module) for layer in layers for module in (layer, layer.added) if module is not None]
+    handles = [module.register_forward_hook(partial(watch, layer)) for layer, module in parts]
+    with keep_modes_and_rng(base), torch.no_grad():
+        try:
+            for layer in every:
+                layer._disable_adapters = True
+            base.eval()
+            run()
+        finally:
+            for layer, was_disabled in zip(every, disabled, strict=True):
+                layer._disable_adapters = was_disabled
+            for handle in handles:
+                handle.remove()
+    return sizes
+
+
+def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, trained: bool = False) -> None:
     """Where learning begins: biases are counted in the measured units, and the scales of adapters that were
     trained elsewhere from 1."""
     typical = median(size for layer in layers for size in sizes[layer])
     for layer in layers:
         unit = median(sizes[layer] or [typical])
-        for edit in _pending(layer, of_trained):
-            edit.express(unit if edit.unit_pending else float(edit.unit), 1.0 if edit.from_elsewhere else None)
+        for edit in _pending_edits(layer, trained):
+            edit.express(unit if edit.unit_pending else float(edit.unit))
     for name, config in getattr(base, "peft_config", {}).items():
         edits = [layer.redpeft_edit[name] for layer in layers if name in layer.redpeft_edit]
-        if any(edit.auto_unit and not edit.is_to_begin for edit in edits):
+        if any(edit.auto_unit and not edit.express_pending for edit in edits):
             config.resolve(unit_measured=True, scale_origin=abs(edits[0].origin))
 
 
-def _sizes(
-    base: nn.Module, layers: Sequence[RedLayer], run: Callable[[], Any], masks: Sequence[torch.Tensor] = ()
-) -> Sizes:
-    """The typical sizes of the base layers' outputs in one forward pass, which nothing else sees anything of."""
-    found: Sizes = {layer: [] for layer in layers}
-
-    def watch(layer: RedLayer, hidden: torch.Tensor) -> None:
-        real = next((mask for mask in masks if mask.numel() == hidden[..., 0].numel()), None)
-        if not hidden.is_meta and (size := typical_size(hidden, layer.site, real)) is not None:
-            found[layer].append(size.item())
-
-    with keep_modes_and_rng(base), torch.no_grad():
-        base.eval()  # without dropout
-        watched = [module for module in base.modules() if isinstance(module, RedLayer)]
-        try:
-            for layer in watched:
-                layer.watch = watch if layer in found else _pass_by
-            run()
-        finally:
-            for layer in watched:
-                layer.watch = None
-    return found
+def _layers(model: nn.Module) -> list[RedLayer]:
+    return [module for module in model.modules() if isinstance(module, RedLayer)]
 
 
-def _pass_by(layer: RedLayer, hidden: torch.Tensor) -> None:
-    """Of a site that is not measured, which leaves its output unedited all the same."""
-
-
-@contextmanager
-def keep_modes_and_rng(model: nn.Module) -> Iterator[None]:
-    """For a forward pass that is only a measurement: modes and random numbers are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+def _pending_edits(layer: RedLayer, trained: bool = False) -> list[Edit]:
+    """The active edits of a site that are yet to begin; `trained`: of those that are trained."""
+    return [edit for edit in layer.active_edits if edit.express_pending and (edit.trainable or not trained)]
 
 
 def _masks(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
@@ -218,37 +227,6 @@ def _masks(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     return [mask for mask in masks if torch.is_tensor(mask) and mask.dim() == 2]
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Without what would make the forward pass a collective one, or compile it."""
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 def _several_processes() -> bool:
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-
-
-# --- inputs that are made up -----------------------------------------------------------------------------------------
-
-
-def _run_made_up(base: nn.Module, layers: Sequence[RedLayer], model: nn.Module) -> None:
-    """One forward pass of random inputs, of the model without its head where that holds all the layers. `model` is the
-    one to call where FSDP has spread the weights."""
-    inputs = example_inputs(base, layers[0].device_of_base)
-    module: nn.Module = base
-    if isinstance(base, PreTrainedModel) and set(layers) <= set(base.base_model.modules()):
-        module = base.base_model
-    if "use_cache" in inspect.signature(module.forward).parameters:
-        inputs["use_cache"] = False
-    if model is not base and any(hasattr(weight, "placements") for weight in base.parameters()):
-        model(**inputs)
-    elif module is base:
-        base.forward(**inputs)  # in a hook before its forward
-    else:
-        module(**inputs)
