@@ -477,6 +477,60 @@ def _in_place(module: nn.Module) -> nn.Module:
     return inner
 
 
+# --- modules --------------------------------------------------------------------------------------------------------
+
+
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """What a linear of any maker reads and writes; None for any other module."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.nf
+    start, end = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (start, end) if isinstance(start, int) and isinstance(end, int) else None
+
+
+def output_width(module: nn.Module, model: nn.Module) -> int:
+    """The last dimension of a module's output: a linear layer says it, any other has the model's hidden width.
+
+    Raises `UserError` where neither is known.
+    """
+    if widths := linear_widths(module):
+        return widths[1]
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        raise UserError(f"cannot tell the width of {type(module).__name__}'s output: it has no out_features")
+    return width
+
+
+def device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a module computes, and in what: the device of its tensors, or the one to which accelerate brings them if
+    they are offloaded; the dtype of the first floating tensor. None for a module without tensors."""
+    tensors = [*module.parameters(), *module.buffers()]
+    tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), next(iter(tensors), None))
+    if tensor is None:
+        return None, None
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+    offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
+    return torch.device(offloaded.execution_device) if offloaded else tensor.device, tensor.dtype
+
+
+_FAST_PATH = {  # what turns it off
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def allow_fast_path(model: nn.Module, allowed: bool) -> None:
+    """Whether torch's own encoder may run its fused kernel in evaluation, as it does by itself. The kernel reads the
+    weights of the linears and never calls them, so that no edit of their outputs would act."""
+    for module in model.modules():
+        for kind, (name, off) in _FAST_PATH.items():
+            if isinstance(module, kind):
+                kept = vars(module).setdefault(f"_redpeft_{name}", getattr(module, name, off))
+                setattr(module, name, kept if allowed else off)
+
+
 # --- forward passes that measure ------------------------------------------------------------------------------------
 
 

@@ -23,11 +23,10 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from redpeft.errors import UserError, some
-from redpeft.models import compile_in_place, fingerprint, fingerprint_difference, plain_name
+from redpeft.models import compile_in_place, fingerprint, fingerprint_difference, output_width, plain_name
 from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, new_folder
 from redpeft.tuner.config import FORMAT, check_format
 from redpeft.tuner.edit import ORIGINS, effective_edit, name_of_scale
-from redpeft.tuner.layer import output_width
 
 PREFIX = "base_model.model."
 EDIT = ".redpeft_edit."

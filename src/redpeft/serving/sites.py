@@ -12,8 +12,7 @@ from collections.abc import Collection, Sequence
 from transformers import PretrainedConfig, PreTrainedModel
 
 from redpeft.errors import UserError, first_line
-from redpeft.models import checkpoint_class, on_meta
-from redpeft.tuner.layer import output_width
+from redpeft.models import checkpoint_class, on_meta, output_width
 from redpeft.tuner.sites import find_sites
 
 

@@ -21,24 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
-from redpeft.models import FLOATS
+from redpeft.models import FLOATS, device_and_dtype
 from redpeft.tuner.compose import Combination
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.edit import Edit, fold_edit
 from redpeft.tuner.mixed import EditTable, RowIndex
-
-
-def output_width(module: nn.Module, model: nn.Module) -> int:
-    """The last dimension of a module's output: a linear layer says it, any other has the model's hidden width."""
-    for name in ("out_features", "nf"):
-        if isinstance(width := getattr(module, name, None), int):
-            return width
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", None)
-    if not isinstance(width, int):
-        raise UserError(f"cannot tell the width of {type(module).__name__}'s output: it has no out_features")
-    return width
 
 
 class RedLayer(nn.Module, BaseTunerLayer):
@@ -70,15 +57,15 @@ class RedLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: RedConfig) -> None:
         """Add an adapter's edit, on the base layer's device. Its unit is a sibling's, if that has been measured: the
         unit describes the base layer's output, and TRL's reference adapter gets copies of the parameters alone."""
-        tensor = self._base_tensor()
+        device, dtype = device_and_dtype(self.get_base_layer())
         edit = Edit(
             self.width,
             unit=config.unit,
             origin=config.scale_origin,
             use_scale=config.use_scale,
             use_bias=config.use_bias,
-            dtype=torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32,
-            device=self.device_of_base,
+            dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+            device=device,
         )
         measured = next((e for e in self.edits if e.auto_unit and not e.unit_pending), None)
         if edit.unit_pending and measured is not None and not edit.bias.is_meta:
@@ -88,28 +75,11 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.redpeft_edit[adapter_name] = edit
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _base_tensor(self) -> torch.Tensor | None:
-        """A tensor of the base layer that tells its device and floating dtype."""
-        tensors = [*self.get_base_layer().parameters(), *self.get_base_layer().buffers()]
-        return next((tensor for tensor in tensors if tensor.is_floating_point()), next(iter(tensors), None))
-
-    @property
-    def device_of_base(self) -> torch.device | None:
-        """Where the base layer computes: where its tensors are, or where accelerate brings them if offloaded."""
-        hooks = (getattr(module, "_hf_hook", None) for module in self.get_base_layer().modules())
-        offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
-        if offloaded is not None:
-            return torch.device(offloaded.execution_device)
-        tensor = self._base_tensor()
-        return None if tensor is None else tensor.device
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own looks for `weight`, which a mixture-of-experts block has not, and casts to the base's dtype.
-        device = device or self.device_of_base
-        if adapter_name in self.redpeft_edit and device is not None:
-            edit = self.redpeft_edit[adapter_name]
-            if not edit.bias.is_meta:
-                edit.to(device)
+        device = device or device_and_dtype(self.get_base_layer())[0]
+        if adapter_name in self.redpeft_edit and not self.redpeft_edit[adapter_name].bias.is_meta:
+            self.redpeft_edit[adapter_name].to(device)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """PEFT's name for an adapter's strength: 0 is the identity, 1 the edit as it was learned. Nothing stored

@@ -22,17 +22,19 @@ from transformers import PreTrainedModel
 from redpeft.errors import UserError, some
 from redpeft.models import (
     add_biases,
+    allow_fast_path,
     compile_in_place,
     fingerprint,
     fingerprint_difference,
     leave_unpacked,
+    output_width,
     plain_name,
     unwrapped,
 )
 from redpeft.tuner.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.tuner.config import FORMAT, RedConfig
 from redpeft.tuner.edit import ORIGINS
-from redpeft.tuner.layer import RedLayer, output_width
+from redpeft.tuner.layer import RedLayer
 from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.tuner.rates import watch_rate
 from redpeft.tuner.register import PREFIX
@@ -89,7 +91,7 @@ class RedModel(BaseTuner):
                 watch_rate(edit)
         # Full names, also where PEFT was given endings: loading goes by these.
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
-        _let_skip_calls(model, False)
+        allow_fast_path(model, False)
         self._check_base(model, config, adapter_name)
 
     def _check_base(self, model: nn.Module, config: RedConfig, adapter_name: str) -> None:
@@ -186,7 +188,7 @@ class RedModel(BaseTuner):
                     setattr(owner, name, new_module)
         if isinstance(child, RedLayer):  # this is unloading
             child.release()
-            _let_skip_calls(self.model, True)
+            allow_fast_path(self.model, True)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
@@ -473,19 +475,3 @@ def _check_plain(model: nn.Module) -> None:
 
 def red_layers(model: nn.Module) -> dict[str, RedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}
-
-
-_SKIPS = {
-    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
-    nn.TransformerEncoder: ("use_nested_tensor", False),
-}
-
-
-def _let_skip_calls(model: nn.Module, may: bool) -> None:
-    """Whether torch's own encoder may run its fused kernel in evaluation, as it does by itself. The kernel reads the
-    weights of the linears and never calls them, so that no edit of their outputs would act."""
-    for module in model.modules():
-        for kind, (name, off) in _SKIPS.items():
-            if isinstance(module, kind):
-                kept = vars(module).setdefault(f"_redpeft_{name}", getattr(module, name, off))
-                setattr(module, name, kept if may else off)

@@ -30,10 +30,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from redpeft.errors import UserError
-from redpeft.models import unwrapped
+from redpeft.models import linear_widths, unwrapped
 
 KINDS = ("ffn", "attention", "qkv")
 RED_PLUS = "red+"
@@ -177,7 +176,7 @@ def _is_stack(module: nn.Module, inside_block: bool) -> bool:
     """Whether this is a list of blocks: not of linears, nor, within a block, of its unlike parts."""
     members = [child for _, child in _children("", module)] if _is_list(module) else []
     alike = len(members) == 1 or len({type(member) for member in members}) < len(members)
-    return bool(members) and not any(map(_widths, members)) and (alike or not inside_block)
+    return bool(members) and not any(map(linear_widths, members)) and (alike or not inside_block)
 
 
 # --- the sites of a block --------------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ class _Block:
         votes: Counter[int] = Counter()
         for _, module in _walk(self.name, self.module):
             weight = getattr(module, "weight", None)
-            if widths := _widths(module):
+            if widths := linear_widths(module):
                 votes.update(widths)
             elif isinstance(weight, torch.Tensor) and weight.dim() == 1:
                 votes[len(weight)] += 1
@@ -413,20 +412,12 @@ def _walk(name: str, module: nn.Module, skip: Callable[[str, nn.Module], bool] |
     for path, child in _children(name, module):
         if skip is None or not skip(path, child):
             yield path, child
-            if not _widths(child):
+            if not linear_widths(child):
                 yield from _walk(path, child, skip)
 
 
 def _linears(name: str, module: nn.Module, skip: Callable[[str, nn.Module], bool] | None = None) -> list[Linear]:
-    return [(path, *widths) for path, child in _walk(name, module, skip) if (widths := _widths(child))]
-
-
-def _widths(module: nn.Module) -> tuple[int, int] | None:
-    """What a linear of any maker reads and writes; None for any other module."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.nf
-    start, end = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return (start, end) if isinstance(start, int) and isinstance(end, int) else None
+    return [(path, *widths) for path, child in _walk(name, module, skip) if (widths := linear_widths(child))]
 
 
 def _is_list(module: nn.Module) -> bool:

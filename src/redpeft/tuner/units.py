@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError, first_line, some
-from redpeft.models import example_inputs, keep_modes_and_rng, unwrapped
+from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.layer import RedLayer
 
@@ -154,7 +154,8 @@ def _measure_on_example(base: nn.Module, layers: Sequence[RedLayer], model: nn.M
     # In a hook before the forward of `base`, to call it would be to compile it.
     run: Callable[..., Any] = model if sharded else base.forward if module is base else module
     try:
-        inputs = example_inputs(base, layers[0].device_of_base)
+        device, _ = device_and_dtype(layers[0].get_base_layer())
+        inputs = example_inputs(base, device)
         if "use_cache" in inspect.signature(module.forward).parameters:
             inputs["use_cache"] = False
         return _measure(base, layers, partial(run, **inputs))

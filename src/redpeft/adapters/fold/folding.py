@@ -36,9 +36,9 @@ from redpeft.models import (
     load_config,
     loading_report,
     on_meta,
+    output_width,
 )
 from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder
-from redpeft.tuner.layer import output_width
 from redpeft.tuner.sites import find_sites
 
 
