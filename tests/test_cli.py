@@ -161,11 +161,11 @@ def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_pat
         patch.setattr(callbacks.RunTrainer, "training_step", interrupted)
         code, out, err = redpeft(*call, "--out", tmp_path / "run")
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "redpeft: stopped at step 1; run the same command again to go on from there"
+    assert err.splitlines()[-1] == "redpeft: stopped at step 1; run the same command again to continue"
     assert [path.name for path in tmp_path.glob("run/seed-*")] == ["seed-1"]
     code, out, err = redpeft(*call, "--out", tmp_path / "run")
     assert code == 0
-    assert "going on from step 1" in err
+    assert "continuing from step 1" in err
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
@@ -232,7 +232,7 @@ def test_sites_keeps_a_long_path_on_one_line(redpeft, tiny_decoder_folder, tmp_p
 def test_sites_of_nothing(redpeft, tmp_path, tiny_decoder_folder):
     code, out, err = redpeft("sites", tmp_path / "nowhere")
     assert (code, out) == (2, "")
-    assert "no config.json" in err
+    assert "no folder with a config.json" in err
     code, out, err = redpeft("sites", tiny_decoder_folder, "--sites", "fnn")
     assert (code, out) == (2, "")
     assert "fnn" in err
@@ -241,7 +241,7 @@ def test_sites_of_nothing(redpeft, tmp_path, tiny_decoder_folder):
     assert "no block to edit has the index [7]" in err
     code, out, err = redpeft("sites", tiny_decoder_folder, "--layers", "first")
     assert (code, out) == (2, "")
-    assert "--layers takes the numbers of blocks, as 0,1,11, not 'first'" in err
+    assert "--layers takes block numbers such as 0,1,11, not 'first'" in err
 
 
 def test_inspect_one_and_two_adapters(redpeft, adapter, tmp_path):
@@ -287,7 +287,7 @@ def test_released_checkpoints_there_and_back(redpeft, tmp_path, tiny_decoder_fol
     code, out, err = redpeft(*call, tmp_path / "b")
     assert (code, out) == (2, "")
     assert one_line(err)
-    assert "is there already" in err
+    assert "exists already" in err
     code, out, _ = redpeft("export-released", tmp_path / "a", "--out", tmp_path / "c", "--json")
     file = tmp_path / "c" / "delta_vector.pth"
     assert (code, json.loads(out)) == (0, {"files": [str(file)], "modules": 2, "dtype": "bfloat16"})
@@ -443,7 +443,7 @@ def test_demo_does_not_write_into_another_run(redpeft, trained):
     code, out, err = redpeft("demo", "--out", run)
     assert (code, out) == (2, "")
     assert one_line(err)
-    assert "holds no demo but" in err
+    assert "which is no part of a demo" in err
     assert sorted(path.name for path in run.iterdir()) == before
 
 
@@ -596,7 +596,7 @@ def test_predict_writes_rows_with_their_answers(redpeft, trained, tmp_path, name
     ("name", "message"),
     [
         ("rows.csv", "rows.csv exists already: give another name, or remove it"),
-        ("out.txt", "the extension decides the format, and .csv, .tsv, .jsonl are known"),
+        ("out.txt", "the extension decides the format; known are .csv, .tsv, .jsonl"),
         ("none/out.csv", "no such folder: "),
     ],
 )
@@ -733,7 +733,7 @@ def test_fold_shows_its_plan_for_a_model_or_an_adapter(redpeft, adapter, tiny_en
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["ADAPTER"], "name an adapter and --out, or a model with --plan MODEL"),
+        (["ADAPTER"], "give an adapter and --out, or --plan MODEL"),
         (["ADAPTER", "--out", "OUT", "--base", "nowhere"], "no such model folder"),
         (["ADAPTER", "--out", "OUT", "--as", "llama"], "BertModel is not known to be Llama by another name"),
     ],

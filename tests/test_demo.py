@@ -59,10 +59,12 @@ def test_a_second_call_answers_at_once(tiny_demo, tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_refused(tiny_demo, tmp_path, monkeypatch):
     monkeypatch.setattr("redpeft.runs.runner.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "demo" / "seed-1").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"demo holds no demo but seed-1: choose another output folder"):
+    with pytest.raises(
+        UserError, match=r"demo holds seed-1, which is no part of a demo: choose another output folder"
+    ):
         demo.run_demo(tmp_path / "demo")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file holds no demo but file"):
+    with pytest.raises(UserError, match=r"file holds file, which is no part of a demo"):
         demo.run_demo(tmp_path / "file")
     (tmp_path / "other" / "red").mkdir(parents=True)
     (tmp_path / "other" / "red" / "task.json").touch()  # a run that is called as a method is

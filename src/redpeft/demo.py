@@ -90,7 +90,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists():
         found = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
         if other := sorted(name for name in found if name not in (*METHODS, PLOT) and not name.startswith(".")):
-            raise UserError(f"{folder} holds no demo but {other[0]}: choose another output folder")
+            raise UserError(f"{folder} holds {other[0]}, which is no part of a demo: choose another output folder")
 
 
 def _recipe(encoder: str, method: str, seeds: Sequence[int]) -> Recipe:

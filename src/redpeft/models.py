@@ -69,7 +69,7 @@ def load_config(base: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{base}: no config.json in such a folder, nor a model of that name ({first_line(error)})"
+            f"{base}: no folder with a config.json and no model on the Hub has this name ({first_line(error)})"
         ) from error
 
 
@@ -97,7 +97,7 @@ def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs:
     model = load_pretrained(AutoModelForCausalLM, base, **kwargs)
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
         raise UserError(
-            f"{base} is an encoder ({type(model).__name__}), which reads a text and cannot write one: "
+            f"{base} is an encoder ({type(model).__name__}), which cannot generate text: "
             f"{NEEDED['AutoModelForCausalLM']}"
         )
     set_pad_token(model, tokenizer)
@@ -559,7 +559,7 @@ def example_inputs(model: nn.Module, device: torch.device | None = None) -> dict
     config: Any = getattr(model, "config", None)
     name = getattr(model, "main_input_name", None)
     if config is None or name is None:
-        raise UserError("it is no model of transformers")
+        raise UserError("it is not a model of transformers")
     inputs: dict[str, Any] = {name: _random_input(name, config)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _random_input("input_ids", config)[: len(inputs[name])]

@@ -168,9 +168,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with _held(final.with_name(f".{final.name}.lock")):
             try:
                 if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-                    raise UserError(
-                        f"{path} is there already and is not an empty folder: choose another, or remove it"
-                    )
+                    raise UserError(f"{path} exists already and is not an empty folder: choose another, or remove it")
                 temporary.mkdir()
                 yield temporary
                 set_default_modes(temporary)
@@ -230,7 +228,7 @@ def explaining_full_disk(folder: Path) -> Iterator[None]:
             raise
         clean_checkpoints(folder / CHECKPOINTS)
         raise RunError(
-            f"the disk of {folder} is full: free some space and run the same command again to go on from the last "
+            f"the disk of {folder} is full: free some space and run the same command again to continue from the last "
             "checkpoint"
         ) from error
 

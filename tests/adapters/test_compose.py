@@ -441,7 +441,7 @@ def test_what_cannot_be_made(redpeft, folders, expression, message):
 def test_a_folder_in_use_is_not_overwritten(redpeft):
     code, _, err = redpeft("a + b", "--out", "b")
     assert code == 2
-    assert "b is there already and is not an empty folder: choose another, or remove it" in err
+    assert "b exists already and is not an empty folder: choose another, or remove it" in err
 
 
 @pytest.mark.parametrize(

@@ -306,7 +306,7 @@ def test_refuses_to_write(adapter, tmp_path):
 
     (tmp_path / "file").touch()
     for there in (tmp_path / "adapter", tmp_path / "file"):
-        assert f"{there} is there already and is not an empty folder" in refusal(folder=there)
+        assert f"{there} exists already and is not an empty folder" in refusal(folder=there)
     assert f"{tmp_path}/file/x: {tmp_path}/file is not a folder" in refusal(folder=tmp_path / "file" / "x")
     assert "no site is left to edit" in refusal(edits={})
     edit = adapter.edits[SITES[0]]

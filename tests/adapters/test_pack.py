@@ -263,7 +263,7 @@ def test_one_pack_has_one_base_model(tmp_path):
 
 def test_nothing_is_overwritten(runs, pack, tmp_path):
     before = pack.read_bytes()
-    assert refusal(UserError, pack_adapters, runs, pack) == f"{pack} is there already: choose another, or remove it"
+    assert refusal(UserError, pack_adapters, runs, pack) == f"{pack} exists already: choose another, or remove it"
     assert pack.read_bytes() == before
     assert "is not an empty folder: choose another" in refusal(UserError, unpack_adapters, pack, runs)
     (tmp_path / "file").write_text("")

@@ -412,7 +412,7 @@ def test_nothing_is_written_over(tmp_path):
         lambda: import_released(path, base, path / "delta_vector.pth"),
     ):
         before = {file: os.stat(file).st_mtime_ns for file in tmp_path.rglob("*")}
-        with pytest.raises(UserError, match="is there already and is not an empty folder"):
+        with pytest.raises(UserError, match="exists already and is not an empty folder"):
             attempt()
         assert {file: os.stat(file).st_mtime_ns for file in tmp_path.rglob("*")} == before
     (tmp_path / "empty").mkdir()

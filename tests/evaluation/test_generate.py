@@ -174,7 +174,9 @@ def test_answers_of_something_else_are_not_mixed_in(talker, alpaca, tmp_path):
         ({"decoding": Decoding(max_new_tokens=5)}, "max_new_tokens"),
         ({"adapter": None}, "adapter, adapter_weights"),
     ):
-        with pytest.raises(UserError, match=rf"out.json.journal is of work with other settings \({differing}\)"):
+        with pytest.raises(
+            UserError, match=rf"out.json.journal belongs to a call with other settings \({differing}\)"
+        ):
             generate("alpaca-eval", str(talker), alpaca, out, **{"adapter": red, "decoding": SHORT, **changes})
     write_red(tmp_path / "red", talker, seed=2)
     with pytest.raises(UserError, match=r"other settings \(adapter_weights\)"):

@@ -258,7 +258,7 @@ def test_what_has_changed_is_scored_again_or_refused(folder, tmp_path, forward_p
     [
         ([], "tiny_larg", "lm-eval has no task 'tiny_larg'; did you mean 'tiny_large'?"),
         ([], "zzz", "lm-eval has no task 'zzz'; task files of your own are found by --include-path"),
-        ([], " , ", "no tasks: name some of lm-eval's, or open-llm-leaderboard"),
+        ([], " , ", "no tasks: give names of lm-eval's tasks, or open-llm-leaderboard"),
         (["nowhere"], "tiny_large", "nowhere: no such adapter folder"),
         (["one", "other"], "tiny_large", "other: this adapter is for another base model"),
     ],

@@ -21,7 +21,7 @@ def test_scores_of_a_judge_are_read(tmp_path):
 @pytest.mark.parametrize("text", ["[1]", '{"a": "b"}', "{", '{"a": null}'])
 def test_what_is_no_scores_file_is_named(tmp_path, text):
     (tmp_path / "mt-bench-scores.json").write_text(text)
-    with pytest.raises(UserError, match="mt-bench-scores.json is to hold one JSON object of numbers"):
+    with pytest.raises(UserError, match="mt-bench-scores.json must hold one JSON object of numbers"):
         extra_scores(tmp_path, "mt-bench")
 
 

@@ -123,7 +123,7 @@ def test_what_is_finished_is_not_done_again_and_more_joins_it(fake_fleets, call,
 def test_an_interrupt_leaves_a_report_on_what_is_done(fake_fleets, call, sweep, tmp_path):
     def stops(recipe):
         if recipe.learning_rate == 0.1:
-            raise Stopped("stopped with 1 job under way; run the same command again to go on from there")
+            raise Stopped("stopped with 1 job under way; run the same command again to continue")
         return by_rate(recipe)
 
     fake_fleets(stops)
@@ -150,7 +150,7 @@ def test_the_time_before_a_kill_is_not_forgotten(fake_fleets, call, sweep, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--grid": "epochs=1,2"}, "holds runs with another grid: choose another --out, or ask for the same"),
+        ({"--grid": "epochs=1,2"}, "holds runs with another grid: choose another --out, or keep it the same"),
         ({"--halving": None}, "holds runs with another halving"),
         ({"epochs=9": None}, "learning_rate=0.001/seed-0 holds a run of another recipe (epochs differ)"),
     ],
@@ -235,7 +235,11 @@ def test_jobs_that_are_added_to_a_list_join_the_others(fake_fleets, call, fleet,
 @pytest.mark.parametrize(
     ("jobs", "more", "message"),
     [
-        ([{}], ["--halving"], '--halving compares the jobs of a group, and no job has one: give some a "group"'),
+        (
+            [{}],
+            ["--halving"],
+            '--halving compares the jobs of a group, but no job has a group: add "group" to some jobs',
+        ),
         ([{"epoch": 1}], [], "jobs.jsonl, line 1: unknown key 'epoch'"),
         ([{"method": "lora"}], [], "jobs.jsonl, line 1: method lora cannot be trained in a fleet"),
         ([{}], ["epochs"], "'epochs' is not of the form key=value"),
@@ -257,7 +261,7 @@ def test_many_processes_are_refused(fake_fleets, call, sweep, tmp_path, monkeypa
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, out, err = call(*sweep)
     assert (code, out) == (2, "")
-    assert "sweeps and fleets are work for one process" in err
+    assert "sweeps and fleets run in one process" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -265,7 +269,7 @@ def test_halving_needs_jobs_that_a_fleet_can_train(fake_fleets, call, sweep, tmp
     sweep[sweep.index("lr=0.001,0.01,0.1")] = "method=red,lora"
     code, out, err = call(*sweep, "--halving")
     assert (code, out) == (2, "")
-    assert "--halving needs jobs that a fleet can train, and method lora cannot be trained in one" in err
+    assert "--halving needs jobs that a fleet can train, but method lora cannot be trained in one" in err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ def test_values_are_read_as_in_a_recipe():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["lr"], "--grid takes a field and its values, as lr=3e-3,1e-2, not 'lr'"),
+        (["lr"], "--grid takes a field and its values, such as lr=3e-3,1e-2, not 'lr'"),
         (["lr="], "--grid takes a field and its values"),
         (["=1,2"], "--grid takes a field and its values"),
         (["lr=[1,2"], "--grid takes a field and its values"),
@@ -43,7 +43,7 @@ def test_seeds(text, seeds):
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", "1,x", "1,-2", ",", "1.5"])
 def test_seeds_of_another_form(text):
-    with pytest.raises(UserError, match="--seeds takes how many, as 5, or which, as 1,2,3, not"):
+    with pytest.raises(UserError, match="--seeds takes a number of seeds such as 5, or a list such as 1,2,3, not"):
         parse_seeds(text)
 
 
@@ -54,7 +54,7 @@ def test_points_are_the_cross_product_with_names_for_folders():
         "learning_rate=0.003,base.model=c", "learning_rate=0.01,base.model=a-b", "learning_rate=0.01,base.model=c",
     ]  # fmt: skip
     assert len(points_of({"learning_rate": [0.01, 0.01]})) == 1
-    with pytest.raises(UserError, match=r"two values would share the folder base.model=a-b"):
+    with pytest.raises(UserError, match=r"two values would need the same folder base.model=a-b"):
         points_of({"base.model": ["a/b", "a:b"]})
 
 

@@ -51,16 +51,16 @@ def test_jobs_take_from_recipe_and_fields_what_they_do_not_say(jobs_file, tmp_pa
     [
         ([], "jobs.jsonl is empty: it holds no jobs"),
         (["{}", "{"], "jobs.jsonl, line 2: broken JSON"),
-        (["[1]"], "line 1: a job is an object of recipe fields, not '[1]'"),
+        (["[1]"], "line 1: a job must be an object of recipe fields, not '[1]'"),
         (['{"name": "a"}', '{"name": "a"}'], "line 2: the name 'a' is that of "),
         (['{"name": "job-2"}', "{}"], "line 2: the name 'job-2' is that of "),
-        (['{"name": "a/b"}'], "line 1: name is to be the name of a folder, not 'a/b'"),
-        (['{"name": ".."}'], "line 1: name is to be the name of a folder"),
-        (['{"name": ""}'], "line 1: name is to be the name of a folder"),
-        (['{"name": 7}'], "line 1: name is to be the name of a folder, not 7"),
-        (['{"group": [1]}'], "line 1: group is to be a text, not [1]"),
-        (['{"seeds": [1]}'], "line 1: seeds is not for jobs of a fleet"),
-        (['{"output": "a"}'], "line 1: output is not for jobs of a fleet"),
+        (['{"name": "a/b"}'], "line 1: name must be a folder name, not 'a/b'"),
+        (['{"name": ".."}'], "line 1: name must be a folder name"),
+        (['{"name": ""}'], "line 1: name must be a folder name"),
+        (['{"name": 7}'], "line 1: name must be a folder name, not 7"),
+        (['{"group": [1]}'], "line 1: group must be a text, not [1]"),
+        (['{"seeds": [1]}'], "line 1: seeds cannot be set for jobs of a fleet"),
+        (['{"output": "a"}'], "line 1: output cannot be set for jobs of a fleet"),
     ],
 )
 def test_lines_that_are_no_jobs(jobs_file, lines, message):
@@ -115,5 +115,5 @@ def test_a_folder_of_something_else(tmp_path, rows):
     with pytest.raises(UserError, match="holds the data of one job .train.: use redpeft train"):
         read_entries(tmp_path)
     (tmp_path / "jobs.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="is no list of jobs"):
+    with pytest.raises(UserError, match="is not a list of jobs"):
         read_entries(tmp_path / "jobs.csv")

@@ -95,7 +95,7 @@ def outcome(architecture: str) -> tuple[str, str, bool]:
     from redpeft.serving.vllm_internals.engine import RedModelManager
 
     if registry._VLLM_MODELS[architecture][0].startswith(FUSED):
-        return "refused", "kernels of its own", False  # `check_model`; most of them need a GPU to be built
+        return "refused", "its own kernels", False  # `check_model`; most of them need a GPU to be built
     try:
         told = settings(architecture)
         with set_current_vllm_config(told), set_default_torch_dtype(torch.float32), WithoutMemory():

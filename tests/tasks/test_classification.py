@@ -63,7 +63,7 @@ def test_columns_that_cannot_be_guessed():
         "cannot tell which column of train.csv is the label (columns: text, x, y); name it with `label`"
     )
     assert "is the text (columns: number, label)" in error_of({"number": [1, 2], "label": [0, 1]})
-    assert "`text_pair` is named without `text`" in error_of({"a": TEXTS, "label": [0, 1, 0, 1]}, {"text_pair": "a"})
+    assert "`text_pair` is set without `text`" in error_of({"a": TEXTS, "label": [0, 1, 0, 1]}, {"text_pair": "a"})
 
 
 def test_misnamed_column():
@@ -173,7 +173,9 @@ def test_the_separator_can_be_switched_off(off, caplog):
 def test_names_with_a_separator_in_them_stay_whole_and_are_shown(caplog):
     task = task_of({"text": TEXTS, "label": ["rock|pop", "jazz", "jazz", "rock|pop"]})
     assert task.label_names == ["jazz", "rock|pop"]
-    assert "column 'label': 'rock|pop' is taken as one label; data.label_separator='|' cuts such texts" in caplog.text
+    assert (
+        "column 'label': 'rock|pop' is taken as one label; data.label_separator='|' splits such texts" in caplog.text
+    )
 
 
 def test_white_space_around_labels(caplog):
@@ -224,7 +226,7 @@ def test_metric_and_problem_type_that_do_not_exist():
     assert error_of(rows, metric="pearson") == (
         "no metric 'pearson' for this task; it has accuracy, f1_macro, matthews"
     )
-    assert "no problem type 'ranking'; there are single_label_classification, " in error_of(
+    assert "unknown problem type 'ranking'; there are single_label_classification, " in error_of(
         rows, problem_type="ranking"
     )
 
@@ -263,7 +265,7 @@ def test_labels_that_do_not_fit_the_problem_type():
     for label in ("good", "1_000", "nan", "True", float("inf"), True):
         labels = [label, label] + (["1", "2"] if isinstance(label, str) else [label, label])
         assert error_of({"text": TEXTS, "label": labels}, problem_type="regression") == (
-            f"train.csv, row 1: the label {label!r} is not a number, as regression needs it"
+            f"train.csv, row 1: the label {label!r} is not a number, which regression needs"
         )
     multi = {"problem_type": "multi_label_classification"}
     assert error_of({"text": TEXTS, "label": ["a", "b", "rock|pop", "a"]}, **multi) == (
@@ -285,9 +287,9 @@ def test_labels_that_do_not_fit_the_problem_type():
     )
     assert error_of(
         {"text": TEXTS, "label": [["a"], ["a", "b"], [], []]}, problem_type="single_label_classification"
-    ) == ("train.csv, row 2: 2 labels, and this task has one label a row")
+    ) == ("train.csv, row 2: 2 labels, but this task takes one label a row")
     assert error_of({"text": TEXTS, "rude": [0, 1, 2, 0], "kind": [0, 1, 0, 1]}, {"label": ["rude", "kind"]}) == (
-        "train.csv, row 3: 2 where a column of labels holds 0 or 1"
+        "train.csv, row 3: 2, but a column of labels holds 0 or 1"
     )
 
 

@@ -179,7 +179,7 @@ def test_ultrafeedback_as_the_paper_learned_it(monkeypatch):
 
 
 def test_read_evaluation_prefers_test(tmp_path):
-    with pytest.raises(UserError, match="standard input can be predicted alone: give the rows to score as a file"):
+    with pytest.raises(UserError, match="standard input can only be predicted: to score rows, give them in a file"):
         read_evaluation("-")
     assert len(read_evaluation(write_rows(tmp_path / "rows.csv", ROWS))) == 20
     write_rows(tmp_path / "train.csv", ROWS)

@@ -58,7 +58,7 @@ def test_predictions_as_predict_writes_them(tmp_path):
         ("pred.txt", "One.\n\nTwo.\n", "pred.txt, line 2: the line is empty"),
         ("pred.txt", "One.\nTwo.\n\n", "pred.txt, line 3: the line is empty"),
         ("pred.txt", "\nOne.", "pred.txt, line 1: the line is empty"),
-        ("pred.txt", b"PK\x03\x04", "pred.txt is no text: it is an Excel workbook or another zip archive"),
+        ("pred.txt", b"PK\x03\x04", "pred.txt is not a text file: it is an Excel workbook or another zip archive"),
         ("pred.jsonl", b'{"text": "Caf\0"}\n', "pred.jsonl, line 1: it holds NUL bytes"),
         ("pred.jsonl", '{"mr": "a"}\n', "pred.jsonl has no column 'text'; its columns are mr."),
         ("pred.jsonl", '{"text": "a"}\n{"text": null}\n', "pred.jsonl, row 2: column 'text' holds None, which is not"),
@@ -78,7 +78,7 @@ def test_bad_predictions(tmp_path, name, content, message):
         ("label.txt", "\n", "label.txt is empty: it holds no rows"),
         ("label.txt", "One.\n\n\nTwo.\n", "label.txt, line 3: the line is empty"),
         ("label.txt", "\nOne.\n", "label.txt, line 1: the line is empty"),
-        ("label.txt", b"%PDF-1.7\n", "label.txt is no text: it is a PDF file"),
+        ("label.txt", b"%PDF-1.7\n", "label.txt is not a text file: it is a PDF file"),
         ("refs.csv", "mr,text\na,b\n", "cannot tell which column of refs.csv is the response (columns: mr, text)"),
         ("refs.csv", "mr,ref\na,b\nc,\n", "refs.csv, row 2: the text in column 'ref' is empty"),
     ],
@@ -99,7 +99,7 @@ def test_files_that_are_not_there_or_differ_in_length(tmp_path):
         "prediction for each is needed, in their order"
     )
     for pair in ((tmp_path / "none.txt", predictions), (references, tmp_path / "none.jsonl"), (tmp_path, predictions)):
-        with pytest.raises(UserError, match="^no such file: |is a folder, and a file is needed here$"):
+        with pytest.raises(UserError, match="^no such file: |is a folder, but a file is needed here$"):
             score_files(*pair)
 
 

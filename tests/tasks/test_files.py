@@ -72,7 +72,7 @@ def test_rows_without_any_text_are_passed_over_and_counted(tmp_path, said):
     """As Excel writes them below a table."""
     dataset = read_file(write(tmp_path / "a.csv", "\n ,\ntext,label\na,x\n,\n  \nb,y\n,\n"))
     assert (dataset["text"], dataset[ROW]) == (["a", "b"], [1, 4])
-    assert "a.csv: 3 rows without any text are passed over" in said.text
+    assert "a.csv: 3 rows without any text are skipped" in said.text
 
 
 @pytest.mark.parametrize("cell", ["007", "1E3", "1.10", "2020-01-01", "NaN", "nan", "null", "True", "1,5", "1e400"])
@@ -157,7 +157,9 @@ def test_one_foreign_character_far_down_is_seen(tmp_path, said):
 
 def test_a_file_that_is_utf8_but_for_a_line(tmp_path):
     content = "text\ncafé\nnaïve\n".encode() + "déjà\n".encode("latin-1") + b"end\n"
-    assert "a.csv, line 4: not UTF-8, as the rest is; save it as UTF-8" in error_of(write(tmp_path / "a.csv", content))
+    assert "a.csv, line 4: not UTF-8, unlike the rest of the file; save it as UTF-8" in error_of(
+        write(tmp_path / "a.csv", content)
+    )
 
 
 def test_the_line_that_tells_excel_the_separator(tmp_path):
@@ -201,13 +203,13 @@ def test_a_table_without_a_header(tmp_path):
     [
         ("text,label\na,b\na,b,c\n", 'a.csv, row 2: it has 3 cells, and the first row has 2; a text that holds the'),
         ("text,label\na\n", "a.csv, row 1: it has 1 cell, and the first row has 2"),
-        ("text,label\na,b\ntext,label\nc,d\n", "a.csv, row 2: it is the first row again. Remove that line, or"),
-        ("text, label\na,b\n text,label\nc,d\n", "a.csv, row 2: it is the first row again."),
-        ("hello,x\nbad,y\nhello,x\n", "row 2: it is the first row again. Remove that line, or give data.header=none"),
+        ("text,label\na,b\ntext,label\nc,d\n", "a.csv, row 2: it repeats the first row. Remove that line, or"),
+        ("text, label\na,b\n text,label\nc,d\n", "a.csv, row 2: it repeats the first row."),
+        ("hello,x\nbad,y\nhello,x\n", "row 2: it repeats the first row. Remove that line, or give data.header=none"),
         ("text,label,label\na,b,c\n", "a.csv: two columns are called 'label': rename or remove one"),
-        ('text,label\na,b\n"c,d\ne,f\n', "a.csv, row 2: a quotation mark is opened and never closed"),
-        ('text,label\n"a" b,c\n', "a.csv, row 1: a quoted cell goes on behind its quotation mark"),
-        ('text\tlabel\n"a" b\tc\n', "a.csv, row 1: a quoted cell goes on behind its quotation mark"),
+        ('text,label\na,b\n"c,d\ne,f\n', "a.csv, row 2: a quotation mark is never closed"),
+        ('text,label\n"a" b,c\n', "a.csv, row 1: a quoted cell continues after its closing quotation mark"),
+        ('text\tlabel\n"a" b\tc\n', "a.csv, row 1: a quoted cell continues after its closing quotation mark"),
     ],
 )  # fmt: skip
 def test_a_broken_table_names_the_row(tmp_path, content, message):
@@ -246,7 +248,7 @@ def test_numbers_and_dates_of_a_workbook(tmp_path):
     assert read_file(tmp_path / "a.xlsx")["code"] == expected
     book.active.cell(3, 1, "#DIV/0!")
     book.save(tmp_path / "a.xlsx")
-    assert "a.xlsx, cell A3: it holds the error #DIV/0!; mend its formula" in error_of(tmp_path / "a.xlsx")
+    assert "a.xlsx, cell A3: it holds the error #DIV/0!; fix its formula" in error_of(tmp_path / "a.xlsx")
 
 
 def test_categories_of_parquet_are_texts(tmp_path):
@@ -324,19 +326,19 @@ def workbook() -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", workbook(), "a.csv is no text: it is an Excel workbook or another zip archive (.xlsx)"),
+        ("a.csv", workbook(), "a.csv is not a text file: it is an Excel workbook or another zip archive (.xlsx)"),
         ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old or encrypted Excel workbook: save it as .xlsx"),
-        ("a.csv", b"<!DOCTYPE html><html>", "a.csv is no text: it is a web page or XML"),
+        ("a.csv", b"<!DOCTYPE html><html>", "a.csv is not a text file: it is a web page or XML"),
         ("a.csv", b"\n <?xml version='1.0'?>", "it is a web page or XML: download the data itself"),
-        ("a.csv", gzip.compress(b"text,label\n"), "a.csv is no text: it is compressed (.gz)"),
-        ("a.jsonl", b"PAR1....", "a.jsonl is no text: it is a parquet file (.parquet)"),
-        ("a.csv", b"text,label\na\0b,c\n", "a.csv, line 2: it holds NUL bytes: the file is damaged, or no text"),
+        ("a.csv", gzip.compress(b"text,label\n"), "a.csv is not a text file: it is compressed (.gz)"),
+        ("a.jsonl", b"PAR1....", "a.jsonl is not a text file: it is a parquet file (.parquet)"),
+        ("a.csv", b"text,label\na\0b,c\n", "a.csv, line 2: it holds NUL bytes: the file is damaged or not a text"),
         ("a.jsonl", b'{"a": 1}\n' * 99 + b'{"a": "\0"}', "a.jsonl, line 100: it holds NUL bytes"),
-        ("a.csv", b'{"text": "a"}\n', "a.csv holds JSON and no table: call it .jsonl"),
+        ("a.csv", b'{"text": "a"}\n', "a.csv holds JSON, not a table: rename it to .jsonl"),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid 1\n", "it is a pointer of Git LFS"),
-        ("a.xlsx", b"text,label\n", "a.xlsx: it is no Excel workbook"),
+        ("a.xlsx", b"text,label\n", "a.xlsx: it is not an Excel workbook"),
         ("a.csv.gz", b"text,label\n", "cannot read"),
-        ("a.csv", b"\xff\xfet\0\x00\xd8", "a.csv, line 1: not utf-16, as the rest is; save it as UTF-8"),
+        ("a.csv", b"\xff\xfet\0\x00\xd8", "a.csv, line 1: not utf-16, unlike the rest of the file; save it as UTF-8"),
     ],
 )
 def test_another_kind_of_file_is_called_by_its_name(tmp_path, name, content, message):

@@ -77,7 +77,7 @@ def test_another_seed_draws_other_rows():
 def test_a_part_of_a_large_set_is_halved_and_says_so(caplog):
     found = glue_splits({"train": rows(9), "validation": rows(1000)}, "qnli", "glue", 1)
     assert (len(found["validation"]), len(found["test"])) == (500, 500)
-    assert "has 1000 rows: half of them validate, and not 1000" in caplog.text
+    assert "has 1000 rows: half of them are used for validation, not 1000" in caplog.text
 
 
 @pytest.mark.parametrize(

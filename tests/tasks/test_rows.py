@@ -102,7 +102,7 @@ def test_validation_rows_are_taken_from_training_by_class_and_said_so(tmp_path, 
     ]
     with caplog.at_level(logging.INFO):
         splits = read(rows, tmp_path, validation_fraction=0.2, seed=1)
-    assert "20 of 100 rows of rows.jsonl are taken for it (seed 1, of each class its share)" in caplog.text
+    assert "20 of 100 rows of rows.jsonl are used for it (seed 1, of each class its share)" in caplog.text
     train, validation = splits["train"], splits["validation"]
     assert len(validation) == 20
     assert sorted(train[:]["text"] + validation[:]["text"]) == sorted(row["text"] for row in rows)
@@ -194,8 +194,8 @@ def test_rows_without_a_text_or_a_label(tmp_path, kind, good, bad, message, capl
         read(rows, tmp_path, kind)
     splits = read(rows, tmp_path, kind, drop_missing=True)
     assert sorted(row for split in splits.values() for row in split[ROW]) == [1, 2, 4, 5]
-    assert "left out, since a text or a label is missing: rows.jsonl, row 3 (and 1 more of 6)" in caplog.text
-    with pytest.raises(UserError, match=r"rows.jsonl: no row has something in each of the columns \w+, \w+"):
+    assert "left out because a text or a label is missing: rows.jsonl, row 3 (and 1 more of 6)" in caplog.text
+    with pytest.raises(UserError, match=r"rows.jsonl: no row has values in all of the columns \w+, \w+"):
         read([bad] * 3, tmp_path, kind, drop_missing=True)
 
 

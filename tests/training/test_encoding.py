@@ -166,7 +166,7 @@ def test_tokenizers_with_neither_a_pad_nor_an_end_token(base, run, tiny_decoder_
         for one, other in zip(together, alone, strict=True):
             assert one.pop("probabilities", {}) == pytest.approx(other.pop("probabilities", {}))
             assert one == other
-    assert "the tokenizer has no end token: answers are learned without an end" in caplog.text
+    assert "the tokenizer has no end token, so answers are learned without an end" in caplog.text
 
 
 def test_a_prompt_teaches_where_prompts_are_learned(base, run):
@@ -203,10 +203,10 @@ def test_a_label_that_the_decoder_cannot_hold(base, run):
 
 def test_encoder_decoders_classify_by_the_end_of_a_text(base, run, tiny_decoder_folder):
     bytes_alone = AutoTokenizer.from_pretrained(tiny_decoder_folder)  # without an end
-    with pytest.raises(UserError, match="^an encoder-decoder classifies a text by the end token behind it, and this"):
+    with pytest.raises(UserError, match="^an encoder-decoder classifies a text by the end token after it, but this"):
         run(base("BartForConditionalGeneration", tokenizer=bytes_alone, **BOTH), "classification", CLASSES)
     rows = [*CLASSES, {"text": "not the end</s>, is it?", "label": "no"}]
-    with pytest.raises(UserError, match="^train.jsonl, row 13: the text holds the end token '</s>': take it out"):
+    with pytest.raises(UserError, match="^train.jsonl, row 13: the text holds the end token '</s>': remove it"):
         run(base("BartForConditionalGeneration", **BOTH), "classification", rows)
 
 

@@ -118,7 +118,9 @@ def test_padding_does_not_change_what_is_generated(build, method):
 
 @pytest.mark.parametrize("tokens", [0, -1, "many"])
 def test_wrong_numbers_of_tokens(tokens):
-    with pytest.raises(UserError, match="method_options: num_virtual_tokens is a whole number from 1, not"):
+    with pytest.raises(
+        UserError, match="method_options: num_virtual_tokens must be a whole number of at least 1, not"
+    ):
         apply_method(bert(), recipe("prompt", num_virtual_tokens=tokens))
 
 
@@ -128,14 +130,17 @@ def test_models_without_a_place_for_a_prefix():
 
 
 def test_a_projection_that_peft_does_not_save():
-    with pytest.raises(UserError, match="with prefix_projection PEFT saves what the projection makes, and not"):
+    with pytest.raises(UserError, match="with prefix_projection PEFT saves the projection's output and not"):
         apply_method(gpt2(), recipe("prefix", "instruction", prefix_projection=True, encoder_hidden_size=8))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "prompt", "task": "instruction", "packing": True}, "packing puts several rows behind one prompt"),
+        (
+            {"method": "prompt", "task": "instruction", "packing": True},
+            "packing would put several rows after one prompt",
+        ),
         ({"method": "prefix", "gradient_checkpointing": True}, "prefix does not work with gradient_checkpointing"),
     ],
 )

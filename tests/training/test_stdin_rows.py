@@ -106,7 +106,7 @@ def test_other_encodings_are_found_out():
     text = "très bien\nun café crème\ndéjà vu à l'hôtel\n".encode("cp1252")
     assert rows(of(text)) == ["très bien", "un café crème", "déjà vu à l'hôtel"]
     assert rows(Pipe(b"only later\n" * 3 + text))[:3] == ["only later"] * 3
-    with pytest.raises(UserError, match="standard input, line 2: not utf-8, as the rest is"):
+    with pytest.raises(UserError, match="standard input, line 2: not utf-8, unlike the rest of the file"):
         rows(Pipe("tschüß, naïve\n".encode() + "très\n".encode("cp1252")))
     assert rows(Pipe("a\nb".encode("utf-16"))) == ["a", "b"]
     assert rows(Pipe("only at the end: é".encode("cp1252"))) == ["only at the end: é"]
@@ -148,16 +148,16 @@ def test_a_format_that_is_named_decides(text, options, expected):
     [
         ("", "^standard input is empty: it holds no rows"),
         ("id,text\n", "^standard input is empty: it holds no rows"),
-        ('good\n\n{"text": \n', "^standard input, line 3: this begins as JSON, and the first line is a text"),
+        ('good\n\n{"text": \n', "^standard input, line 3: this line looks like JSON, but the first line is a text"),
         ('{"text": "a"}\n{"text": \n', "^standard input, line 2: broken JSON .*; --format lines takes each line"),
         ("{name} is here\n", "^standard input, line 1: broken JSON .*; --format lines takes each line as a text"),
         ('[{"text": "a"},\n', "^standard input, line 2: broken JSON"),
         ("[\n1, 2]", "^standard input, row 1: expected an object .* found '1'"),
         ("hello\n" * 99 + "b\0d\n", "^standard input, line 100: it holds NUL bytes"),
         ('id,text\n1,a\n2,b,c\n', "^standard input, row 2: it has 3 cells, and the first row has 2"),
-        ('id,text\n1,"a\n2,b\n', "^standard input, row 1: a quotation mark is opened and never closed"),
-        ("id,text\n1,a\nid,text\n", "^standard input, row 2: it is the first row again"),
-        (b"PK\x03\x04....", "^standard input is no text: it is an Excel workbook"),
+        ('id,text\n1,"a\n2,b\n', "^standard input, row 1: a quotation mark is never closed"),
+        ("id,text\n1,a\nid,text\n", "^standard input, row 2: it repeats the first row"),
+        (b"PK\x03\x04....", "^standard input is not a text file: it is an Excel workbook"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [of, lambda text: Pipe(text if isinstance(text, bytes) else text.encode())])

@@ -191,7 +191,7 @@ def test_a_checkpoint_cut_short_by_a_kill_is_passed_over(whole, make_recipe, tmp
     (broken / "adapter_model.safetensors").write_bytes(b"half")
     (broken / "trainer_state.json").write_text('{"global_step": 1')
     train(make_recipe(), folder)
-    assert "going on from step 9" in capsys.readouterr().err
+    assert "continuing from step 9" in capsys.readouterr().err
     assert_same_run(folder, whole[0])
 
 
@@ -242,7 +242,7 @@ def test_save_steps_and_a_hard_kill(whole, make_recipe, tmp_path, monkeypatch, c
         with pytest.raises(ZeroDivisionError):
             train(recipe, folder)
     train(recipe, folder)
-    assert "going on from step 8" in capsys.readouterr().err
+    assert "continuing from step 8" in capsys.readouterr().err
     assert_same_run(folder, whole[0])
 
 
@@ -367,7 +367,7 @@ def test_an_adapter_of_another_task_is_refused(whole, make_recipe, tmp_path):
 def test_an_adapter_out_of_its_run_says_no_labels(whole, make_recipe, tmp_path, capsys):
     shutil.copytree(whole[0] / "adapter", tmp_path / "alone")
     train(make_recipe(init_from=str(tmp_path / "alone"), max_steps=1), tmp_path / "run")
-    assert "alone lies in no run folder: its head is taken for the labels of this data" in capsys.readouterr().err
+    assert "alone is not in a run folder: its head is assumed to have this data's labels" in capsys.readouterr().err
 
 
 def test_labels_of_one_format_are_scored_in_another(make_recipe, tmp_path, capsys):

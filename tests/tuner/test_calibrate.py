@@ -71,7 +71,7 @@ def test_nothing_to_calibrate_is_an_error():
 def test_inputs_that_cannot_be_guessed_are_an_error():
     model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig())
     model.get_base_model().main_input_name = "pointcloud"
-    with pytest.raises(UserError, match="cannot make up inputs for BertModel .it takes pointcloud.: pass a batch"):
+    with pytest.raises(UserError, match="cannot generate inputs for BertModel .it takes pointcloud.: pass a batch"):
         calibrate(model)
 
 
@@ -106,7 +106,7 @@ def test_models_whose_inputs_cannot_be_made_up_measure_on_the_first_batch(config
         for name, shape in batch.items()
     }
     model = get_peft_model(AutoModel.from_config(config), RedConfig()).train()
-    with pytest.raises(UserError, match=f"cannot make up inputs for {type(model.get_base_model()).__name__} "):
+    with pytest.raises(UserError, match=f"cannot generate inputs for {type(model.get_base_model()).__name__} "):
         calibrate(model)
     model(**inputs)
     assert all(unit not in (0, 1) for unit in calibrate(model).values())

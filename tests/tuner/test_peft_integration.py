@@ -382,7 +382,7 @@ def test_the_original_parameters_come_back(tiny):
         ("bert_classifier", {}, set()),
     ],
 )
-@pytest.mark.filterwarnings("error:.*have got one")
+@pytest.mark.filterwarnings("error:.*now have one")
 def test_a_merged_model_loads_strictly_into_its_class(tiny, tmp_path, name, options, switches):
     model = tiny.with_edits(getattr(tiny, name)(), **options)
     edited = model(tiny.tokens()).logits
@@ -398,11 +398,11 @@ def test_a_merged_model_loads_strictly_into_its_class(tiny, tmp_path, name, opti
 
 def test_a_bias_without_a_place_is_said(tiny):
     model = tiny.with_edits(tiny.t5())
-    with pytest.warns(UserWarning, match=r"4 layers without a bias have got one \(decoder.block.0.layer.2.DenseReluD"):
+    with pytest.warns(UserWarning, match=r"4 layers without a bias now have one \(decoder.block.0.layer.2.DenseReluD"):
         model.merge_and_unload()
 
 
-@pytest.mark.filterwarnings("error:.*have got one")
+@pytest.mark.filterwarnings("error:.*now have one")
 def test_scales_alone_need_no_bias(tiny):
     for options in ({"use_bias": False}, {}):
         model = tiny.with_edits(tiny.llama(), **options)

@@ -303,7 +303,9 @@ def test_inputs_that_cannot_be_made_up_are_the_batchs(monkeypatch):
     assert units(model) == pytest.approx([float(expected)])
     model = get_peft_model(Other(), RedConfig(target_modules=["down"])).train()
     monkeypatch.setattr("redpeft.tuner.units._several_processes", lambda: True)
-    message = r"inputs for Other \(it is no model of transformers\) .* call redpeft.calibrate\(model, batch\) before"
+    message = (
+        r"inputs for Other \(it is not a model of transformers\) .* call redpeft.calibrate\(model, batch\) before"
+    )
     with pytest.raises(UserError, match=message):
         model(x=x)
     calibrate(model, {"x": x})

@@ -46,7 +46,7 @@ def pack_adapters(folder: str | Path, out: str | Path) -> Packed:
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
-        raise UserError(f"{out} is there already: choose another, or remove it")
+        raise UserError(f"{out} exists already: choose another, or remove it")
     found = find_adapters(folder)
     unfinished = [one.name for one in found if one.unfinished and not one.adapter.is_dir()]
     collected = _Collected(folder)

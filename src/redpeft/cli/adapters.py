@@ -81,7 +81,7 @@ def fold(
         preview = preview_fold(plan, sites.split(","), read_adapter(find_adapter(adapter)) if adapter else None)
         return CommandOutput(dataclasses.asdict(preview), [tables.preview_table(preview, plan), *preview.notes])
     if adapter is None or out is None:
-        raise UserError("name an adapter and --out, or a model with --plan MODEL")
+        raise UserError("give an adapter and --out, or --plan MODEL")
     result = fold(adapter, out, base, dtype=dtype, llama=as_ == "llama", bundle=format_ == "bundle")
     return CommandOutput(result.summary(), [tables.result_table(result), *result.notes, f"Checkpoint: {out}"])
 
@@ -208,4 +208,4 @@ def _numbers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError(f"--layers takes the numbers of blocks, as 0,1,11, not {text!r}") from None
+        raise UserError(f"--layers takes block numbers such as 0,1,11, not {text!r}") from None

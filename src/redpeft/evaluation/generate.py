@@ -163,7 +163,7 @@ class Journal:
         differing = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
         if differing:
             raise UserError(
-                f"{self.path} is of work with other settings ({', '.join(differing)}): choose another --out, or "
-                "remove it"
+                f"{self.path} belongs to a call with other settings ({', '.join(differing)}): choose another "
+                "--out, or remove it"
             )
         self.entries = rest

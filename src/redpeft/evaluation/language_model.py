@@ -144,7 +144,9 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
     if (run_folder / RECIPE).is_file() or any(run_folder.glob(f"seed-*/{RECIPE}")):
         run = open_run(run_folder, base=name if adapter else None)
         if run.task.name != InstructionTask.name:
-            raise UserError(f"the run in {run_folder} learned {run.task.name}; answers need a run of instruction")
+            raise UserError(
+                f"the run in {run_folder} was trained for {run.task.name}; answers need a run of the task instruction"
+            )
         task = InstructionTask({"messages": "messages"}, template=run.task.template)
         precision = choose_precision(run.recipe.precision, run.recipe.base.dtype)
         return LanguageModel(run.model, run.tokenizer, task, lambda: autocast(precision, run.model.device))

@@ -126,7 +126,7 @@ def _require_harness() -> None:
 
 def _check_names(tasks: Sequence[HarnessTask], known: Iterable[str]) -> None:
     if not tasks:
-        raise UserError(f"no tasks: name some of lm-eval's, or {', '.join(PRESETS)}")
+        raise UserError(f"no tasks: give names of lm-eval's tasks, or {', '.join(PRESETS)}")
     known = list(known)
     for task in tasks:
         if task.name in known or (Path(task.name).suffix == ".yaml" and Path(task.name).is_file()):

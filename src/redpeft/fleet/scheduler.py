@@ -217,7 +217,7 @@ class Scheduler:
             active.save()
             active.lock.close()
         jobs = counted(len(self.jobs), "job")
-        raise Stopped(f"stopped with {jobs} under way; run the same command again to go on from there")
+        raise Stopped(f"stopped with {jobs} under way; run the same command again to continue")
 
 
 def _collate(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -73,7 +73,7 @@ def extra_scores(run: Path, benchmark: str) -> dict[str, float]:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {name: float(value) for name, value in found.items()}
     except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{file} is to hold one JSON object of numbers, the scores of a judge") from None
+        raise UserError(f"{file} must hold one JSON object of numbers, the scores of a judge") from None
 
 
 def what_is_left(run: Path, benchmark: str) -> str | None:

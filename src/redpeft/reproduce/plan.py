@@ -161,8 +161,8 @@ def _tasks(request: Request) -> list[str]:
     found = [task for task in table.tasks if task in there]
     if not found:
         raise UserError(
-            f"{data} has none of the data sets of {table.name} ({', '.join(table.tasks)}): put them there as folders, "
-            f"or choose of what it has by --tasks: {', '.join(there) or 'nothing'}"
+            f"{data} has none of the data sets of {table.name} ({', '.join(table.tasks)}): add them as folders, "
+            f"or choose with --tasks from what it has: {', '.join(there) or 'nothing'}"
         )
     return found
 
@@ -179,7 +179,7 @@ def _base(request: Request, assets: Path) -> str:
     places = [request.base_folder / name, request.base_folder / name.rpartition("/")[2]]
     found = next((place for place in places if place.is_dir()), None)
     if found is None:
-        raise UserError(f"no base model {name} in {request.base_folder}: it would be {' or '.join(map(str, places))}")
+        raise UserError(f"no base model {name} in {request.base_folder}: expected {' or '.join(map(str, places))}")
     return str(found.resolve())
 
 

@@ -102,9 +102,7 @@ def run_batch(
     `Stopped` on Ctrl-C and SIGTERM.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "sweeps and fleets are work for one process: call redpeft without torchrun or accelerate launch"
-        )
+        raise UserError("sweeps and fleets run in one process: start redpeft without torchrun or accelerate launch")
     if batch.ray:
         require_ray()
     bars_on_terminals_only()
@@ -175,10 +173,10 @@ def _check_halving(batch: Batch) -> None:
     if not batch.halving:
         return
     if not batch.groups:
-        raise UserError('--halving compares the jobs of a group, and no job has one: give some a "group"')
+        raise UserError('--halving compares the jobs of a group, but no job has a group: add "group" to some jobs')
     for job in batch.jobs:
         if job.folder in batch.groups and (reason := why_alone(job.recipe)):
-            raise UserError(f"--halving needs jobs that a fleet can train, and {reason} cannot be trained in one")
+            raise UserError(f"--halving needs jobs that a fleet can train, but {reason} cannot be trained in one")
 
 
 def _row(name: str, job: Job, failed: Mapping[str, str]) -> Row:

@@ -31,11 +31,11 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
         name, _, listed = text.partition("=")
         key, values = parse_override(f"{name.strip() or '-'}=[{listed}]")
         if key == "-" or not isinstance(values, list) or not values:
-            raise UserError(f"--grid takes a field and its values, as lr=3e-3,1e-2, not {text!r}")
+            raise UserError(f"--grid takes a field and its values, such as lr=3e-3,1e-2, not {text!r}")
         if key in OPTIONS:
             raise UserError(f"--grid {key}: leave that to {OPTIONS[key]}")
         if key in grid:
-            raise UserError(f"--grid {key} is given twice; its values go behind each other, as {key}=1,2,3")
+            raise UserError(f"--grid {key} is given twice; put its values into one list, such as {key}=1,2,3")
         grid[key] = values
     return grid
 
@@ -49,7 +49,7 @@ def parse_seeds(text: str) -> list[int]:
     if "," not in text and numbers:
         numbers = list(range(numbers[0]))
     if not numbers or min(numbers) < 0:
-        raise UserError(f"--seeds takes how many, as 5, or which, as 1,2,3, not {text!r}")
+        raise UserError(f"--seeds takes a number of seeds such as 5, or a list such as 1,2,3, not {text!r}")
     return list(dict.fromkeys(numbers))
 
 
@@ -60,7 +60,7 @@ def points_of(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
         point = dict(zip(grid, values, strict=True))
         name = ",".join(f"{key}={_in_a_name(value)}" for key, value in point.items())
         if points.setdefault(name, Point(name, point)).values != point:
-            raise UserError(f"--grid: two values would share the folder {name}: sweep over them one after the other")
+            raise UserError(f"--grid: two values would need the same folder {name}: use a sweep for each")
     return list(points.values())
 
 

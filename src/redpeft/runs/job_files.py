@@ -43,7 +43,9 @@ def read_entries(path: Path) -> list[Entry]:
     if not path.is_file():
         raise UserError(f"no such file or folder: {path}")
     if path.suffix.lower() != ".jsonl":
-        raise UserError(f"{path} is no list of jobs: these are JSON lines (.jsonl), or a folder with the data of each")
+        raise UserError(
+            f"{path} is not a list of jobs: give JSON lines (.jsonl), or a folder with the data of each job"
+        )
     entries = _check_names(_from_line(path, number, row) for number, row in parse_lines(path, read_text(path)))
     if not entries:
         raise UserError(f"{path} is empty: it holds no jobs")
@@ -79,18 +81,18 @@ def _recipe(entry: Entry, shared: Mapping[str, Any]) -> Recipe:
 def _from_line(path: Path, number: int, row: Any) -> Entry:
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a job is an object of recipe fields, not {str(row)[:40]!r}")
+        raise UserError(f"{where}: a job must be an object of recipe fields, not {str(row)[:40]!r}")
     try:
         fields = flatten(with_full_names({key: row[key] for key in row if key not in ("name", "group")}))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     name, group = row.get("name", f"job-{number}"), row.get("group")
     if wrong := next((key for key in NOT_HERE if key in fields), None):
-        raise UserError(f"{where}: {wrong} is not for jobs of a fleet: {NOT_HERE[wrong]}")
+        raise UserError(f"{where}: {wrong} cannot be set for jobs of a fleet: {NOT_HERE[wrong]}")
     if not isinstance(name, str) or not name or Path(name).name != name or name.startswith(".") or "\\" in name:
-        raise UserError(f"{where}: name is to be the name of a folder, not {name!r}")
+        raise UserError(f"{where}: name must be a folder name, not {name!r}")
     if not isinstance(group, str | int | None):
-        raise UserError(f"{where}: group is to be a text, not {group!r}")
+        raise UserError(f"{where}: group must be a text, not {group!r}")
     return Entry(name, fields, where, group)
 
 

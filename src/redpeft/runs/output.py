@@ -21,7 +21,7 @@ def check_folder(record: Path, identity: Mapping[str, Any], what: str) -> None:
         there, here = read_record(record), json.loads(json.dumps(identity))
         if other := [key for key in here if here[key] != there.get(key)]:
             raise UserError(
-                f"{folder} holds runs with another {', '.join(other)}: choose another --out, or ask for the same"
+                f"{folder} holds runs with another {', '.join(other)}: choose another --out, or keep it the same"
             )
     elif folder.exists() and (not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir())):
         raise UserError(f"{folder} is not empty and holds no {what}: choose another --out")

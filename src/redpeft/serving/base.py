@@ -48,7 +48,7 @@ class Base:
             except (UserError, OSError, ValueError) as error:
                 why = first_line(error)
             if found is None:
-                logger.info("adapters of another base model than %s would not be noticed: %s", self.name, why)
+                logger.info("adapters of another base model than %s cannot be detected: %s", self.name, why)
             self._known[key] = found
         return self._known[key]
 

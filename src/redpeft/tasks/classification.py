@@ -105,7 +105,7 @@ class ClassificationTask:
                 label that training lacks, labels that contradict the problem type.
         """
         if problem_type is not None and problem_type not in METRICS:
-            raise UserError(f"no problem type {problem_type!r}; there are {', '.join(METRICS)}")
+            raise UserError(f"unknown problem type {problem_type!r}; there are {', '.join(METRICS)}")
         train = splits["train"]
         columns = cls.find_columns(train, data)
         raw = _label_values(train, columns["label"])
@@ -122,7 +122,7 @@ class ClassificationTask:
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, Any]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
         if data.text_pair and not data.text:
-            raise UserError("`text_pair` is named without `text`: name both columns")
+            raise UserError("`text_pair` is set without `text`: set both")
         named = [name for name in (data.text, data.text_pair) if name]
         label = data.label or cols.find_column(train, cols.LABEL_COLUMNS, without=named)
         texts = named or _guess_texts(train, _as_list(label))
@@ -157,7 +157,9 @@ class ClassificationTask:
             return [[float(label in row) for label in range(len(self.label_names))] for row in rows]
         for index, row in enumerate(rows):
             if len(row) != 1:
-                raise UserError(f"{cols.where(dataset, index)}: {len(row)} labels, and this task has one label a row")
+                raise UserError(
+                    f"{cols.where(dataset, index)}: {len(row)} labels, but this task takes one label a row"
+                )
         return [row[0] for row in rows]
 
     def groups(self, dataset: Dataset) -> list[tuple[str, ...]]:
@@ -364,7 +366,7 @@ def _problem_type(
                 name, "as lists in brackets" if cut == LIST else f"separated by {cut!r}",
             )  # fmt: skip
         elif asked is None and (unused := unused_separator(texts)):
-            logger.warning("%s: %r is taken as one label; data.label_separator=%r cuts such texts", name, *unused)
+            logger.warning("%s: %r is taken as one label; data.label_separator=%r splits such texts", name, *unused)
     several = cut is not None or any(isinstance(label, list) for label in labels)
     if asked == MULTI and not several:
         raise UserError(
@@ -406,7 +408,7 @@ def _numbers(dataset: Dataset, values: list) -> list[float]:
     if None in numbers:
         index = numbers.index(None)
         raise UserError(
-            f"{cols.where(dataset, index)}: the label {values[index]!r} is not a number, as regression needs it"
+            f"{cols.where(dataset, index)}: the label {values[index]!r} is not a number, which regression needs"
         )
     return numbers
 
@@ -414,5 +416,5 @@ def _numbers(dataset: Dataset, values: list) -> list[float]:
 def _flag(dataset: Dataset, index: int, value: Any) -> float:
     flag = FLAGS.get(str(value).strip().lower())
     if flag is None:
-        raise UserError(f"{cols.where(dataset, index)}: {value!r} where a column of labels holds 0 or 1")
+        raise UserError(f"{cols.where(dataset, index)}: {value!r}, but a column of labels holds 0 or 1")
     return flag

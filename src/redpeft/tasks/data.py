@@ -145,7 +145,7 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
 def read_evaluation(path: str, config_name: str | None = None, header: str | None = None) -> Dataset:
     """All rows of a file; of a folder or hub data set the test split, or where it has none the validation split."""
     if path == "-":
-        raise UserError("standard input can be predicted alone: give the rows to score as a file")
+        raise UserError("standard input can only be predicted: to score rows, give them in a file")
     splits = _read_path(path, config_name, header=header)
     for name in ("test", "validation", "train"):
         if name in splits:

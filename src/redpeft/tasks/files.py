@@ -64,10 +64,8 @@ def read_file(path: str | Path, header: str | None = None, form: str | None = No
     path = existing(path)
     known = READERS.get(extension(path)) if form is None else form
     if known is None:
-        texts = "; texts without labels (.txt) can be predicted alone" if extension(path) == ".txt" else ""
-        raise UserError(
-            f"cannot read {path}: the extension decides the format, and {', '.join(READERS)} are known{texts}"
-        )
+        texts = "; texts without labels (.txt) can only be predicted" if extension(path) == ".txt" else ""
+        raise UserError(f"cannot read {path}: the extension decides the format; known are {', '.join(READERS)}{texts}")
     try:
         if known == "parquet":
             data = read_bytes(path)
@@ -89,7 +87,7 @@ def existing(path: str | Path) -> Path:
     """The path of a file that is there. UserError where there is none."""
     path = Path(path).expanduser()
     if path.is_dir():
-        raise UserError(f"{path} is a folder, and a file is needed here")
+        raise UserError(f"{path} is a folder, but a file is needed here")
     if not path.is_file():
         raise UserError(f"no such file: {path}")
     return path
@@ -189,7 +187,9 @@ def _decode(data: bytes, encoding: str, name: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{name}, line {line}: not {encoding}, as the rest is; save it as UTF-8") from None
+        raise UserError(
+            f"{name}, line {line}: not {encoding}, unlike the rest of the file; save it as UTF-8"
+        ) from None
     check_text(text, name)
     return text
 
@@ -198,7 +198,7 @@ def check_text(text: str, name: str, first: int = 1) -> None:
     """Raises UserError for a text with NUL bytes. `first` is the number of its first line."""
     if "\0" in text:
         line = sum(1 for _ in lines_of(text[: text.index("\0") + 1])) + first - 1
-        raise UserError(f"{name}, line {line}: it holds NUL bytes: the file is damaged, or no text")
+        raise UserError(f"{name}, line {line}: it holds NUL bytes: the file is damaged or not a text")
 
 
 def say_encoding(encoding: str, name: str) -> None:
@@ -217,7 +217,7 @@ def encoding_of(data: bytes, name: str, whole: bool = True) -> str:
         UserError: they are no text, or some lines are UTF-8 and others are not.
     """
     if kind := next((kind for mark, kind in NOT_TEXT.items() if re.match(mark, data)), None):
-        raise UserError(f"{name} is no text: it is {kind}")
+        raise UserError(f"{name} is not a text file: it is {kind}")
     if marked := next((encoding for mark, encoding in MARKS if data.startswith(mark)), None):
         return marked
     zeros = [data[:200][start::2].count(0) for start in (0, 1)]
@@ -228,7 +228,7 @@ def encoding_of(data: bytes, name: str, whole: bool = True) -> str:
     lines = [(number, line) for number, line in enumerate(data.splitlines(), start=1) if not line.isascii()]
     odd = [(number, line) for number, line in lines if not _is_utf8(line)]
     if len(lines) >= 2 * len(odd):
-        raise UserError(f"{name}, line {odd[0][0]}: not UTF-8, as the rest is; save it as UTF-8")
+        raise UserError(f"{name}, line {odd[0][0]}: not UTF-8, unlike the rest of the file; save it as UTF-8")
     sample = b"\n".join(line for _, line in odd[:500])[:50_000]  # chardet takes seconds for more
     guess = (chardet.detect(sample, encoding_era=chardet.EncodingEra.MODERN_WEB)["encoding"] or "").lower()
     little = guess == "windows-1250" and len({byte for byte in sample if byte > 127}) < 3
@@ -262,7 +262,7 @@ def delimited(path: Path, text: str, form: str) -> Records:
     """The records of CSV or TSV text. What separates its cells is found out, and logged where the extension says
     another."""
     if re.match(r'\s*(\[\s*)?{\s*"', text):
-        raise UserError(f"{path} holds JSON and no table: call it .jsonl")
+        raise UserError(f"{path} holds JSON, not a table: rename it to .jsonl")
     sample = list(itertools.islice(lines_of(text), 200))
     said = SEPARATOR.fullmatch(sample[0]) if sample else None
     delimiter = said[1] if said else _find_delimiter(sample, DELIMITERS[form])
@@ -302,9 +302,9 @@ def records(lines: Iterable[str], delimiter: str, name: str) -> Records:
             record = next(reader, None)
         except csv.Error as error:
             if "unexpected end" in str(error):
-                reason = "a quotation mark is opened and never closed"
+                reason = "a quotation mark is never closed"
             elif "expected after" in str(error):
-                reason = "a quoted cell goes on behind its quotation mark: within one, write a quotation mark twice"
+                reason = "a quoted cell continues after its closing quotation mark: inside a cell, write it twice"
             else:
                 reason = first_line(error)
             raise UserError(f"{_place(name, number)}: {reason}") from None
@@ -351,12 +351,12 @@ def table_rows(found: Records, name: str, header: str | None = None) -> Rows:
             )
         if header != "none" and cells == names:
             raise UserError(
-                f"{_place(name, number)}: it is the first row again. Remove that line, or give data.header=none if "
+                f"{_place(name, number)}: it repeats the first row. Remove that line, or give data.header=none if "
                 "the first row is no header"
             )
         yield number, {name: cell if cell else None for name, cell in zip(names, record, strict=True)}
     if blank:
-        logger.info("%s: %d rows without any text are passed over", name, blank)
+        logger.info("%s: %d rows without any text are skipped", name, blank)
 
 
 def _table(name: str, found: Records, header: str | None) -> Dataset | None:
@@ -389,11 +389,11 @@ def _sheet(path: Path) -> Records:
         book = openpyxl.load_workbook(io.BytesIO(read_bytes(path)), read_only=True, data_only=True)
         rows = [list(row) for row in book.worksheets[0].iter_rows()]
     except Exception as error:  # of zip files, XML, and openpyxl's own
-        raise UserError(f"cannot read {path}: it is no Excel workbook ({first_line(error)})") from None
+        raise UserError(f"cannot read {path}: it is not an Excel workbook ({first_line(error)})") from None
     if len(book.sheetnames) > 1:
         logger.info("%s has %d sheets; the first one, %r, is read", path, len(book.sheetnames), book.sheetnames[0])
     if wrong := next((cell for row in rows for cell in row if cell.value is not None and cell.data_type == "e"), None):
-        raise UserError(f"{path}, cell {wrong.coordinate}: it holds the error {wrong.value}; mend its formula")
+        raise UserError(f"{path}, cell {wrong.coordinate}: it holds the error {wrong.value}; fix its formula")
     written = [[_written(cell.value, cell) for cell in row] for row in rows]
     width = max((place + 1 for row in written for place, text in enumerate(row) if text), default=0)
     return ([*row, *[""] * width][:width] for row in written)

@@ -60,7 +60,9 @@ def _validation_rows(public: Dataset, name: str, protocol: str) -> int:
     if name not in LARGE[protocol]:
         return half
     if half < HELD_OUT:  # a part of the set; the public sets have 5463 rows and more
-        logger.warning("%s has %d rows: half of them validate, and not %d", source(public), len(public), HELD_OUT)
+        logger.warning(
+            "%s has %d rows: half of them are used for validation, not %d", source(public), len(public), HELD_OUT
+        )
     return min(half, HELD_OUT)
 
 

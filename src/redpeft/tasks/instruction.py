@@ -196,7 +196,7 @@ class InstructionTask:
         """The base model as a language model; without a pad token it gets the tokenizer's."""
         if tokenizer.eos_token_id is None:
             logger.warning(
-                "the tokenizer has no end token: answers are learned without an end, and go on to the longest"
+                "the tokenizer has no end token, so answers are learned without an end and run to the maximum length"
             )
         return load_decoder(base, tokenizer, **kwargs)
 
@@ -259,7 +259,7 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> 
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=to_answer)
     except Exception as error:  # Jinja's, and whatever a template's own code raises
         raise UserError(
-            f"the tokenizer's chat template refuses this chat ({first_line(error)}); change the chat or the template, "
+            f"the tokenizer's chat template rejects this chat ({first_line(error)}); change the chat or the template, "
             "or set data.template to plain"
         ) from error
     if not text:

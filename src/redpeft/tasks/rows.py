@@ -28,8 +28,8 @@ def leave_out_missing(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
     if not empty:
         return dataset
     if len(empty) == len(dataset):
-        raise UserError(f"{source(dataset)}: no row has something in each of the columns {', '.join(needed)}")
-    logger.warning("left out, since a text or a label is missing: %s", first_of(dataset, sorted(empty)))
+        raise UserError(f"{source(dataset)}: no row has values in all of the columns {', '.join(needed)}")
+    logger.warning("left out because a text or a label is missing: %s", first_of(dataset, sorted(empty)))
     return dataset.select([index for index in range(len(dataset)) if index not in empty])
 
 
@@ -74,7 +74,7 @@ def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tupl
     rows = min(max(1, round(config.validation_fraction * len(train))), len(train) - 1)
     chosen = _draw(groups, strata, rows, seed, leave_singles=True)
     logger.warning(
-        "no validation split: %d of %d rows of %s are taken for it (seed %d%s%s)",
+        "no validation split: %d of %d rows of %s are used for it (seed %d%s%s)",
         len(chosen), len(train), source(train), seed,
         ", of each class its share" if strata else "",
         f"; rows with the same {what} stay together" if groups.max() + 1 < len(train) else "",

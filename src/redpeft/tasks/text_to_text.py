@@ -65,8 +65,8 @@ class TextToTextTask(ClassificationTask):
         task: Any = super().from_splits(splits, data, problem_type=problem_type, metric=metric)
         if task.problem_type == MULTI:
             raise UserError(
-                "the task text-to-text has one label a row; for several there is the task classification, and "
-                "data.label_separator=none takes each text as one label"
+                "the task text-to-text has one label a row; for several use the task classification, or "
+                "data.label_separator=none to take each text as one label"
             )
         task.prefix = data.prefix
         return task

@@ -45,7 +45,7 @@ def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[
 def check_name(path: Path) -> None:
     """Raises `UserError` for a file of answers that cannot be written or exists already."""
     if path.suffix.lower() not in WRITTEN:
-        raise UserError(f"--out {path}: the extension decides the format, and {', '.join(WRITTEN)} are known")
+        raise UserError(f"--out {path}: the extension decides the format; known are {', '.join(WRITTEN)}")
     if path.exists():
         raise UserError(f"{path} exists already: give another name, or remove it")
     if not path.parent.is_dir():

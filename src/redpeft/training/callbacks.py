@@ -154,7 +154,7 @@ class RunCallback(TrainerCallback):
             set_default_modes(Path(args.output_dir, f"checkpoint-{state.global_step}"))
         [stop] = self.trainer.on_any_process(self.trainer.terminated)  # it may have come during the evaluation
         if stop:
-            raise Stopped(f"stopped at step {state.global_step}; run the same command again to go on from there")
+            raise Stopped(f"stopped at step {state.global_step}; run the same command again to continue")
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writes:

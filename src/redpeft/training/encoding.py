@@ -101,7 +101,7 @@ def encode_questions(
     encoded = _encode(recipe, task, dataset, model, tokenizer, with_labels=False)
     for index, ids in enumerate(cols.values(encoded.rows, "input_ids")):
         if not ids:
-            raise UserError(f"{cols.where(dataset, index)}: the tokenizer makes no token of this text")
+            raise UserError(f"{cols.where(dataset, index)}: the tokenizer gives no token for this text")
     return encoded
 
 
@@ -138,12 +138,12 @@ def _check_ends(rows: Dataset, dataset: Dataset, model: Any, tokenizer: PreTrain
     counts = [ids.count(end) for ids in cols.values(rows, "input_ids")]
     if 0 in counts or tokenizer.pad_token_id == end:
         raise UserError(
-            "an encoder-decoder classifies a text by the end token behind it, and this tokenizer writes none, or pads "
-            "with it: take another base model, or the task text-to-text"
+            "an encoder-decoder classifies a text by the end token after it, but this tokenizer adds none, or pads "
+            "with it: use another base model, or the task text-to-text"
         )
     if max(counts) > min(counts):
         where = cols.where(dataset, counts.index(max(counts)))
-        raise UserError(f"{where}: the text holds the end token {tokenizer.convert_ids_to_tokens(end)!r}: take it out")
+        raise UserError(f"{where}: the text holds the end token {tokenizer.convert_ids_to_tokens(end)!r}: remove it")
 
 
 def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> None:

@@ -40,7 +40,7 @@ def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
 def _check_number(options: dict[str, Any]) -> dict[str, Any]:
     tokens = options["num_virtual_tokens"]
     if not isinstance(tokens, int) or tokens < 1:
-        raise UserError(f"method_options: num_virtual_tokens is a whole number from 1, not {tokens!r}")
+        raise UserError(f"method_options: num_virtual_tokens must be a whole number of at least 1, not {tokens!r}")
     return options
 
 
@@ -48,8 +48,8 @@ def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) 
     """The same for a prefix. `UserError` too for a model whose attention takes no keys and values from outside."""
     if options.get("prefix_projection"):
         raise UserError(
-            "method_options: with prefix_projection PEFT saves what the projection makes, and not the projection, so "
-            "that a run could not go back to its best epoch: leave it out"
+            "method_options: with prefix_projection PEFT saves the projection's output and not the projection, so "
+            "a run cannot return to its best epoch: leave it out"
         )
     backbone = getattr(model, model.base_model_prefix, model)
     if not any({OLD, NEW} & set(inspect.signature(part.forward).parameters) for part in (model, backbone)):

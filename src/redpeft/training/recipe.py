@@ -192,16 +192,18 @@ class Recipe(BaseModel):
             if getattr(self, name) and self.task != "instruction":
                 raise ValueError(f"{name} is for the task instruction, not {self.task}")
         if self.head == "last" and not self.task.endswith("classification"):
-            raise ValueError(f"head is for the heads of classifiers, and the task {self.task} has none")
+            raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
         if self.packing and self.method in ("prompt", "prefix"):
-            raise ValueError(f"packing puts several rows behind one prompt: leave it out with method {self.method}")
+            raise ValueError(
+                f"packing would put several rows after one prompt: leave it out with method {self.method}"
+            )
         if self.gradient_checkpointing and self.method == "prefix":
-            raise ValueError("method prefix does not work with gradient_checkpointing, which drops what it puts in")
+            raise ValueError("method prefix does not work with gradient_checkpointing, which discards the prefix")
         if self.base.load_in and self.method not in ("red", "lora", "ia3"):
             raise ValueError(f"base.load_in quantises the base: for red, lora and ia3, not for {self.method}")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be cut into gradient_accumulation {self.gradient_accumulation}"
+                f"batch_size {self.batch_size} is not divisible by gradient_accumulation {self.gradient_accumulation}"
             )
         return self
 

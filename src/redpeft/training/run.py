@@ -176,7 +176,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
         model = task.load_model(name, tokenizer, revision=revision, **options)
     if load_in is not None and not quantised_weights(model):
         raise UserError(
-            f"base.load_in {load_in} leaves every weight of {type(model).__name__} as it is: choose another of "
+            f"base.load_in {load_in} changes no weight of {type(model).__name__}: choose another of "
             f"{', '.join(QUANTISERS)}, or leave it out"
         )
     leave_unpacked(model)  # for every method, and a loaded run scores as it did in training
@@ -219,7 +219,7 @@ def _check_labels(task: Task, init_from: str) -> None:
     if not saved.is_file():
         if getattr(task, "label_names", None):
             log_main(
-                f"{init_from} lies in no run folder: its head is taken for the labels of this data, in their order"
+                f"{init_from} is not in a run folder: its head is assumed to have this data's labels, in their order"
             )
         return
     before, now = read_json(saved), task.to_dict()

@@ -113,8 +113,8 @@ def _text(lines: _Lines, text: str, form: str | None) -> Row:
     """A line as a text. UserError for one of JSON, unless lines are asked for: the format is the first line's."""
     if form is None and re.match(r'\s*{\s*"', text):
         raise UserError(
-            f"{lines.name}, line {lines.count}: this begins as JSON, and the first line is a text; --format jsonl "
-            "takes each line as JSON, --format lines as a text"
+            f"{lines.name}, line {lines.count}: this line looks like JSON, but the first line is a text; --format "
+            "jsonl takes each line as JSON, --format lines as a text"
         )
     return text
 
@@ -190,7 +190,7 @@ class _Lines:
             line = self.count + 1 + error.object.count(b"\n", 0, error.start)
             if not self._ascii:
                 raise UserError(
-                    f"{self.name}, line {line}: not {error.encoding}, as the rest is; save it as UTF-8"
+                    f"{self.name}, line {line}: not {error.encoding}, unlike the rest of the file; save it as UTF-8"
                 ) from None
             self._decoder = self._new_decoder(state + chunk)
             text = self._decoder.decode(state + chunk, final=self._ended)

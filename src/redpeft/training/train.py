@@ -79,7 +79,7 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
     if checkpoint is None:
         return None
     state = checkpoint_state(checkpoint) or {}
-    log_main(f"going on from step {state['global_step']}")
+    log_main(f"continuing from step {state['global_step']}")
     if state.get("stateful_callbacks", {}).get("TrainerControl", {}).get("args", {}).get("should_training_stop"):
         trainer.args.max_steps = state["global_step"]
     return str(checkpoint)

@@ -100,7 +100,7 @@ class RedModel(BaseTuner):
         if found is None:
             logger.info(
                 "adapter '%s': the base model's weights are quantised, sharded or not loaded, so its fingerprint "
-                "cannot be taken, and another base model of the same shape would not be noticed",
+                "cannot be taken, and another base model of the same shape cannot be detected",
                 adapter_name,
             )
         if differs := fingerprint_difference(config.base_fingerprint, found):
@@ -366,7 +366,7 @@ class RedModel(BaseTuner):
         got = sorted(name for name in without if model.get_submodule(name).bias is not None)
         if got and not (isinstance(model, PreTrainedModel) and add_biases(model, got)):
             warnings.warn(
-                f"{len(got)} layers without a bias have got one ({some(got)}): the model in memory is right, but its "
+                f"{len(got)} layers without a bias now have one ({some(got)}): the model in memory is right, but its "
                 "configuration has no place for them, so a checkpoint of it loads without these biases. `redpeft "
                 "fold` writes a checkpoint that is right, or says why there is none",
                 stacklevel=2,

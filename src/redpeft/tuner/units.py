@@ -160,7 +160,7 @@ def _measure_on_example(base: nn.Module, layers: Sequence[RedLayer], model: nn.M
             inputs["use_cache"] = False
         return _measure(base, layers, partial(run, **inputs))
     except Exception as error:
-        raise UserError(f"cannot make up inputs for {type(base).__name__} ({first_line(error)})") from error
+        raise UserError(f"cannot generate inputs for {type(base).__name__} ({first_line(error)})") from error
 
 
 def _measure(

@@ -465,15 +465,15 @@ def test_a_base_of_another_width(folders):
 
 def test_a_base_of_another_architecture(folders):
     tiny("OPTForSequenceClassification", tiny_config("opt")).save_pretrained(folders / "other")
-    refused(folders, "has no module bert.encoder|fits no OPT", base=folders / "other")
+    refused(folders, "has no module bert.encoder|does not fit OPT", base=folders / "other")
 
 
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        (None, "adapter does not say what its base model is: name it (--base)"),
-        ("", "adapter does not say what its base model is: name it (--base)"),
-        ("/moved/away", "adapter names it as its base model: if it lies elsewhere, say where (--base)"),
+        (None, "adapter does not name its base model: give it with --base"),
+        ("", "adapter does not name its base model: give it with --base"),
+        ("/moved/away", "adapter names it as its base model: if it is elsewhere now, give its place with --base"),
     ],
 )
 def test_a_base_that_the_adapter_does_not_lead_to(folders, named, said):
@@ -507,7 +507,7 @@ def test_no_such_base(folders):
 def test_a_folder_that_is_there_is_left_alone(folders):
     (folders / "out").mkdir()
     (folders / "out" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         fold(folders / "adapter", folders / "out", folders / "base")
     assert [path.name for path in (folders / "out").iterdir()] == ["mine.txt"]
 

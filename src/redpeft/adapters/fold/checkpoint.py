@@ -107,4 +107,4 @@ def local_folder(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=["*.safetensors", *NOT_WEIGHTS]))
     except (OSError, ValueError) as error:
-        raise UserError(f"{model}: no such model folder, nor a model of that name ({first_line(error)})") from error
+        raise UserError(f"{model}: no folder and no model on the Hub has this name ({first_line(error)})") from error

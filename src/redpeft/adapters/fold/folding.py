@@ -116,12 +116,12 @@ def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
         return local_folder(str(base))
     named = adapter.config.get("base_model_name_or_path")
     if not named:
-        raise UserError(f"{adapter.folder} does not say what its base model is: name it (--base)")
+        raise UserError(f"{adapter.folder} does not name its base model: give it with --base")
     try:
         return local_folder(str(named), adapter.config.get("revision"))
     except UserError as error:
         raise UserError(
-            f"{error}. {adapter.folder} names it as its base model: if it lies elsewhere, say where (--base)"
+            f"{error}. {adapter.folder} names it as its base model: if it is elsewhere now, give its place with --base"
         ) from error
 
 

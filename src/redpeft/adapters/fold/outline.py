@@ -36,7 +36,7 @@ def outline(adapter: Adapter, config: PretrainedConfig, run: Path) -> PreTrained
         state = model.state_dict()
         if all(key in state and state[key].shape == tensor.shape for key, tensor in adapter.head.items()):
             return model
-    raise UserError(f"the head of {adapter.folder} ({', '.join(adapter.head)}) fits no {type(model).__name__}")
+    raise UserError(f"the head of {adapter.folder} ({', '.join(adapter.head)}) does not fit {type(model).__name__}")
 
 
 def _model_class(adapter: Adapter, config: PretrainedConfig) -> Any:

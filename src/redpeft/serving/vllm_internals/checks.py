@@ -16,18 +16,18 @@ FUSED = "vllm.models."  # the package of vLLM's models with kernels for one mode
 
 
 def check_model(model: nn.Module, vllm_config: VllmConfig) -> None:
-    """`UserError` for a model whose modules are passed by, or do not see the batch's tokens in their order."""
+    """`UserError` for a model whose modules are bypassed, or do not see the batch's tokens in their order."""
     if any(type(module).__module__.startswith(FUSED) for module in model.modules()):
         raise UserError(
-            f"vLLM runs {type(model).__name__} by kernels of its own, which can pass a module by, so that an edit of "
+            f"vLLM runs {type(model).__name__} with its own kernels, which can bypass a module, so an edit of "
             f"its output would be lost; {FOLD}"
         )
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         raise UserError(
-            f"with --kv-sharing-fast-prefill some layers see a part of the tokens; leave it out, or {FOLD}"
+            f"with --kv-sharing-fast-prefill some layers see only part of the tokens; leave it out, or {FOLD}"
         )
     if vllm_config.parallel_config.use_ubatching:
-        raise UserError(f"with --enable-dbo layers see a part of the tokens; leave it out, or {FOLD}")
+        raise UserError(f"with --enable-dbo layers see only part of the tokens; leave it out, or {FOLD}")
 
 
 def check_site(name: str, module: nn.Module, vllm_config: VllmConfig) -> None:

@@ -59,7 +59,7 @@ def run(core: EngineCore) -> None:
     if config.lora_config is None or not options.check:
         return
     if core.is_pooling_model:
-        logger.info("not checked that edits act: this model generates nothing")
+        logger.info("whether edits act was not checked: this model generates nothing")
         return
     began = time.monotonic()
     found = core.collective_rpc(_sites)
