@@ -73,7 +73,7 @@ def config_fields() -> str:
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters, tasks
-    from redpeft.adapters import card, compose, expression, listing, pack, packing, preview, released
+    from redpeft.adapters import card, compose, expression, listing, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.evaluation import generate, language_model, lm_harness
     from redpeft.reproduce import command, plan
@@ -86,9 +86,6 @@ def signatures() -> str:
         "redpeft.RedModel": [redpeft.RedModel.add_weighted_adapter, redpeft.RedModel.set_scale],
         "redpeft.adapters": [getattr(adapters, name) for name in ("read_adapter", "load_adapter", "write_adapter")]
         + [adapters.Adapter, adapters.EffectiveEdit],
-        "redpeft.adapters.packing": [packing.pack_adapters, packing.Packed],
-        "redpeft.adapters.pack": [pack.unpack_adapters, pack.open_pack, pack.Pack],
-        "redpeft.adapters.pack.Pack": [pack.Pack.adapter, pack.Pack.weights, pack.Pack.file, pack.Pack.files],
         "redpeft.adapters.listing": [listing.list_adapters, listing.ListedAdapter],
         "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
         "redpeft.adapters.preview": [preview.preview],

@@ -652,35 +652,11 @@ def test_predict_answers_a_line_before_the_next_one_comes(trained):
         assert process.returncode == 0
 
 
-def test_a_run_comes_out_of_a_pack_ready_to_use(redpeft, trained, data_folder, tmp_path):
-    run, _ = trained
-    pack = tmp_path / "pack.safetensors"
-    code, out, _ = redpeft("pack", run.parent, "--out", pack)
-    assert (code, out.splitlines()) == (0, [f"Packed 1 adapter ({pack.stat().st_size / 2**20:.1f} MiB): {pack}"])
-    code, out, _ = redpeft("unpack", pack, "--out", tmp_path / "out", "--only", "run", "--json")
-    assert (code, json.loads(out)) == (0, {"out": str(tmp_path / "out"), "adapters": ["run"]})
-    answers = [redpeft("predict", folder, data_folder / "test.jsonl") for folder in (run, tmp_path / "out" / "run")]
-    assert answers[0][:2] == answers[1][:2]
-    assert answers[0][1].count("label") == 8
-    kept = {path.relative_to(run) for path in run.rglob("*") if path.is_file() and path.parent.name != "plots"}
-    found = {path.relative_to(tmp_path / "out" / "run") for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert {str(path) for path in kept - found} == {"metrics.jsonl"}
-    listed = [json.loads(redpeft("list", path, "--json")[1])["adapters"] for path in (run.parent, pack)]
-    assert listed[0] == listed[1]
-    assert listed[0][0]["validation"] == json.loads(trained[1])["validation"]["accuracy"]
-
-
-def test_pack_says_what_it_leaves_out(redpeft, adapter, tmp_path):
-    (adapter("in/one") / "optimizer.pt").write_bytes(b"a pickle")
-    (tmp_path / "in" / "begun").mkdir()
-    for name in ("recipe.yaml", "task.json"):
-        (tmp_path / "in" / "begun" / name).write_text("{}")
-    code, out, _ = redpeft("pack", tmp_path / "in", "--out", tmp_path / "p")
-    assert code == 0
-    assert out.splitlines()[1:] == ["Left out, not finished: begun", "Left out, may be pickles: one/optimizer.pt"]
-    code, out, err = redpeft("pack", tmp_path / "in", "--out", tmp_path / "p")
-    assert (code, out) == (2, "")
-    assert one_line(err)
+def test_list_shows_a_run_with_its_score(redpeft, trained):
+    run, result = trained
+    (row,) = json.loads(redpeft("list", run.parent, "--json")[1])["adapters"]
+    assert (row["name"], row["status"]) == ("run", "ok")
+    assert row["validation"] == json.loads(result)["validation"]["accuracy"]
 
 
 def test_list_shows_all_before_it_fails(redpeft, adapter, tmp_path):

@@ -14,9 +14,7 @@ from redpeft.adapters import (
     Adapter,
     EffectiveEdit,
     load_adapter,
-    pack_adapters,
     read_adapter,
-    unpack_adapters,
     write_adapter,
 )
 from redpeft.errors import UserError
@@ -276,12 +274,10 @@ def test_files_have_the_rights_that_the_umask_gives(adapter, tmp_path, umask):
     before = os.umask(umask)
     try:
         write_adapter(dataclasses.replace(adapter, folder=tmp_path / "runs" / "one"))
-        pack_adapters(tmp_path / "runs", tmp_path / "pack")
-        unpack_adapters(tmp_path / "pack", tmp_path / "unpacked")
         save_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {})
-        files = [path for folder in ("runs", "unpacked") for path in (tmp_path / folder).rglob("*") if path.is_file()]
-        assert len(files) == 4
-        modes = {path.stat().st_mode & 0o777 for path in (*files, tmp_path / "pack", tmp_path / "tensors")}
+        files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+        assert len(files) == 2
+        modes = {path.stat().st_mode & 0o777 for path in (*files, tmp_path / "tensors")}
     finally:
         os.umask(before)
     assert modes == {0o666 & ~umask}

@@ -1,4 +1,4 @@
-"""What a folder or a pack is said to hold, and what is said of what is unfinished, damaged or of another method."""
+"""The list of the adapters below a folder: their names, what each is, and unfinished, damaged and other ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from redpeft.adapters import list_adapters, pack_adapters
+from redpeft.adapters import list_adapters
 from redpeft.adapters.listing import ListedAdapter, adapters_table
 from redpeft.errors import UserError
 
@@ -59,9 +59,20 @@ def test_a_row_says_what_an_adapter_is(runs):
     assert (plain.metric, plain.validation, plain.test, plain.status) == (None, None, None, "ok")
 
 
-def test_a_pack_is_listed_as_its_folder_is(runs, tmp_path):
-    pack_adapters(runs, tmp_path / "pack")
-    assert list_adapters(tmp_path / "pack") == list_adapters(runs)
+def test_names_are_paths_below_the_folder(runs):
+    assert list(rows_of(runs / "topics")) == ["seed-3"]
+    assert list(rows_of(runs / "reviews")) == ["."]
+    assert list(rows_of(runs / "reviews" / "adapter")) == ["."]
+    write_folder(runs / "plain" / "adapter", random_tensors(seed=4))  # an adapter within another: each has its name
+    assert list(rows_of(runs / "plain")) == [".", "adapter"]
+
+
+def test_checkpoints_hidden_folders_and_what_is_being_written_are_not_listed(runs):
+    write_folder(runs / "reviews" / "checkpoints" / "checkpoint-2", random_tensors())
+    write_folder(runs / "new.partial", random_tensors())
+    write_folder(runs / ".cache" / "old", random_tensors())
+    (runs / "link").symlink_to(runs / "plain")
+    assert list(rows_of(runs)) == ["plain", "reviews", "topics/seed-3"]
 
 
 def test_short_fingerprints_tell_other_weights_and_not_their_rounding(runs):
@@ -126,16 +137,6 @@ def test_a_damaged_adapter_is_a_row_with_the_reason(runs, what, reason):
     assert rows["reviews"].validation == (None if what in "{[]" else 0.8)
 
 
-def test_a_damaged_adapter_of_a_pack(runs, tmp_path):
-    pack_adapters(runs, tmp_path / "pack")
-    data = (tmp_path / "pack").read_bytes()
-    bias = bytes(random_tensors(seed=2)[f"base_model.model.{SITES[0]}.redpeft_edit.bias"].numpy())
-    (tmp_path / "pack").write_bytes(data.replace(bias, bytes(reversed(bias))))
-    rows = rows_of(tmp_path / "pack")
-    assert [row.status for row in rows.values()] == ["ok", "ok", "damaged"]
-    assert "topics/seed-3 is not there as it was packed" in rows["topics/seed-3"].reason
-
-
 def test_other_methods_are_not_called_damaged(runs):
     write_run(runs / "lora", peft_type="LORA")
     result = runs / "lora" / "result.json"
@@ -174,7 +175,7 @@ def test_nothing_to_list(tmp_path, runs):
     for path, said in (
         (tmp_path / "no", f"no such folder: {tmp_path / 'no'}"),
         (tmp_path / "empty", f"{tmp_path / 'empty'}: no adapters there"),
-        (runs / "reviews" / "recipe.yaml", "corrupt or truncated, not a safetensors file"),
+        (runs / "reviews" / "recipe.yaml", f"no such folder: {runs / 'reviews' / 'recipe.yaml'}"),
     ):
         with pytest.raises(UserError) as error:
             list_adapters(path)

@@ -115,9 +115,9 @@ def outcome(architecture: str) -> tuple[str, str, bool]:
             )
         except UserError as error:
             return "refused", str(error), supports_lora(model)
-    assert set(manager.places) == set(manager.widths)  # every site has a module
-    assert len(set(manager.places.values())) == len(manager.places)  # and each its own
-    return "served", list(manager.places.values())[-1], supports_lora(model)
+    assert set(manager.modules_of_sites) == set(manager.widths)  # every site has a module
+    assert len(set(manager.modules_of_sites.values())) == len(manager.modules_of_sites)  # and each its own
+    return "served", list(manager.modules_of_sites.values())[-1], supports_lora(model)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""An adapter of another base model than the one on disk is told by its fingerprint."""
+"""Where a served base model can be edited, and which adapters were trained on it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import shutil
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, MixtralConfig
 
 from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
-from redpeft.serving.base import Base
+from redpeft.serving.base import ServedBase, find_module, widths_of_sites
 
 from .making import SITES, adapter
 
@@ -23,7 +23,7 @@ def check(base, tmp_path):
         folder = adapter(tmp_path / "edit", 1, list(sites), base_fingerprint=saved)
         config = AutoConfig.from_pretrained(base)
         config.quantization_config = options.pop("quantised", None)
-        Base(str(name or base), config, **options).check(read_adapter(folder), sites)
+        ServedBase(str(name or base), config, **options).check(read_adapter(folder), sites)
 
     return check
 
@@ -83,3 +83,71 @@ def test_where_there_is_nothing_to_compare_it_is_let_through_with_a_word(
         check(other_fingerprint, **options[kind])
     assert "adapters of another base model than " in caplog.text
     assert " cannot be detected: " in caplog.text
+
+
+# --- sites ---
+
+LLAMA = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+
+
+def named(config, architecture):
+    config.architectures = [architecture]
+    return config
+
+
+def test_the_ffn_is_found_in_the_model_of_the_configuration():
+    llama = named(LLAMA, "LlamaForCausalLM")
+    ffn = {f"model.layers.{layer}.mlp.down_proj": 32 for layer in range(2)}
+    assert widths_of_sites(llama, ["ffn"]) == (ffn, {})
+    both, _ = widths_of_sites(llama, ["ffn", "attention"])
+    assert set(both) == {
+        f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.down_proj", "self_attn.o_proj")
+    }
+    gpt2 = named(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50), "GPT2LMHeadModel")
+    assert widths_of_sites(gpt2, ["ffn"]) == ({"transformer.h.0.mlp.c_proj": 32}, {})
+
+
+def test_of_a_mixture_of_experts_it_is_the_block():
+    size = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2, "vocab_size": 50}
+    config = MixtralConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, **size)
+    (site,) = widths_of_sites(named(config, "MixtralForCausalLM"), ["ffn"])[0]
+    assert site in ("model.layers.0.block_sparse_moe", "model.layers.0.mlp")  # older and newer transformers
+
+
+def test_paths_are_taken_as_they_are_even_from_the_model_without_its_head():
+    llama = named(LLAMA, "LlamaForCausalLM")
+    paths = ["model.layers.1.self_attn.o_proj", "layers.0.mlp.down_proj"]
+    none = "model.layers.2.mlp.down_proj"
+    assert widths_of_sites(llama, [*paths, none]) == (
+        dict.fromkeys(paths, 32),
+        {none: f"LlamaForCausalLM has no module {none} to edit"},
+    )
+
+
+def test_a_model_that_transformers_lacks_is_named():
+    config = BertConfig(num_attention_heads=5, hidden_size=32)  # 32 has no 5 heads
+    with pytest.raises(UserError, match=r"transformers cannot build \['BertModel'\]: The hidden size"):
+        widths_of_sites(named(config, "BertModel"), ["ffn"])
+
+
+NAMES = ["roberta", "roberta.encoder.layer.0.output.dense", "classifier.dense", "roberta.encoder.layer.0"]
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("roberta.encoder.layer.0.output.dense", NAMES[1]),
+        ("encoder.layer.0.output.dense", NAMES[1]),
+        ("model.roberta.encoder.layer.0.output.dense", NAMES[1]),
+        ("encoder.layer.1.output.dense", None),
+        ("dense", None),  # could be anything
+        ("encoder.layer.1.classifier.dense", None),  # the classifier's is another
+        ("layer.0", NAMES[3]),
+    ],
+)
+def test_a_path_means_the_only_module_that_ends_with_it(path, found):
+    assert find_module(path, NAMES) == found
+
+
+def test_of_two_towers_none_is_meant():
+    assert find_module("layers.0.fc2", ["encoder.layers.0.fc2", "decoder.layers.0.fc2"]) is None

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from redpeft.adapters import pack_adapters, read_adapter
+from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
 from redpeft.serving import command, folder
-from redpeft.serving.folder import Refused, ServedFolder, check_numbers, file_signature, is_red, read
+from redpeft.serving.folder import Refusals, ServedFolder, check_numbers, file_signature, is_red, read
 
 from .making import SITES, WIDTH, adapter, edits
 
@@ -23,7 +23,7 @@ WIDTHS = dict.fromkeys(SITES, WIDTH)
 
 
 @pytest.fixture
-def source(tmp_path):
+def served(tmp_path):
     """Two adapters, one of them in a run, among much that is none."""
     root = tmp_path / "served"
     adapter(root / "one", 1)
@@ -46,9 +46,9 @@ def run(path: Path) -> None:
         (path / name).write_text("{}")
 
 
-def test_every_adapter_has_its_path_as_its_name(source):
-    assert source.adapters == {"one": source.root / "one", "teams/two": source.root / "teams" / "two" / "adapter"}
-    assert {name: source.find(name) for name in source.adapters} == source.adapters
+def test_every_adapter_has_its_path_as_its_name(served):
+    assert served.adapters == {"one": served.root / "one", "teams/two": served.root / "teams" / "two" / "adapter"}
+    assert {name: served.find(name) for name in served.adapters} == served.adapters
 
 
 NO_NAMES = """. / ./ .. nobody teams unfinished link alias one/ one// ./one one/. teams/../one /one //one one/adapter
@@ -58,124 +58,105 @@ ODD_NAMES = ["", "o\u0301ne", "\uff4fne", "one\0", "one\n", " one", "one ", "\ud
 
 
 @pytest.mark.parametrize("name", [*NO_NAMES.split(), *ODD_NAMES])
-def test_no_other_name_finds_anything(source, name):
-    assert source.find(name.format(source.root.parent)) is None
+def test_no_other_name_finds_anything(served, name):
+    assert served.find(name.format(served.root.parent)) is None
 
 
-def test_what_is_listed_is_found_by_the_same_rules(source):
+def test_what_is_listed_is_found_by_the_same_rules(served):
     """Whatever folders there are: a name is found if it is listed, and only then."""
-    paths = [path.relative_to(source.root) for path in source.root.rglob("*") if path.is_dir()]
-    found = {path.as_posix() for path in paths if source.find(path.as_posix()) is not None}
-    assert found == set(source.adapters)
+    paths = [path.relative_to(served.root) for path in served.root.rglob("*") if path.is_dir()]
+    found = {path.as_posix() for path in paths if served.find(path.as_posix()) is not None}
+    assert found == set(served.adapters)
 
 
-def test_new_folders_are_seen_and_removed_ones_gone(source):
+def test_new_folders_are_seen_and_removed_ones_gone(served):
     for change, names in (
-        (lambda: adapter(source.root / "three", 3), {"one", "teams/two", "three"}),
-        (lambda: os.remove(source.root / "one" / "adapter_config.json"), {"teams/two", "three"}),
-        (lambda: (source.root / "teams").rename(source.root / ".teams"), {"three"}),
-        (lambda: shutil.rmtree(source.root), set()),
-        (lambda: adapter(source.root / "deep" / "four", 3), {"deep/four"}),
+        (lambda: adapter(served.root / "three", 3), {"one", "teams/two", "three"}),
+        (lambda: os.remove(served.root / "one" / "adapter_config.json"), {"teams/two", "three"}),
+        (lambda: (served.root / "teams").rename(served.root / ".teams"), {"three"}),
+        (lambda: shutil.rmtree(served.root), set()),
+        (lambda: adapter(served.root / "deep" / "four", 3), {"deep/four"}),
     ):
         change()
-        assert set(source.adapters) == names
-        assert source.find("one") == (source.root / "one" if "one" in names else None)
+        assert set(served.adapters) == names
+        assert served.find("one") == (served.root / "one" if "one" in names else None)
 
 
-def test_a_list_is_kept_as_long_as_nothing_changes(source, monkeypatch):
+def test_a_list_is_kept_as_long_as_nothing_changes(served, monkeypatch):
     monkeypatch.setattr(folder, "SETTLED", 0)
     time.sleep(0.02)  # a later tick of the clock than that of the last change
-    first = source.adapters
-    monkeypatch.setattr(folder, "look_below", None)
-    assert source.adapters is first
+    first = served.adapters
+    monkeypatch.setattr(folder, "search_adapters", None)
+    assert served.adapters is first
     monkeypatch.undo()
-    adapter(source.root / "teams" / "three", 3)
-    assert list(source.adapters) == ["one", "teams/three", "teams/two"]
+    adapter(served.root / "teams" / "three", 3)
+    assert list(served.adapters) == ["one", "teams/three", "teams/two"]
 
 
-def test_a_list_made_just_after_a_change_is_made_again(source):
+def test_a_list_made_just_after_a_change_is_made_again(served):
     """Another change could have given its folder the same time."""
-    assert source.adapters is not source.adapters
+    assert served.adapters is not served.adapters
 
 
-def test_a_folder_that_is_an_adapter_or_a_run_has_its_own_name(source):
+def test_a_folder_that_is_an_adapter_or_a_run_has_its_own_name(served):
     for path, name, found in (
-        (source.root / "one", "one", source.root / "one"),
-        (source.root / "teams" / "two", "two", source.root / "teams" / "two" / "adapter"),
+        (served.root / "one", "one", served.root / "one"),
+        (served.root / "teams" / "two", "two", served.root / "teams" / "two" / "adapter"),
     ):
         assert ServedFolder(path).adapters == {name: found}
         assert ServedFolder(path).find(name) == found
         assert ServedFolder(path).find(".") is None
 
 
-def test_a_name_that_no_answer_can_hold_is_passed_over(source):
-    adapter(Path(os.fsdecode(os.fsencode(source.root) + b"/\xff")), 4)
-    assert set(source.adapters) == {"one", "teams/two"}
+def test_a_name_that_no_answer_can_hold_is_passed_over(served):
+    adapter(Path(os.fsdecode(os.fsencode(served.root) + b"/\xff")), 4)
+    assert set(served.adapters) == {"one", "teams/two"}
 
 
-def test_an_adapter_or_a_file_of_it_that_lies_outside_is_refused(source):
-    source.check(source.root / "one")
+def test_an_adapter_or_a_file_of_it_that_lies_outside_is_refused(served):
+    served.check(served.root / "one")
     with pytest.raises(UserError, match="secret: not served, since it is not below .*served"):
-        source.check(source.root.parent / "secret")
+        served.check(served.root.parent / "secret")
     with pytest.raises(UserError, match="link: not served, since it is not below"):
-        source.check(source.root / "link")
-    weights = source.root / "one" / "adapter_model.safetensors"
-    weights.rename(source.root / "weights")
-    weights.symlink_to(source.root / "weights")
-    source.check(source.root / "one")
-    (source.root / "one" / "tokenizer.json").symlink_to("/etc/passwd")
+        served.check(served.root / "link")
+    weights = served.root / "one" / "adapter_model.safetensors"
+    weights.rename(served.root / "weights")
+    weights.symlink_to(served.root / "weights")
+    served.check(served.root / "one")
+    (served.root / "one" / "tokenizer.json").symlink_to("/etc/passwd")
     with pytest.raises(UserError, match=r"one/tokenizer.json: not served, since this link leads out of .*served"):
-        source.check(source.root / "one")
+        served.check(served.root / "one")
 
 
-def test_a_pack_is_served_like_the_folder_it_came_from(source, tmp_path):
-    for name in ("unfinished", "half.partial"):
-        shutil.rmtree(source.root / name)
-    file = tmp_path / "all.safetensors"
-    pack_adapters(source.root, file)
-    pack = ServedFolder(file)
-    assert list(pack.adapters) == list(source.adapters)
-    for name in ("../secret", "one/", "teams", "x" * 5000, "\0"):
-        assert pack.find(name) is None
-    for name, path in pack.adapters.items():
-        ours, theirs = read(pack.find(name), WIDTHS), read(source.find(name), WIDTHS)
-        assert is_red(path)
-        assert all(torch.equal(ours.edits[site].scale, theirs.edits[site].scale) for site in SITES)
-        assert all(torch.equal(ours.edits[site].bias, theirs.edits[site].bias) for site in SITES)
-    assert command.scan(pack) == command.scan(source) == command.AdapterScan(SITES, only_red=True)
-    file.write_bytes(b"half of a pack")
-    assert pack.adapters == {}
-
-
-def test_a_stamp_changes_with_the_adapter(source):
-    path = source.find("one")
+def test_the_signature_changes_with_the_adapter(served):
+    path = served.find("one")
     weights = path / "adapter_model.safetensors"
-    stamps = [file_signature(path)]
-    assert file_signature(path) == stamps[0]
+    signatures = [file_signature(path)]
+    assert file_signature(path) == signatures[0]
     save_file(edits(9), path / "new")
     os.replace(path / "new", weights)
-    stamps.append(file_signature(path))
+    signatures.append(file_signature(path))
     time.sleep(0.02)
     old = weights.stat()
     with weights.open("r+b") as file:  # in its place, of its size, and with its time
         file.write(file.read(1))
     os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
-    stamps.append(file_signature(path))
+    signatures.append(file_signature(path))
     time.sleep(0.02)
     weights.chmod(0o600)  # and back: who could not read it can
-    stamps.append(file_signature(path))
-    assert len(set(stamps)) == 4
+    signatures.append(file_signature(path))
+    assert len(set(signatures)) == 4
 
 
 def test_what_was_refused_is_known_until_it_changes():
-    refused = Refused()
-    refused.add("a", (1, 2), "it is damaged")
-    assert refused.reason("a", (1, 2)) == "it is damaged"
-    assert refused.reason("a", (1, 3)) is None
-    assert refused.reason("b", (1, 2)) is None
+    refusals = Refusals()
+    refusals.add("a", (1, 2), "it is damaged")
+    assert refusals.reason("a", (1, 2)) == "it is damaged"
+    assert refusals.reason("a", (1, 3)) is None
+    assert refusals.reason("b", (1, 2)) is None
     for number in range(folder.REMEMBERED):
-        refused.add(f"{number}", (0,), "")
-    assert refused.reason("a", (1, 2)) is None  # of thousands the oldest is forgotten
+        refusals.add(f"{number}", (0,), "")
+    assert refusals.reason("a", (1, 2)) is None  # of thousands the oldest is forgotten
 
 
 def test_a_file_larger_than_any_edit_is_not_read(tmp_path):
@@ -191,20 +172,19 @@ def test_a_file_larger_than_any_edit_is_not_read(tmp_path):
             look(path)
 
 
-def test_before_the_start_no_more_is_read_than_names(source, caplog, monkeypatch):
+def test_before_the_start_no_more_is_read_than_names(served, caplog, monkeypatch):
     monkeypatch.setattr(folder, "read_adapter", None)
-    adapter(source.root / "other-sites", 3, ["model.layers.7.mlp.down_proj"])
-    with (source.root / "one" / "adapter_model.safetensors").open("r+b") as file:
+    adapter(served.root / "other-sites", 3, ["model.layers.7.mlp.down_proj"])
+    with (served.root / "one" / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(200)
-    (source.root / "no-json").mkdir()
-    (source.root / "no-json" / "adapter_config.json").write_text("[" * 100_000)
-    offer = command.scan(source)
-    assert offer == command.AdapterScan(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
+    (served.root / "no-json").mkdir()
+    (served.root / "no-json" / "adapter_config.json").write_text("[" * 100_000)
+    assert command.scan(served) == command.AdapterScan(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
     assert "not served as it is: " in caplog.text
-    assert f"{source.root / 'one' / 'adapter_model.safetensors'}: corrupt or truncated" in caplog.text
+    assert f"{served.root / 'one' / 'adapter_model.safetensors'}: corrupt or truncated" in caplog.text
     assert "no-json/adapter_config.json: not valid JSON" in caplog.text
-    adapter(source.root / "lora", 4, peft_type="LORA")
-    assert command.scan(source).only_red is False
+    adapter(served.root / "lora", 4, peft_type="LORA")
+    assert command.scan(served).only_red is False
 
 
 def test_other_adapters_are_told_apart_and_bad_ones_refused(tmp_path):

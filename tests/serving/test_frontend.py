@@ -52,7 +52,7 @@ def resolve(models, name="edit"):
 
 
 def replace(models, seed):
-    folder = models.lora_requests.source.root
+    folder = models.lora_requests.folder.root
     adapter(folder / ".new", seed)
     os.replace(folder / ".new" / WEIGHTS_NAME, folder / "edit" / WEIGHTS_NAME)
 
@@ -119,12 +119,12 @@ def test_what_goes_wrong_otherwise_is_not_remembered(models):
 
 
 def test_one_that_was_removed_or_unloaded_is_forgotten(models):
-    folder = models.lora_requests.source.root / "edit"
+    folder = models.lora_requests.folder.root / "edit"
     for remove in (lambda: models.lora_requests.__delitem__("edit"), lambda: shutil.rmtree(folder)):
         resolve(models)
         remove()
         assert "edit" not in models.lora_requests
-        assert len(models.lora_requests) == len(models.lora_requests._stamps) == 0
+        assert len(models.lora_requests) == len(models.lora_requests._signatures) == 0
     assert resolve(models).error.code == 404
 
 
@@ -132,10 +132,10 @@ def test_the_list_is_that_of_the_folder_and_made_in_a_thread(models, monkeypatch
     from redpeft.serving import folder
 
     threads = []
-    look = folder.look_below
-    monkeypatch.setattr(folder, "look_below", lambda *a: threads.append(threading.current_thread()) or look(*a))
-    adapter(models.lora_requests.source.root / "base", 2)
-    adapter(models.lora_requests.source.root / ".trash" / "x", 2)
+    search = folder.search_adapters
+    monkeypatch.setattr(folder, "search_adapters", lambda *a: threads.append(threading.current_thread()) or search(*a))
+    adapter(models.lora_requests.folder.root / "base", 2)
+    adapter(models.lora_requests.folder.root / ".trash" / "x", 2)
     listed = asyncio.run(models.show_available_models())
     assert [card.id for card in listed.data] == ["base", "edit"]
     assert listed.data[0].root == "/base"
@@ -153,7 +153,7 @@ def ask(method, **fields):
 
 
 def test_no_second_name_is_loaded_by_a_path(models):
-    root = models.lora_requests.source.root
+    root = models.lora_requests.folder.root
     adapter(root / ".trash" / "x", 2)
     adapter(root.parent / "outside", 2)
     edit = str(root / "edit")
@@ -177,10 +177,10 @@ def test_unloading_says_that_it_is_served_as_long_as_it_is_there(models):
     resolve(models)
     for _ in range(2):
         said = ask(models.unload_lora_adapter, lora_name="edit")
-        assert said.startswith("'edit' will be read anew at the next request for it, since it is still in the folder")
+        assert said.startswith("'edit' will be read again at the next request for it, since it is still in the folder")
         assert "edit" not in models.lora_requests
     resolve(models)
-    shutil.rmtree(models.lora_requests.source.root / "edit")
+    shutil.rmtree(models.lora_requests.folder.root / "edit")
     assert ask(models.unload_lora_adapter, lora_name="edit") == "'edit' is not served any more."
     for name in ("edit", "edit/", "x" * 5000, "a\0", ""):
         assert ask(models.unload_lora_adapter, lora_name=name)[0] == 404
@@ -196,15 +196,15 @@ def test_vllms_own_doors_tell_the_reason_and_call_it_the_clients(models, tmp_pat
 
     models.lora_requests, models.lora_resolvers, models.model_config = {}, [Resolver()], SimpleNamespace(model="base")
     models.refuses = "its scale is not finite"
-    told = {"lora_name": "any", "lora_path": str(tmp_path / "served" / "edit")}
-    assert ask(models.load_lora_adapter, **told) == (400, "its scale is not finite")
+    fields = {"lora_name": "any", "lora_path": str(tmp_path / "served" / "edit")}
+    assert ask(models.load_lora_adapter, **fields) == (400, "its scale is not finite")
     error = resolve(models, "any").error
     assert (error.code, error.message) == (400, "its scale is not finite")
     assert len(models.asked) == 1
     models.refuses = ""
     shutil.rmtree(tmp_path / "served")
     adapter(tmp_path / "served" / "edit", 2)
-    assert ask(models.load_lora_adapter, **told) == "Success: LoRA adapter 'any' added successfully."
+    assert ask(models.load_lora_adapter, **fields) == "Success: LoRA adapter 'any' added successfully."
     assert ask(models.unload_lora_adapter, lora_name="any") == "Success: LoRA adapter 'any' removed successfully."
 
 

@@ -144,7 +144,7 @@ def test_no_other_package_reaches_into_vllm():
 @pytest.mark.parametrize("found", ["0.31.9", "0.33.0", "0.32.0rc1"])
 def test_an_untested_version_is_refused_and_left_alone(monkeypatch, caplog, found):
     monkeypatch.setattr(plugin, "_installed", lambda: found)
-    with pytest.raises(UserError, match=rf"cannot be served by vLLM {found}.* tested with 0\.32\.0 alone"):
+    with pytest.raises(UserError, match=rf"cannot be served by vLLM {found}.* tested with 0\.32\.0 only"):
         plugin.check_version()
     plugin.register()  # importing the engine here would fail, or reach into another vLLM
     assert f"cannot be served by vLLM {found}" in caplog.text

@@ -1,27 +1,79 @@
-"""What lies in a folder or a pack: a row for each adapter, with what it is, how it scored and whether it is whole."""
+"""The adapters below a folder: where they are, what each is, how it scored and whether it is whole."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from redpeft.adapters.files import Adapter, read_adapter, read_config
-from redpeft.adapters.pack import Pack, open_pack, within
-from redpeft.adapters.search import Found, find_adapters
+from redpeft.adapters.files import read_adapter, read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.models import fingerprint_difference
-from redpeft.storage import RECIPE, RESULT, WEIGHTS_NAME
+from redpeft.storage import ADAPTER, CONFIG_NAME, MODEL, RECIPE, RESULT, TASK, WEIGHTS_NAME
 
-Facts = dict[str, Any]  # some fields of a row
+Facts = dict[str, Any]  # some fields of a ListedAdapter
+
+
+# --- where adapters are ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter folder, and the run folder around it, if any. A run that is unfinished or damaged may have none
+    yet."""
+
+    name: str  # its path below the folder that was searched, without a trailing /adapter
+    adapter: Path
+    run: Path | None
+
+    @property
+    def unfinished(self) -> bool:
+        return self.run is not None and not (self.run / RESULT).is_file()
+
+
+def search_adapters(root: Path, name: str | None = None) -> tuple[list[Found], list[Path]]:
+    """The adapters below `root`, sorted by name, and the folders that were searched.
+
+    These are all adapter folders and all runs that should have one; `root` itself may be one. Skipped are runs of
+    methods that save a whole model, links to folders, hidden folders and folders that are being written (`.partial`).
+    With a `name`, only the adapter of that name is looked for, by the same rules, in the folders that lead to it.
+    """
+    found, searched = [], []
+    parts = PurePath(name or "", ADAPTER).parts
+    for here, folders, files in os.walk(root):
+        path = Path(here)
+        searched.append(path)
+        folders[:] = [folder for folder in folders if not folder.startswith(".") and not folder.endswith(".partial")]
+        is_run = RECIPE in files and TASK in files
+        if is_run:
+            folders[:] = [folder for folder in folders if folder == ADAPTER]  # the others hold its checkpoints, ...
+        if CONFIG_NAME in files:
+            found.append(_found(root, path))
+        elif is_run and not (path / MODEL).is_dir() and not (path / ADAPTER / CONFIG_NAME).is_file():
+            found.append(_found(root, path / ADAPTER))
+        if name is not None:
+            next_part = parts[len(searched) - 1 : len(searched)]
+            folders[:] = [folder for folder in folders if folder in next_part]
+    return sorted((one for one in found if name in (None, one.name)), key=lambda one: one.name), searched
+
+
+def _found(root: Path, adapter: Path) -> Found:
+    inside = adapter != root and adapter.name == ADAPTER and not (adapter.parent / CONFIG_NAME).is_file()
+    owner = adapter.parent if inside else adapter
+    is_run = inside and (owner / RECIPE).is_file() and (owner / TASK).is_file()
+    return Found(owner.relative_to(root).as_posix(), adapter, owner if is_run else None)
+
+
+# --- what they are ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,61 +101,83 @@ class ListedAdapter:
     fingerprint: str | None = None
 
 
-def list_adapters(path: str | Path) -> list[ListedAdapter]:
-    """A row for each adapter and unfinished run below a folder, or for each adapter of a pack; sorted by name.
+def list_adapters(folder: str | Path) -> list[ListedAdapter]:
+    """Every adapter and unfinished run below a folder, sorted by name.
 
-    Each is read and checked: as `read_adapter` does, and in a pack every file by its sha256. A damaged one is a row
-    like the others. `UserError`: no such folder or file, nothing there, a file that is no pack or was cut short.
+    Each adapter is read and checked as `read_adapter` does; a damaged one is listed with the reason. `UserError`: no
+    such folder, or no adapters there.
     """
-    path, prints = Path(path), _Prints()
-    if path.is_file():
-        with open_pack(path) as pack:
-            return [_in_pack(pack, name, prints) for name in pack.names]
-    return [_in_folder(found, prints) for found in find_adapters(path)]
+    root, prints = Path(folder), _Fingerprints()
+    if not root.is_dir():
+        raise UserError(f"no such folder: {root}")
+    found, _ = search_adapters(root)
+    if not found:
+        raise UserError(f"{root}: no adapters there")
+    return [_listed(one, prints) for one in found]
 
 
-def adapters_table(rows: Sequence[ListedAdapter], title: str) -> Table:
-    """The rows as a table; why one is damaged is left to lines of its own."""
-    caption = "score: validation / test; parameters: edits + head; weights: the same where the fingerprints agree"
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("adapter", overflow="fold", min_width=16)
-    table.add_column("base", overflow="fold", min_width=12)
-    for name in ("task", "method", "score"):
-        table.add_column(name, no_wrap=True)
-    for name in ("parameters", "size"):
-        table.add_column(name, no_wrap=True, justify="right")
-    for name in ("weights", "status"):
-        table.add_column(name, no_wrap=True)
-    for row in rows:
-        texts = (
-            row.name,
-            Path(row.base or "-").name,
-            row.task or "-",
-            _joined(" ", row.method, row.sites),
-            _scores(row),
-        )
-        size = "-" if row.bytes is None else f"{row.bytes / 1024:,.0f} KiB"
-        table.add_row(*texts, _parameters(row), size, row.fingerprint or "-", row.status)
-    return table
+def _listed(found: Found, prints: _Fingerprints) -> ListedAdapter:
+    """What the run records overrides what the adapter records: the task and the method have the run's names."""
+    known: Facts = {"status": "ok"}
+    try:
+        run = _run_facts(found.run) if found.run else {}
+        known |= run
+        known |= _adapter_facts(found, prints) | run
+    except (UserError, OSError) as error:
+        known |= {"status": "damaged", "reason": str(error)}
+    return ListedAdapter(name=found.name, **known)
 
 
-def _joined(between: str, *parts: str | None) -> str:
-    return between.join(part for part in parts if part) or "-"
+def _adapter_facts(found: Found, prints: _Fingerprints) -> Facts:
+    if found.unfinished and not found.adapter.is_dir():
+        return {}
+    method = read_config(found.adapter)["peft_type"]
+    if method != "REDPEFT":
+        return {"method": str(method).lower(), "status": "not checked"}
+    adapter = read_adapter(found.adapter)
+    config, asked = adapter.config, adapter.config.get("sites")
+    return {
+        "base": config.get("base_model_name_or_path"),
+        "task": config.get("task_type"),
+        "method": "red",
+        "sites": ",".join(asked) if isinstance(asked, list) else asked or counted(len(adapter.edits), "module"),
+        "parameters": sum(edit.scale.numel() + edit.bias.numel() for edit in adapter.edits.values()),
+        "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
+        "bytes": (found.adapter / WEIGHTS_NAME).stat().st_size,
+        "fingerprint": prints.short(config.get("base_fingerprint")),
+    }
 
 
-def _scores(row: ListedAdapter) -> str:
-    scores = ["-" if score is None else f"{score:.4g}" for score in (row.validation, row.test)]
-    return "-" if row.metric is None else f"{row.metric} {' / '.join(scores)}"
+def _run_facts(run: Path) -> Facts:
+    """From result.json or, before there is one, from recipe.yaml."""
+    if (path := run / RESULT).is_file():
+        result = _fields(path, json.loads)
+        scores = {split: _score(result, split) for split in ("validation", "test")}
+        return {key: result.get(key) for key in ("base", "task", "method", "metric")} | scores
+    recipe = _fields(run / RECIPE, yaml.safe_load)
+    base = recipe.get("base")
+    named = base.get("model") if isinstance(base, dict) else base
+    return {"status": "unfinished", "base": named, "task": recipe.get("task"), "method": recipe.get("method")}
 
 
-def _parameters(row: ListedAdapter) -> str:
-    if row.parameters is None:
-        return "-"
-    return f"{row.parameters:,}" + (f" + {row.head_parameters:,}" if row.head_parameters else "")
+def _fields(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+    try:
+        found = parse(path.read_bytes())
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: damaged ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged (it holds no fields)")
+    return found
 
 
-class _Prints:
-    """Short forms of fingerprints. As these may differ by rounding, the first of those that agree gives the form."""
+def _score(result: Facts, split: str) -> float | None:
+    scores = result.get(split)
+    value = scores.get(result.get("metric")) if isinstance(scores, dict) else None
+    return value if isinstance(value, int | float) else None
+
+
+class _Fingerprints:
+    """Short forms of fingerprints. Those that differ only by rounding get the form of the first of them."""
 
     def __init__(self) -> None:
         self._known: list[tuple[dict[str, Any], str]] = []
@@ -119,81 +193,33 @@ class _Prints:
         return short
 
 
-def _in_folder(found: Found, prints: _Prints) -> ListedAdapter:
-    def run_file(name: str) -> bytes | None:
-        path = found.run and found.run / name
-        return path.read_bytes() if path and path.is_file() else None
-
-    def facts() -> Facts:
-        if found.unfinished and not found.adapter.is_dir():
-            return {}
-        method = read_config(found.adapter)["peft_type"]
-        if method != "REDPEFT":
-            return {"method": str(method).lower(), "status": "not checked"}
-        size = (found.adapter / WEIGHTS_NAME).stat().st_size
-        return _of_adapter(read_adapter(found.adapter), prints) | {"bytes": size}
-
-    return _row(found.name, found.run or found.adapter, run_file, facts)
+# --- as a table ------------------------------------------------------------------------------------------------------
 
 
-def _in_pack(pack: Pack, name: str, prints: _Prints) -> ListedAdapter:
-    def facts() -> Facts:
-        sizes = [len(data) for _, data in pack.files(name)]  # reads and checks them all, the tensors' first
-        return _of_adapter(pack.adapter(name), prints) | {"bytes": sizes[0]}
-
-    return _row(name, pack.path / name, lambda file: pack.file(name, within(name, file)), facts)
-
-
-def _row(name: str, where: Path, run_file: Callable[[str], bytes | None], facts: Callable[[], Facts]) -> ListedAdapter:
-    """What its run says goes before what the adapter says: the task is the run's, the method its name for it."""
-    known: Facts = {"status": "ok"}
-    try:
-        run = _of_run(where, run_file)
-        known |= run
-        known |= facts() | run
-    except (UserError, OSError) as error:
-        known |= {"status": "damaged", "reason": str(error)}
-    return ListedAdapter(name=name, **known)
-
-
-def _of_adapter(adapter: Adapter, prints: _Prints) -> Facts:
-    config, asked = adapter.config, adapter.config.get("sites")
-    return {
-        "base": config.get("base_model_name_or_path"),
-        "task": config.get("task_type"),
-        "method": "red",
-        "sites": ",".join(asked) if isinstance(asked, list) else asked or counted(len(adapter.edits), "module"),
-        "parameters": sum(edit.scale.numel() + edit.bias.numel() for edit in adapter.edits.values()),
-        "head_parameters": sum(tensor.numel() for tensor in adapter.head.values()),
-        "fingerprint": prints.short(config.get("base_fingerprint")),
-    }
-
-
-def _of_run(where: Path, run_file: Callable[[str], bytes | None]) -> Facts:
-    """From result.json or, before there is one, from recipe.yaml; nothing for an adapter outside a run."""
-    if (content := run_file(RESULT)) is not None:
-        result = _parsed(json.loads, content, where / RESULT)
-        scores = {split: _score(result, split) for split in ("validation", "test")}
-        return {key: result.get(key) for key in ("base", "task", "method", "metric")} | scores
-    if (content := run_file(RECIPE)) is not None:
-        recipe = _parsed(yaml.safe_load, content, where / RECIPE)
-        base = recipe.get("base")
-        named = base.get("model") if isinstance(base, dict) else base
-        return {"status": "unfinished", "base": named, "task": recipe.get("task"), "method": recipe.get("method")}
-    return {}
-
-
-def _parsed(parse: Callable[[bytes], Any], content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        found = parse(content)
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: damaged ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged (it holds no fields)")
-    return found
-
-
-def _score(result: dict[str, Any], split: str) -> float | None:
-    scores = result.get(split)
-    value = scores.get(result.get("metric")) if isinstance(scores, dict) else None
-    return value if isinstance(value, int | float) else None
+def adapters_table(rows: Sequence[ListedAdapter], title: str) -> Table:
+    """The adapters as a table, without the reasons why some are damaged."""
+    caption = "score: validation / test; parameters: edits + head; weights: the same where the fingerprints agree"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("adapter", overflow="fold", min_width=16)
+    table.add_column("base", overflow="fold", min_width=12)
+    for name in ("task", "method", "score"):
+        table.add_column(name, no_wrap=True)
+    for name in ("parameters", "size"):
+        table.add_column(name, no_wrap=True, justify="right")
+    for name in ("weights", "status"):
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        scores = " / ".join("-" if score is None else f"{score:.4g}" for score in (row.validation, row.test))
+        parameters = "-" if row.parameters is None else f"{row.parameters:,}"
+        table.add_row(
+            row.name,
+            Path(row.base or "-").name,
+            row.task or "-",
+            " ".join(part for part in (row.method, row.sites) if part) or "-",
+            "-" if row.metric is None else f"{row.metric} {scores}",
+            parameters + (f" + {row.head_parameters:,}" if row.head_parameters else ""),
+            "-" if row.bytes is None else f"{row.bytes / 1024:,.0f} KiB",
+            row.fingerprint or "-",
+            row.status,
+        )
+    return table

@@ -144,9 +144,9 @@ def export_released(
 
 @command("redpeft list runs")
 def list_(
-    path: Annotated[Path, typer.Argument(help="A folder with adapters below it, or a pack.", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="A folder with adapters below it.", show_default=False)],
 ) -> CommandOutput:
-    """Show what adapters a folder or a pack holds, and check each; exit code 1 where one is damaged."""
+    """Show the adapters below a folder, and check each; exit code 1 if one is damaged."""
     from redpeft.adapters.listing import adapters_table, list_adapters
 
     rows = list_adapters(path)
@@ -157,36 +157,6 @@ def list_(
     return CommandOutput({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)
 
 
-@command("redpeft pack runs --out adapters.safetensors")
-def pack(
-    folder: Annotated[Path, typer.Argument(help="A folder with adapters below it.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The file to write, such as adapters.safetensors.")],
-) -> CommandOutput:
-    """Pack the adapters of one base model, and the small files of their runs, into one file, bit for bit."""
-    from redpeft.adapters import pack_adapters
-
-    packed = pack_adapters(folder, out)
-    shown = [f"Packed {counted(packed.adapters, 'adapter')} ({packed.bytes / 2**20:.1f} MiB): {out}"]
-    if packed.unfinished:
-        shown.append(f"Left out, not finished: {some(packed.unfinished)}")
-    if packed.left_out:
-        shown.append(f"Left out, may be pickles: {some(packed.left_out)}")
-    return CommandOutput(dataclasses.asdict(packed), shown)
-
-
-@command("redpeft unpack adapters.safetensors --out runs --only reviews/seed-1")
-def unpack(
-    file: Annotated[Path, typer.Argument(help="A pack.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    only: Annotated[list[str] | None, typer.Option(help="An adapter's name; may be given several times.")] = None,
-) -> CommandOutput:
-    """Write the adapters of a pack into a folder, as they lay before they were packed."""
-    from redpeft.adapters import unpack_adapters
-
-    names = unpack_adapters(file, out, only or ())
-    return CommandOutput({"out": out, "adapters": names}, [f"Unpacked {counted(len(names), 'adapter')}: {out}"])
-
-
 @command("redpeft serve models/llama --adapters runs/teams -- --port 8000")
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a Hub name or a folder.", show_default=False)],
@@ -194,7 +164,7 @@ def serve(
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="vLLM's own, as for `vllm serve`.")
     ] = None,
     adapters: Annotated[
-        Path, typer.Option(help="A folder with adapters and runs, or a pack: each is a model of its own.")
+        Path, typer.Option(help="A folder with adapters and runs: each is a model of its own.")
     ] = Path("runs"),
     max_adapters: Annotated[int, typer.Option(min=1, help="How many of them a batch can mix.")] = 64,
 ) -> CommandOutput:

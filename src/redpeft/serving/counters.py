@@ -1,7 +1,8 @@
-"""What a server has done with each adapter, counted where it is done and read where /metrics is answered.
+"""Counts of what a server has done with each adapter.
 
-Those are different processes: a worker loads adapters, an API server sees requests. Each keeps its own counts and
-writes them, a moment later, as a file into a folder that all of a server's processes share; who reads adds the files.
+Different processes count: a worker loads adapters, an API server sees requests. Each process writes its counts, a
+moment after they change, to a file of its own in a folder that all of a server's processes share. `/metrics` adds the
+files.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from threading import Lock, Timer
 
 from redpeft.storage import write_atomically
 
-# In the environment, which a server's processes inherit: ours, or vLLM's where it runs several API servers
+# Environment variables with the shared folder, inherited by all processes: ours, or vLLM's with several API servers
 FOLDER, OF_SERVERS = "REDPEFT_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
-KEPT = 1024  # adapters that a process keeps counts of: those that it had to do with last
+KEPT = 1024  # adapters that a process keeps counts of: the latest ones
 DELAY = 1.0  # seconds
 COUNTED = {
     "requests": "Requests that this adapter has begun to answer.",
@@ -30,21 +31,21 @@ COUNTED = {
     "adapter_slot_evictions": "How often it lost its slot to another.",
 }
 
-_shared: list[tempfile.TemporaryDirectory] = []  # of the process that made it, at whose end it goes
+_shared: list[tempfile.TemporaryDirectory] = []  # in the process that made it; removed at its end
 
 
 class Counters:
-    """This process's counts by adapter and by the names of `COUNTED`."""
+    """This process's counts, by adapter and by the names of `COUNTED`."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self.kept = kept
         self._counts: dict[str, Counter[str]] = {}  # the latest last
         self._lock = Lock()
-        self._writing = Lock()  # the timer and who answers /metrics write the same file
+        self._writing = Lock()  # the timer and /metrics write the same file
         self._is_due = False
 
     def add(self, adapter: str, **amounts: int) -> None:
-        """Add to an adapter's counts. The adapter that was counted longest ago is forgotten, if there are too many."""
+        """Add to an adapter's counts. With too many adapters, the one that was counted longest ago is forgotten."""
         with self._lock:
             counts = self._counts.pop(adapter, None) or Counter()
             counts.update(amounts)
@@ -59,7 +60,7 @@ class Counters:
         timer.start()
 
     def write(self) -> None:
-        """Put the counts where `read_counts` finds them, which happens by itself a moment after each change."""
+        """Write the counts to where `read_counts` finds them. Each change does so itself after a moment."""
         with self._writing:
             with self._lock:
                 self._is_due = False
@@ -68,7 +69,7 @@ class Counters:
                 return
             try:
                 write_atomically(shared / f"redpeft-{os.getpid()}.json", text)
-            except OSError:  # the server is ending and its folder is gone, or the disk is full: the next is in time
+            except OSError:  # the folder is gone as the server ends, or the disk is full: the next write may work
                 return
 
 
@@ -79,14 +80,14 @@ def folder() -> Path | None:
 
 
 def share() -> None:
-    """Make the folder, in a server's first process. Not in those that it starts: they inherit it."""
+    """Make the shared folder, in a server's first process only: the processes that it starts inherit it."""
     if multiprocessing.parent_process() is None and not _shared:
         _shared.append(tempfile.TemporaryDirectory(prefix="redpeft-metrics-"))
         os.environ[FOLDER] = _shared[0].name
 
 
 def read_counts() -> dict[str, Counter[str]]:
-    """The counts of all processes together, by adapter; of those that have ended too."""
+    """The sums over all processes, by adapter, including processes that have ended."""
     total: dict[str, Counter[str]] = {}
     shared = folder()
     for file in sorted(shared.glob("redpeft-*.json")) if shared else []:

@@ -1,4 +1,4 @@
-"""What the plug-in is told, as `"redpeft"` in vLLM's own `--additional-config`, which reaches all of its processes."""
+"""The plug-in's options, `"redpeft"` in vLLM's `--additional-config`, which reaches all of its processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KEY = "redpeft"
 
 class Options(BaseModel):
     """`sites`: kinds of sites (ffn, attention) or modules' paths in transformers' model, which get tables of edits.
-    `only`: RED alone, so that vLLM makes no LoRA layers. `folder`: a folder or pack whose adapters are served by name;
-    no others are then. `check`: whether the engine is tried, when it starts, with an edit at each site.
+    `only`: no adapters but RED's, so that vLLM makes no LoRA layers. `folder`: a folder whose adapters are served by
+    name; no others are served then. `check`: whether the engine is tested, when it starts, with an edit at each site.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,12 +28,12 @@ class Options(BaseModel):
 
     @property
     def explicit(self) -> bool:
-        """Whether anyone asked for RED: what cannot be done is an error then, and a warning otherwise."""
+        """Whether RED was asked for. If so, what cannot be done is an error, otherwise a warning."""
         return bool(self.model_fields_set)
 
     @classmethod
     def of(cls, additional_config: Mapping[str, Any] | None) -> Options:
-        """Read from vLLM's `additional_config`. `UserError`: an unknown option, or one of another kind."""
+        """Read from vLLM's `additional_config`. `UserError`: an unknown option, or a value of the wrong type."""
         try:
             return cls.model_validate((additional_config or {}).get(KEY, {}))
         except ValidationError as error:

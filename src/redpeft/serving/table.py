@@ -2,8 +2,8 @@
 
     rows (slots + 1, 2, width)  ──gather by token──>  (tokens, 2, width)  ──>  h'[t] = scale[t] * h[t] + bias[t]
 
-One gather and one multiply-add, whatever the number of adapters. The table and the tokens' slots keep their places in
-memory and are filled in place, so that the edit can be compiled and captured in a CUDA graph.
+One gather and one multiply-add, whatever the number of adapters. The table and the tokens' slots keep their addresses
+in memory and are filled in place, so that the edit can be compiled and captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from redpeft.tuner.edit import apply_edit
 
 
 class SlotTable(nn.Module):
-    """`rows`: fp32 (slots + 1, 2, width), a scale and a bias each; the last one, which -1 means, is the identity.
+    """`rows`: fp32 (slots + 1, 2, width), a scale and a bias each. The last row, index -1, is the identity.
 
-    `token_slots`: the slot of each token of the batch in its first places, -1 for none; integers (tokens at most,).
-    `partial`: the site's output is this rank's part of a sum, to which another rank adds the biases.
+    `token_slots`: integers (most tokens of a batch,); the first ones are the slots of the batch's tokens, -1 for none.
+    `partial`: the site's output is this rank's part of a sum; another rank adds the biases.
     """
 
     rows: torch.Tensor
@@ -40,7 +40,7 @@ class SlotTable(nn.Module):
     def fill(self, slot: int, edit: EffectiveEdit | None) -> None:
         """Put an edit into a slot; None is the identity.
 
-        The identity's bias is -0.0: to add it changes no number, where +0.0 would turn -0.0 into 0.0.
+        The identity's bias is -0.0, which leaves every number as it is; +0.0 would turn -0.0 into 0.0.
         """
         scale, bias = self.rows[slot]
         if edit is None:
@@ -54,22 +54,22 @@ class SlotTable(nn.Module):
             bias.copy_(edit.bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., width), each token with the edit in its slot, in hidden's dtype. The tokens are in
-        their order, in one dimension or, where the engine runs transformers' own model, in two."""
+        """(..., width) -> (..., width): each token's edit applied, in hidden's dtype. The tokens are in the order of
+        `token_slots`, in one dimension or, where the engine runs transformers' own model, in two."""
         tokens = hidden.reshape(-1, self.width)
         edits = self.rows[self.token_slots[: tokens.shape[0]]]
         return apply_edit(tokens, edits[:, 0], edits[:, 1]).reshape(hidden.shape)
 
     def added_hook(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        """As the forward hook of a module whose output g the model adds to the site's, h: `scale * (h + g) + bias` is
-        what `hook` makes of h, and `scale * g`."""
+        """The forward hook of a module whose output g the model adds to the site's output h: it scales g, so that with
+        `hook` on h the sum is `scale * (h + g) + bias`."""
         tokens = output.reshape(-1, self.width)
         scales = self.rows[self.token_slots[: tokens.shape[0]], 0]
         return (tokens * scales).to(output.dtype).reshape(output.shape)
 
     def hook(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """As the forward hook of the site's module. The engine's linears return their output and a bias that is still
-        to be added, of which `_table` in `engine` has made sure that there is none."""
+        """The forward hook of the site's module. The engine's linear layers return their output and a bias that is
+        still to be added; `check_site` has refused modules with such a bias."""
         if isinstance(output, tuple):
             return self(output[0]), *output[1:]
         return self(output)

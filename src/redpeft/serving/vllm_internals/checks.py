@@ -1,4 +1,4 @@
-"""What vLLM does around a site that would make an edit there wrong: refused by name, when the server starts."""
+"""Refuse, when the server starts, models and sites where vLLM works in a way that would make an edit wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear, RowP
 from redpeft.errors import UserError
 
 FOLD = "fold the adapter into its base (redpeft fold) and serve that"
-FUSED = "vllm.models."  # the package of vLLM's models with kernels for one model alone
+FUSED = "vllm.models."  # vLLM's package of models with kernels of their own
 
 
 def check_model(model: nn.Module, vllm_config: VllmConfig) -> None:
@@ -31,7 +31,7 @@ def check_model(model: nn.Module, vllm_config: VllmConfig) -> None:
 
 
 def check_site(name: str, module: nn.Module, vllm_config: VllmConfig) -> None:
-    """`UserError` for a module whose output is not the site's: packed, split, or scaled or summed later."""
+    """`UserError` for a module whose output is not the site's: packed, split, or scaled or summed elsewhere."""
     layer = _without_lora(module)
     if isinstance(layer, LinearBase) and not isinstance(layer, RowParallelLinear | ReplicatedLinear):
         raise UserError(f"vLLM packs or splits {name} ({type(layer).__name__}), so it cannot be edited; {FOLD}")
@@ -48,7 +48,7 @@ def _check_experts(name: str, experts: MoERunner, vllm_config: VllmConfig) -> No
         raise UserError(f"vLLM splits the tokens of {name} over the ranks here, so it cannot be edited; {FOLD}")
     if experts.moe_config.skip_final_all_reduce and ranks.tp_size > 1:
         raise UserError(f"vLLM sums the output of {name} over the ranks elsewhere, so it cannot be edited; {FOLD}")
-    # DeepSeek's: against overflow all of the residual stream is divided by this factor
+    # DeepSeek in fp16: the whole residual stream is divided by this factor, against overflow
     if experts.routed_scaling_factor != 1 and vllm_config.model_config.dtype == torch.float16:
         raise UserError(
             f"vLLM runs {name} at another scale in fp16, so it cannot be edited; serve it in bf16, or {FOLD}"

@@ -1,8 +1,8 @@
-"""RED adapters on vLLM's own adapter machinery.
+"""RED adapters in vLLM's own adapter managers.
 
 vLLM keeps adapters in a cache on the CPU, moves those of a batch into slots and tells every layer each token's slot.
-The managers here add to it: they hang a table of edits on each site, read RED adapters, and fill the tables where vLLM
-fills the slots of its LoRA layers. A request has one adapter, LoRA or RED, so what the other would do is the identity.
+The managers here extend it: they attach a table of edits to each site, read RED adapters, and fill the tables where
+vLLM fills the slots of its LoRA layers. A request has one adapter, LoRA or RED; the other kind does nothing for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
@@ -27,19 +28,18 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, EffectiveEdit
 from redpeft.errors import UserError, some
-from redpeft.serving.base import Base
+from redpeft.serving.base import ServedBase, find_module, widths_of_sites
 from redpeft.serving.folder import ServedFolder, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
-from redpeft.serving.sites import find_module, widths_of_sites
 from redpeft.serving.table import SlotTable
 from redpeft.serving.vllm_internals import metrics
 from redpeft.serving.vllm_internals.checks import FOLD, check_model, check_site, is_partial
-from redpeft.serving.vllm_internals.self_check import checked_site, known_edit
 from redpeft.tuner.sites import SHARED_EXPERT
 
 logger = init_logger("vllm.redpeft")
 
-REMEMBERED = 4096  # adapters that were in a batch of late, by number; far more than requests are answered at a time
+REMEMBERED = 4096  # adapters of the latest batches, by number; far more than requests are answered at a time
+CHECK = "redpeft-check:"  # in place of a path: an adapter of the self-check, followed by the site that it edits
 
 
 class RedAdapter(LoRAModel):
@@ -50,6 +50,12 @@ class RedAdapter(LoRAModel):
         self.edits = edits
 
 
+def check_edit(width: int) -> EffectiveEdit:
+    """The self-check's edit: it changes outputs of any size, also small ones and zeros, and stays within fp16."""
+    signs = 1.0 - 2.0 * (torch.arange(width) % 2)
+    return EffectiveEdit(torch.full((width,), -4.0), signs)
+
+
 class RedModelManager(LRUCacheLoRAModelManager):
     """vLLM's cache and slots, and a table of edits at each site."""
 
@@ -58,16 +64,16 @@ class RedModelManager(LRUCacheLoRAModelManager):
         self.vllm_config = vllm_config
         model_config = vllm_config.model_config
         self.hf_config = model_config.hf_config
-        self.base = Base(
+        self.base = ServedBase(
             model_config.model, self.hf_config, model_config.revision, vllm_config.load_config.download_dir
         )
-        self.widths: dict[str, int] = {}  # by site; those on other pipeline ranks too
-        self.places: dict[str, str] = {}  # the engine's module of each site of this rank
+        self.widths: dict[str, int] = {}  # by site; also of sites on other pipeline ranks
+        self.modules_of_sites: dict[str, str] = {}  # by site: the engine's module, if it is on this rank
         self.tables: dict[str, SlotTable] = {}  # by that module
-        self.problem = ""  # why no edits can be served
-        self.problems: dict[str, str] = {}  # by site, where some can
-        self.counts = vllm_config.parallel_config.rank == 0  # all ranks do the same
-        for name in ("is_3d_moe_weight", "is_non_gated_moe"):  # asked of every mixture of experts
+        self.problem = ""  # why no RED adapter can be served
+        self.problems: dict[str, str] = {}  # by site: why it cannot be edited
+        self.counts = vllm_config.parallel_config.rank == 0  # one rank counts; all do the same
+        for name in ("is_3d_moe_weight", "is_non_gated_moe"):  # vLLM reads them of every mixture of experts
             if not hasattr(model, name):
                 setattr(model, name, getattr(SupportsLoRA, name))
         super().__init__(model, *args, vllm_config=vllm_config, **kwargs)
@@ -76,18 +82,18 @@ class RedModelManager(LRUCacheLoRAModelManager):
         if not self.options.only:
             super()._create_lora_modules()
         try:
-            self._hang_tables()
+            self._attach_tables()
         except UserError as error:
             if self.options.explicit:
                 raise
             self.problem = str(error)
             logger.warning("RED adapters cannot be served with this model: %s", error)
 
-    def _hang_tables(self) -> None:
+    def _attach_tables(self) -> None:
         check_model(self.model, self.vllm_config)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         widths, problems = widths_of_sites(self.hf_config, self.options.sites)
-        places: dict[str, str] = {}
+        found: dict[str, str] = {}
         tables: dict[str, SlotTable] = {}
         for site, width in widths.items():
             try:
@@ -96,7 +102,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
                     raise UserError(f"vLLM's {type(self.model).__name__} has no module {site} to edit; {FOLD}")
                 if name is not None:
                     tables[name] = tables.get(name) or self._table(name, modules[name], width)
-                    places[site] = name
+                    found[site] = name
             except UserError as error:
                 problems[site] = str(error)
         if problems and (self.options.folder is None or problems.keys() >= widths.keys()):
@@ -105,14 +111,14 @@ class RedModelManager(LRUCacheLoRAModelManager):
             modules[name].register_forward_hook(table.hook)
             if (shared := _shared_expert(name, modules)) is not None:
                 shared.register_forward_hook(table.added_hook)
-        if problems:  # of a folder's adapters, those of another base model are none of the others' business
+        if problems:  # a folder may hold adapters of another base model, which must not stop the others
             reason = next(iter(problems.values()))
             logger.warning("adapters that edit %s will be refused: %s", some(list(problems)), reason)
-        self.places, self.tables, self.problems = places, tables, problems
+        self.modules_of_sites, self.tables, self.problems = found, tables, problems
         self.widths = {site: width for site, width in widths.items() if site not in problems}
 
     def _find(self, site: str, modules: dict[str, nn.Module]) -> str | None:
-        """The engine's module of a site, by the names that the engine gives to a checkpoint's, or by its own."""
+        """The engine's module of a site: by the engine's renaming of checkpoint names, or by the site's own name."""
         names = {name for name in modules if not name.endswith(".base_layer")}
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         renamed = mapper and mapper.get_rename_mapper().map_name(f"{site}.weight")
@@ -120,7 +126,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
         return found or find_module(site, names) or self._find_experts(site, modules, names)
 
     def _find_experts(self, site: str, modules: dict[str, nn.Module], names: set[str]) -> str | None:
-        """A layer's mixture of experts, which vLLM calls by another name (`block_sparse_moe` for `mlp`)."""
+        """A layer's mixture of experts, to which vLLM gives another name (`block_sparse_moe` for `mlp`)."""
         layer = find_module(site.rpartition(".")[0], names)
         if layer is None or not layer.rpartition(".")[2].isdigit():
             return None
@@ -129,16 +135,16 @@ class RedModelManager(LRUCacheLoRAModelManager):
         return f"{layer}.{blocks[0]}" if len(blocks) == 1 else None
 
     def _table(self, name: str, module: nn.Module, width: int) -> SlotTable:
-        """The table of a module whose whole output lies on this rank, or is a part of a sum of the ranks' outputs."""
+        """A new table for a module. `UserError`: its output is neither the site's nor this rank's part of a sum."""
         check_site(name, module, self.vllm_config)
         wrapper = self._get_punica_wrapper(name)
         if wrapper is None:
             raise UserError(f"vLLM serves no adapters in {name}, only in the language model; {FOLD}")
-        wrapper._token_lora_indices.fill_(-1)  # until the first batch it holds whatever was in memory
+        wrapper._token_lora_indices.fill_(-1)  # vLLM leaves it uninitialised until the first batch
         return SlotTable(self.lora_slots, width, wrapper._token_lora_indices, partial=is_partial(module))
 
     def edits_of(self, adapter: Adapter) -> dict[str, EffectiveEdit]:
-        """An adapter's edits by the engine's modules; those on other pipeline ranks are left out.
+        """An adapter's edits by the engine's modules, without those on other pipeline ranks.
 
         Raises `UserError` for a head, for sites without a table, and for widths or weights of another model.
         """
@@ -157,8 +163,11 @@ class RedModelManager(LRUCacheLoRAModelManager):
                 raise UserError(f"{adapter.folder}: {path} has width {width}, and {expected} in this base model")
         check_numbers(adapter, self.vllm_config.model_config.dtype)
         self.base.check(adapter, sites)
-        here = {self.places[site]: adapter.edits[path] for path, site in sites.items() if site in self.places}
-        return {place: EffectiveEdit(edit.scale.float(), edit.bias.float()) for place, edit in here.items()}
+        return {
+            self.modules_of_sites[site]: EffectiveEdit(*(vector.float() for vector in adapter.edits[path]))
+            for path, site in sites.items()
+            if site in self.modules_of_sites
+        }
 
     def _no_tables(self, unknown: list[str]) -> str:
         plugin_options = f'with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\''
@@ -182,7 +191,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
         return fresh
 
     def remove_oldest_adapter(self) -> bool:
-        """As vLLM's own, which does not say which it was."""
+        """As vLLM's own method, which does not say which adapter it removed."""
         if len(self._registered_adapters) == 0:
             return False
         _, adapter = self._registered_adapters.popitem()
@@ -190,24 +199,24 @@ class RedModelManager(LRUCacheLoRAModelManager):
         return True
 
     def count(self, adapter: LoRAModel, what: str) -> None:
-        """Count an adapter's load or eviction; not those of vLLM's warm-up, whose adapters have no names."""
+        """Count an adapter's load or eviction. The adapters of vLLM's warm-up have no names and are not counted."""
         if self.counts and (name := getattr(adapter, "served_name", None)) is not None:
             metrics.counters.add(name, **{what: 1})
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
-        if lora_model.loras:  # vLLM's own takes the first of them
+        if lora_model.loras:  # vLLM's own method fails without any
             super()._create_merged_loras_inplace(lora_model)
 
 
 def _shared_expert(experts: str, modules: dict[str, nn.Module]) -> nn.Module | None:
-    """The module whose output a block adds to that of its `experts`: both are one site, as `method.sites` says."""
+    """The module whose output a block adds to that of its `experts`: both are one site, as `tuner.sites` says."""
     if not any(isinstance(part, MoERunner) for part in modules[experts].modules()):
         return None
     return modules.get(f"{experts.rpartition('.')[0]}.{SHARED_EXPERT}")
 
 
 class RedWorkerManager(LRUCacheWorkerLoRAManager):
-    """vLLM's loading on demand, which takes RED adapters too."""
+    """vLLM's loading on demand, extended to RED adapters."""
 
     _manager_cls = RedModelManager
     _adapter_manager: RedModelManager
@@ -227,9 +236,10 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
 
     def _load_adapter(self, lora_request: LoRARequest) -> LoRAModel:
         manager = self._adapter_manager
-        if (site := checked_site(lora_request)) is not None:
-            edits = {manager.places[site]: known_edit(manager.widths[site])} if site in manager.places else {}
-            return RedAdapter(lora_request.lora_int_id, edits)
+        if lora_request.lora_path.startswith(CHECK):
+            site = lora_request.lora_path.removeprefix(CHECK)
+            module = manager.modules_of_sites.get(site)  # None: on another pipeline rank
+            return RedAdapter(lora_request.lora_int_id, {module: check_edit(manager.widths[site])} if module else {})
         adapter = self._read_adapter(lora_request)
         adapter.served_name = lora_request.lora_name
         manager.count(adapter, "adapter_loads")
@@ -247,8 +257,8 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         return super()._load_adapter(lora_request)
 
     def set_active_adapters(self, requests: Iterable[LoRARequest], mapping: Any) -> None:
-        """vLLM passes the batch's adapters as a set of names, in which one that was replaced while requests for it
-        were being answered has the same name as its successor: the numbers of the mapping tell them apart."""
+        """vLLM passes the batch's adapters as a set, compared by name. An adapter that was replaced while requests for
+        it were being answered has the same name as its successor; the numbers of the mapping tell them apart."""
         named = {request.lora_int_id: request for request in requests}
         for number in set(mapping.prompt_mapping if mapping is not None else ()) - named.keys() - {0}:
             if number in self._requests:
@@ -256,24 +266,24 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
         super().set_active_adapters(named.values(), mapping)
 
     def _apply_adapters(self, lora_requests: Iterable[LoRARequest]) -> None:
-        """A batch needs its adapters as they are: one to replace in place has been replaced by `add_adapter`."""
+        """A batch uses its adapters as they are: `add_adapter` has already replaced those to be loaded in place."""
         super()._apply_adapters([msgspec.structs.replace(each, load_inplace=False) for each in lora_requests])
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
         loaded = self._touch(lora_request) or super().add_adapter(lora_request)
-        self._requests.pop(lora_request.lora_int_id, None)  # to be the latest again
+        self._requests.pop(lora_request.lora_int_id, None)  # so that it becomes the latest
         self._requests[lora_request.lora_int_id] = lora_request
         if len(self._requests) > REMEMBERED:
             del self._requests[next(iter(self._requests))]
         return loaded
 
     def _touch(self, lora_request: LoRARequest) -> bool:
-        """Give a slot to an adapter that is in memory, where nothing is to be loaded. vLLM's own copies a list of all
-        adapters first, for each one of each batch: with a thousand in memory that is a quarter of the time."""
+        """Give a slot to an adapter that is in memory already; False if it has to be loaded. vLLM's own method copies
+        a list of all adapters for each adapter of each batch: with a thousand in memory, a quarter of the time."""
         manager, number = self._adapter_manager, lora_request.lora_int_id
         if lora_request.load_inplace or number not in manager._registered_adapters:
             return False
         with gpu_sync_allowed():
-            manager.get_adapter(number)  # it is the latest of the cache now
+            manager.get_adapter(number)  # marks it as the latest of the cache
             manager.activate_adapter(number)
         return True

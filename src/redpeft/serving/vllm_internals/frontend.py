@@ -1,5 +1,5 @@
-"""The part of the plug-in in vLLM's API server: the adapters of a folder are models, as they are at each request, and
-who asks for one that cannot be served is told why."""
+"""The plug-in in vLLM's API server: the adapters of a folder are models, looked up at each request, and the answer for
+an adapter that cannot be served gives the reason."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redpeft.errors import UserError, first_line
-from redpeft.serving.folder import FileSignature, Refused, ServedFolder, file_signature
+from redpeft.serving.folder import FileSignature, Refusals, ServedFolder, file_signature
 from redpeft.serving.options import Options
 from redpeft.storage import find_adapter
 
@@ -30,37 +30,37 @@ logger = init_logger("vllm.redpeft")
 
 
 class FolderAdapters(dict[str, LoRARequest]):
-    """vLLM's adapters by name, for a server of a folder's. One whose files have changed since it was loaded is not
-    among them, so that it is looked up again; and again, if it cannot be loaded as it is now."""
+    """vLLM's dictionary of loaded adapters by name, for a server of a folder. An adapter whose files have changed
+    since it was loaded is not in it, so that it is looked up and loaded again."""
 
-    def __init__(self, source: ServedFolder) -> None:
+    def __init__(self, folder: ServedFolder) -> None:
         super().__init__()
-        self.source = source
-        self._stamps: dict[str, FileSignature] = {}
+        self.folder = folder
+        self._signatures: dict[str, FileSignature] = {}
         self._cards: tuple[dict[str, Path], list[ModelCard]] = {}, []
 
-    def add(self, request: LoRARequest, then: FileSignature) -> None:
-        """`then`: the stamp from before the adapter was read, so that a later change is seen."""
-        self[request.lora_name], self._stamps[request.lora_name] = request, then
+    def add(self, request: LoRARequest, signature: FileSignature) -> None:
+        """`signature`: from before the adapter was read, so that a later change is seen."""
+        self[request.lora_name], self._signatures[request.lora_name] = request, signature
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        del self._stamps[name]
+        del self._signatures[name]
 
     def __contains__(self, name: object) -> bool:
         request = self.get(name) if isinstance(name, str) else None
         if request is None:
             return False
         now = file_signature(Path(request.lora_path))
-        if not any(now):  # its files are gone, and with them what is known of it
+        if not any(now):  # its files are gone
             del self[request.lora_name]
             return False
-        return self._stamps[request.lora_name] == now
+        return self._signatures[request.lora_name] == now
 
     async def cards(self, models: OpenAIServingModels) -> list[ModelCard]:
-        """A card for each adapter of the folder, loaded or not. The folder is looked at in a thread, since with a
-        thousand adapters in it that takes a while."""
-        adapters = await asyncio.to_thread(lambda: self.source.adapters)
+        """A card for each adapter of the folder, loaded or not. A thread searches the folder, since that takes time
+        with a thousand adapters."""
+        adapters = await asyncio.to_thread(lambda: self.folder.adapters)
         if adapters is not self._cards[0]:
             base = models.base_model_paths[0].name
             for name in filter(models.is_base_model, adapters):
@@ -68,7 +68,7 @@ class FolderAdapters(dict[str, LoRARequest]):
             self._cards = (
                 adapters,
                 [
-                    ModelCard(id=name, root=str(self.source.root / name), parent=base, permission=[ModelPermission()])
+                    ModelCard(id=name, root=str(self.folder.root / name), parent=base, permission=[ModelPermission()])
                     for name in adapters
                     if not models.is_base_model(name)
                 ],
@@ -77,8 +77,8 @@ class FolderAdapters(dict[str, LoRARequest]):
 
 
 class Locks(WeakValueDictionary[str, asyncio.Lock]):
-    """A lock for each name that is being looked up. vLLM's own dictionary keeps one for good of every name that anyone
-    has asked for, those of no adapter too."""
+    """A lock for each name that is being looked up. vLLM's own dictionary would keep a lock for every name that was
+    ever asked for, even those of no adapter."""
 
     def __getitem__(self, name: str) -> asyncio.Lock:
         return self.setdefault(name, asyncio.Lock())
@@ -96,13 +96,13 @@ def _with_folder(init: Callable[..., None]) -> Callable[..., None]:
     return build
 
 
-def _of_folder(method: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's method, or the one instead of it where the server is one of a folder's adapters."""
+def _of_folder(method: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's method, or its replacement where the server serves the adapters of a folder."""
 
     @functools.wraps(method)
     async def call(models: OpenAIServingModels, *args: Any, **kwargs: Any) -> Any:
         is_folder = isinstance(models.lora_requests, FolderAdapters)
-        return await (instead if is_folder else method)(models, *args, **kwargs)
+        return await (replacement if is_folder else method)(models, *args, **kwargs)
 
     return call
 
@@ -117,10 +117,10 @@ async def resolve_lora(models: OpenAIServingModels, lora_name: str) -> LoRAReque
     async with models.lora_resolver_lock[lora_name]:
         if lora_name in adapters:
             return adapters[lora_name]
-        path = await asyncio.to_thread(adapters.source.find, lora_name)
+        path = await asyncio.to_thread(adapters.folder.find, lora_name)
         if path is None:
             return _not_found(f"The model `{lora_name}` does not exist.")
-        then = file_signature(path)
+        signature = file_signature(path)
         request = LoRARequest(lora_name, models.lora_id_counter.inc(1), str(path))
         try:
             await models.engine_client.add_lora(request)
@@ -129,30 +129,30 @@ async def resolve_lora(models: OpenAIServingModels, lora_name: str) -> LoRAReque
         except Exception as error:
             logger.exception("the adapter %s could not be loaded", lora_name)
             return _bad_request(f"The adapter `{lora_name}` could not be loaded: {first_line(error)}")
-        adapters.add(request, then)
+        adapters.add(request, signature)
         return request
 
 
 async def load_lora_adapter(models: OpenAIServingModels, request: Any, base_model_name: str | None = None) -> Any:
-    """Load ahead of the first request what would be served by this name anyway."""
+    """Load an adapter before its first request. Only what is served by this name anyway can be loaded."""
     name, path = request.lora_name, request.lora_path
     if (error := await models._check_load_lora_adapter_request(request)) is not None:
         return error
-    source = models.lora_requests.source
-    if not await asyncio.to_thread(_is_served, source, name, path):
+    folder = models.lora_requests.folder
+    if not await asyncio.to_thread(_is_served, folder, name, path):
         return _bad_request(
-            f"{path} as '{name}': not served, since it is not below {source.root} by this name; put it there, and "
+            f"{path} as '{name}': not served, since it is not below {folder.root} by this name; put it there, and "
             "name it by its path below that folder"
         )
     found = await models.resolve_lora(name)
     return found if isinstance(found, ErrorResponse) else f"Success: LoRA adapter '{name}' added successfully."
 
 
-def _is_served(source: ServedFolder, name: str, path: str) -> bool:
-    found = source.find(name)
+def _is_served(folder: ServedFolder, name: str, path: str) -> bool:
+    found = folder.find(name)
     try:
         return found is not None and find_adapter(path).resolve() == found.resolve()
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError):  # not a valid path
         return False
 
 
@@ -161,9 +161,9 @@ async def unload_lora_adapter(models: OpenAIServingModels, request: Any) -> Erro
     async with models.lora_resolver_lock[name]:
         if was_loaded := adapters.get(name) is not None:
             del adapters[name]
-        if await asyncio.to_thread(adapters.source.find, name) is not None:
+        if await asyncio.to_thread(adapters.folder.find, name) is not None:
             return (
-                f"'{name}' will be read anew at the next request for it, since it is still in the folder that is "
+                f"'{name}' will be read again at the next request for it, since it is still in the folder that is "
                 "served; to stop serving it, remove it from there."
             )
         if was_loaded:
@@ -180,8 +180,8 @@ def _bad_request(message: str) -> ErrorResponse:
 
 
 def _as_checked(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM looks for a request's adapter twice: to check its name, and again when the prompt is ready. One that was
-    replaced in between answers as what it was when it was checked."""
+    """vLLM looks up a request's adapter twice: to check its name, and again when the prompt is ready. If the adapter
+    was replaced in between, the request uses the one that was checked."""
 
     @functools.wraps(choose)
     def adapter_of(serving: BaseServing, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
@@ -192,26 +192,27 @@ def _as_checked(choose: Callable[..., Any]) -> Callable[..., Any]:
     return adapter_of
 
 
-refused = Refused()
+refusals = Refusals()
 why: ContextVar[str] = ContextVar("why an adapter was refused in this request", default="")
 
 
 def _remembering(add_lora: Callable[..., Any]) -> Callable[..., Any]:
-    """The client's `add_lora`, which raises `UserError` for an adapter that is refused. That is said in the log once,
+    """The client's `add_lora`, which raises `UserError` for an adapter that is refused. The refusal is logged once,
     and the adapter is not read again until its files change."""
 
     @functools.wraps(add_lora)
     async def add(client: AsyncLLM, lora_request: LoRARequest) -> bool:
-        path, then = lora_request.lora_path, file_signature(Path(lora_request.lora_path))
-        reason = refused.reason(path, then)
+        path = lora_request.lora_path
+        signature = file_signature(Path(path))
+        reason = refusals.reason(path, signature)
         if reason is None:
             outcome = await add_lora(client, lora_request)
             if not isinstance(outcome, str):
                 return outcome
             reason = outcome
             logger.warning("refused: %s", reason)
-            if any(then):  # it is there, and no name on the Hub
-                refused.add(path, then, reason)
+            if any(signature):  # files on this disk, not a name on the Hub
+                refusals.add(path, signature, reason)
         why.set(reason)
         raise UserError(reason)
 
@@ -219,7 +220,7 @@ def _remembering(add_lora: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raising(add_lora: Callable[..., Any]) -> Callable[..., Any]:
-    """As `_remembering`, of the engine of a program that has no server."""
+    """The same without a memory, for the engine of a program that has no server."""
 
     @functools.wraps(add_lora)
     def add(engine: LLMEngine, lora_request: LoRARequest) -> bool:
@@ -232,7 +233,8 @@ def _raising(add_lora: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_reason(method: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's own loading, which calls each error one of the server (500), or gives no reason."""
+    """vLLM's own loading, which answers every error as the server's (500) or without a reason: with status 400 and the
+    reason instead."""
 
     @functools.wraps(method)
     async def call(models: OpenAIServingModels, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the plug-in puts in the place of vLLM's own, in each of its processes."""
+"""The functions of vLLM that the plug-in replaces or wraps, in each of vLLM's processes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from redpeft.storage import CONFIG_NAME
 def load_lora_model(
     runner: LoRAModelRunnerMixin, model: nn.Module, vllm_config: VllmConfig, device: torch.device
 ) -> nn.Module:
-    """In the place of the runner's own: a server of RED alone needs nothing of the model's class."""
+    """Replaces the runner's method. With RED adapters only, the model's class need not support LoRA."""
     if not supports_lora(model) and not Options.of(vllm_config.additional_config).only:
         raise ValueError(
-            f"vLLM's {type(model).__name__} does not support LoRA; RED adapters alone can be served with it "
+            f"vLLM's {type(model).__name__} does not support LoRA; only RED adapters can be served with it "
             f'(--additional-config \'{{"{KEY}": {{"only": true}}}}\')'
         )
     runner.lora_manager = RedWorkerManager(vllm_config, device, getattr(model, "embedding_modules", {}))
@@ -43,24 +43,24 @@ def load_lora_model(
 
 
 def _without_lora(post_init: Callable[[Any], None]) -> Callable[[Any], None]:
-    """A mixture of experts as it runs without LoRA, in a server of RED alone: LoRA's kernels need a GPU."""
+    """A mixture of experts runs as without LoRA where there are RED adapters only: LoRA's kernels need a GPU."""
 
     @functools.wraps(post_init)
     def after_init(config: FusedMoEConfig) -> None:
-        told = get_current_vllm_config_or_none()
-        if told is not None and Options.of(told.additional_config).only:
+        current = get_current_vllm_config_or_none()
+        if current is not None and Options.of(current.additional_config).only:
             config.is_lora_enabled = False
         post_init(config)
 
     return after_init
 
 
-_generations: dict[int, int] = {}  # how often each adapter was loaded into this engine
+_generations: dict[int, int] = {}  # by adapter number: how often it was loaded into this engine
 
 
-def _told(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
-    """The model runner's `add_lora`, which gives back why it refuses an adapter: an error would come out of a worker's
-    process as another one, with the whole stack in the log."""
+def _returning_refusals(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
+    """The model runner's `add_lora`, which returns the reason where it refuses an adapter. An exception would leave a
+    worker's process as another type, with the whole traceback in the log."""
 
     @functools.wraps(add_lora)
     def add(runner: LoRAModelRunnerMixin, lora_request: LoRARequest) -> bool | str:
@@ -73,10 +73,10 @@ def _told(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
 
 
 def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
-    """The engine's `add_lora`, which gives back what the workers do, and counts: what was cached with what an adapter
-    was before is out of date.
+    """The engine's `add_lora`, which returns what the workers return, and counts the loads: the prefix cache must not
+    use what was computed with an adapter's former weights.
 
-    The engine reads the method's annotations to decode its arguments, so these have to stay.
+    The engine reads this method's annotations to decode its arguments, so they have to stay.
     """
 
     @functools.wraps(add_lora)
@@ -84,7 +84,7 @@ def _counted(add_lora: Callable[..., bool]) -> Callable[..., bool | str]:
         outcomes = core.collective_rpc("add_lora", args=(lora_request,))
         for outcome in outcomes:
             if isinstance(outcome, str):
-                core.remove_lora(lora_request.lora_int_id)  # from ranks that have taken it
+                core.remove_lora(lora_request.lora_int_id)  # from the ranks that accepted it
                 return outcome
         _generations[lora_request.lora_int_id] = _generations.get(lora_request.lora_int_id, 0) + 1
         return all(outcomes)
@@ -105,7 +105,8 @@ def _noted(initialize: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checked(last: Callable[[], None]) -> Callable[[], None]:
-    """The last call of an engine's `__init__`, which itself loads this plug-in: too late to be wrapped."""
+    """Runs the self-check after the last call of the engine's `__init__`. The `__init__` itself loads this plug-in, so
+    it is too late to wrap that."""
 
     @functools.wraps(last)
     def end_of_init() -> None:
@@ -116,7 +117,7 @@ def _checked(last: Callable[[], None]) -> Callable[[], None]:
 
 
 def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
-    """In the place of the prefix cache's own, which knows an adapter by name and path: by what was loaded too."""
+    """Replaces the prefix cache's function, which tells adapters apart by name and path: by their loads too."""
     lora = request.lora_request
     if not lora:
         return []
@@ -124,7 +125,7 @@ def lora_hash_keys(request: Any) -> list[tuple[Any, ...]]:
 
 
 def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's resolver of adapters in a folder, which passes over all but LoRA: RED too, if of the same base's name."""
+    """vLLM's resolver of adapters in a folder, which finds LoRA only: RED adapters too, if they name the same base."""
 
     @functools.wraps(request_of)
     async def find(
@@ -134,9 +135,9 @@ def _with_red(request_of: Callable[..., Any]) -> Callable[..., Any]:
         if found is not None or not await asyncio.to_thread(_is_named, resolver, lora_name, lora_path):
             return found
         config = read_config(lora_path)
-        base = config.get("base_model_name_or_path") or base_model_name  # whether it fits is seen when it is loaded
+        base = config.get("base_model_name_or_path") or base_model_name  # loading checks whether it fits
         is_ours = config["peft_type"] == "REDPEFT" and base == base_model_name
-        return LoRARequest(lora_name, 1, lora_path) if is_ours else None  # the server gives it a number of its own
+        return LoRARequest(lora_name, 1, lora_path) if is_ours else None  # the server assigns the final number
 
     return find
 
@@ -149,12 +150,12 @@ def _is_named(resolver: FilesystemResolver, lora_name: str, lora_path: str) -> b
 
 
 def install() -> None:
-    """Put all of it in place; a second call changes nothing."""
+    """Replace and wrap them; a second call changes nothing."""
     if LoRAModelRunnerMixin.load_lora_model is load_lora_model:
         return
     LoRAModelRunnerMixin.load_lora_model = load_lora_model
     FusedMoEConfig.__post_init__ = _without_lora(FusedMoEConfig.__post_init__)
-    LoRAModelRunnerMixin.add_lora = _told(LoRAModelRunnerMixin.add_lora)
+    LoRAModelRunnerMixin.add_lora = _returning_refusals(LoRAModelRunnerMixin.add_lora)
     EngineCore._initialize_kv_caches = _noted(EngineCore._initialize_kv_caches)
     engine_core.enable_envs_cache = _checked(engine_core.enable_envs_cache)
     EngineCore.add_lora = _counted(EngineCore.add_lora)

@@ -1,4 +1,4 @@
-"""Counts by adapter beside vLLM's own metrics."""
+"""Counts by adapter, in addition to vLLM's own metrics."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _with_counts(get_registry: Callable[[], CollectorRegistry]) -> Callable[[], 
     @functools.wraps(get_registry)
     def get() -> CollectorRegistry:
         registry = get_registry()
-        with contextlib.suppress(ValueError):  # it is there already: the process's own registry
+        with contextlib.suppress(ValueError):  # registered already: the process has one registry
             registry.register(AdapterCounts())
         return registry
 
@@ -47,7 +47,8 @@ def _with_counts(get_registry: Callable[[], CollectorRegistry]) -> Callable[[], 
 
 
 def _counted(update: Callable[..., None]) -> Callable[..., None]:
-    """vLLM's statistics of each output of the engine, by adapter too. A request's first output has its prompt's."""
+    """vLLM's statistics of each output of the engine, counted by adapter too. A request's first output counts its
+    prompt."""
 
     @functools.wraps(update)
     def count(processor: OutputProcessor, state: RequestState, output: Any, *args: Any) -> None:
@@ -62,8 +63,8 @@ def _counted(update: Callable[..., None]) -> Callable[..., None]:
 
 
 def _bounded(record: Callable[..., None]) -> Callable[..., None]:
-    """vLLM's gauge of the adapters that run and wait keeps each mix of them for good, of a thousand adapters more and
-    more: it begins anew when there are too many."""
+    """vLLM's gauge of running and waiting adapters has a series for each combination of adapters that ever occurred.
+    It is cleared when there are too many."""
 
     @functools.wraps(record)
     def keep_few(logger: PrometheusStatLogger, *args: Any, **kwargs: Any) -> None:
