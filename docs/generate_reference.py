@@ -79,7 +79,7 @@ def signatures() -> str:
     from redpeft.reproduce import command, plan
     from redpeft.runs import fleet, on_ray, runner, sweep
     from redpeft.tasks import e2e_files, e2e_metrics, files
-    from redpeft.training import baselines, predict, recipe, train
+    from redpeft.training import model, predict, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
@@ -98,7 +98,7 @@ def signatures() -> str:
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
-        "redpeft.training.baselines": [baselines.trainable_parameters, baselines.Trained],
+        "redpeft.training.model": [model.trainable_parameters, model.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
         "redpeft.runs.sweep": [sweep.run_sweep],

@@ -21,7 +21,7 @@ from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.runs import closing
 from redpeft.tasks import read_file
-from redpeft.training import callbacks
+from redpeft.training import trainer
 from redpeft.training.recipe import load_recipe
 
 
@@ -150,7 +150,7 @@ def test_an_interrupt_is_one_line(redpeft, monkeypatch):
 
 def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_path, tiny_encoder_folder, data_folder):
     """Of several seeds those that would come later do not start."""
-    step = callbacks.RunTrainer.training_step
+    step = trainer.RunTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
@@ -158,7 +158,7 @@ def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_pat
 
     call = ["train", f"base={tiny_encoder_folder}", f"data={data_folder}", "max_steps=2", "--seeds", "1,2"]
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks.RunTrainer, "training_step", interrupted)
+        patch.setattr(trainer.RunTrainer, "training_step", interrupted)
         code, out, err = redpeft(*call, "--out", tmp_path / "run")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "redpeft: stopped at step 1; run the same command again to continue"
@@ -400,14 +400,14 @@ def test_train_without_a_file_and_with_seeds(redpeft, tmp_path, tiny_encoder_fol
 
 def test_a_failed_seed_is_reported_after_the_others(redpeft, monkeypatch, tmp_path, tiny_encoder_folder, data_folder):
     """Exit code 1, with the others' scores printed and kept; where every seed fails, the first one's error alone."""
-    step = callbacks.RunTrainer.training_step
+    step = trainer.RunTrainer.training_step
 
     def failing(self, *args, **kwargs):
         if self.args.seed == 4:
             raise RunError("the loss is not finite at step 1")
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(callbacks.RunTrainer, "training_step", failing)
+    monkeypatch.setattr(trainer.RunTrainer, "training_step", failing)
     call = ["train", f"base={tiny_encoder_folder}", f"data={data_folder}", "max_steps=1", "--json"]
     code, out, err = redpeft(*call, "--seeds", "4,5", "--out", tmp_path / "run")
     summary = json.loads(out)

@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
 
 from redpeft.errors import UserError
-from redpeft.storage import escapes_root, is_below, locked, new_folder, read_json, write_atomically
+from redpeft.storage import (
+    checkpoint_state,
+    escapes_root,
+    is_below,
+    last_checkpoint,
+    locked,
+    new_folder,
+    read_json,
+    to_json,
+    write_atomically,
+)
 
 
 def test_a_folder_has_one_writer_and_nothing_beside_it_is_touched(tmp_path):
@@ -84,3 +95,20 @@ def test_links_are_followed_before_a_path_counts_as_below_a_folder(tmp_path):
     (tmp_path / "root" / "link").symlink_to(tmp_path)
     assert is_below(tmp_path / "root" / "inside", tmp_path / "root")
     assert not is_below(tmp_path / "root" / "link", tmp_path / "root")
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global_st'), (14, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert checkpoint_state(tmp_path / "checkpoint-12") is None
+
+
+def test_numbers_that_json_lacks_become_null():
+    assert json.loads(to_json({"a": float("nan"), "b": {"c": float("inf")}, "d": 1.5})) == {
+        "a": None, "b": {"c": None}, "d": 1.5,
+    }  # fmt: skip

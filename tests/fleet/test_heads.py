@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from redpeft.fleet.heads import Groups, StackedHead
-from redpeft.training.baselines import head_modules
+from redpeft.training.model import head_modules
 
 SIZES = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"], 32),

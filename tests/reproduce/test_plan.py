@@ -21,9 +21,10 @@ from redpeft.reproduce.plan import (
     values,
 )
 from redpeft.reproduce.published import find_table, tables
-from redpeft.training.baselines import DEFAULT_RATES, check_options
+from redpeft.training.baselines import DEFAULT_RATES
+from redpeft.training.model import check_options
 from redpeft.training.recipe import load_recipe
-from redpeft.training.run import read_task
+from redpeft.training.train import read_task
 
 GLUE = find_table("glue-roberta-base")
 

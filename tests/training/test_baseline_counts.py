@@ -17,7 +17,8 @@ from transformers import (
     T5Config,
 )
 
-from redpeft.training.baselines import METHODS, trainable_parameters
+from redpeft.training.baselines import METHODS
+from redpeft.training.model import trainable_parameters
 from redpeft.training.recipe import load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "baselines.md"

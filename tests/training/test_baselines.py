@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from redpeft.errors import Stopped
-from redpeft.training.callbacks import RunTrainer
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
+from redpeft.training.trainer import RunTrainer
 
 OPTIONS = {
     "adapter": {"bottleneck": 4},

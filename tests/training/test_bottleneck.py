@@ -20,8 +20,8 @@ from transformers import (
 
 from redpeft import find_sites
 from redpeft.errors import UserError
-from redpeft.training.baselines import apply_method, check_options
-from redpeft.training.bottleneck import Bottleneck
+from redpeft.training.model import apply_method, check_options
+from redpeft.training.own_baselines import Bottleneck
 from redpeft.training.recipe import load_recipe
 
 WIDTH, INNER, VOCAB = 16, 32, 50

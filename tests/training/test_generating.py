@@ -13,9 +13,9 @@ from transformers.generation.utils import GenerationMixin
 from redpeft.errors import UserError
 from redpeft.tasks import E2ETask, read_file
 from redpeft.tasks.e2e_metrics import score
-from redpeft.training.generating import decode_tokens
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
+from redpeft.training.trainer import decode_tokens
 
 OFFICIAL = {"bleu", "nist", "meteor", "rouge_l", "cider"}
 
@@ -143,12 +143,11 @@ def test_pieces_of_a_batch_weigh_by_their_tokens(make_recipe, e2e_folder, tiny_g
 
 def test_packages_are_asked_for_before_the_work(make_recipe, e2e, e2e_folder, tiny_gpt2_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("redpeft.tasks.e2e_metrics.importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("redpeft.training.run.load_base", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("loaded the model"))
     recipe = make_recipe(task="e2e", base=str(tiny_gpt2_folder), data=str(e2e_folder))
     with pytest.raises(UserError, match=r"pip install redpeft\[e2e\]"):
         train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("redpeft.training.predict._load_model", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(UserError, match=r"pip install redpeft\[e2e\]"):
         evaluate(open_run(e2e[0]), e2e_folder)
 

@@ -8,9 +8,8 @@ import math
 import pytest
 
 from redpeft.tasks import TASKS, read_splits
-from redpeft.training.baselines import apply_method
+from redpeft.training.model import apply_method, load_base
 from redpeft.training.recipe import load_recipe
-from redpeft.training.run import load_base
 from redpeft.training.trainer import make_trainer
 
 pytest.importorskip("trl")

@@ -87,7 +87,7 @@ def test_errors_name_the_row_of_the_input(runs):
 
 
 def test_wrong_rows_are_found_before_the_model_is_loaded(runs, data_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.training.predict._load_model", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.predict.load_trained", lambda *_: pytest.fail("loaded the model"))
     run = open_run(runs["red"][0])
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "good", "label": "positive"}\n{"text": "good", "label": "neutral"}\n')

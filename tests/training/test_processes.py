@@ -17,18 +17,18 @@ from redpeft.storage import read_result
 
 JOB = """
 import os, signal, sys
-from redpeft.training import callbacks
+from redpeft.training import trainer
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
 
-stop, step = os.environ.get("STOP_BEFORE"), callbacks.RunTrainer.training_step
+stop, step = os.environ.get("STOP_BEFORE"), trainer.RunTrainer.training_step
 
 def stopping(self, *args, **kwargs):
     if str(self.state.global_step + 1) == stop and self.args.process_index == 0:
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, *args, **kwargs)
 
-callbacks.RunTrainer.training_step = stopping
+trainer.RunTrainer.training_step = stopping
 result = train(load_recipe(sys.argv[1]), sys.argv[2])
 assert result["steps"] == 18
 """

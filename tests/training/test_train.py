@@ -24,6 +24,7 @@ from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
+from redpeft.training.trainer import RunTrainer
 
 STEPS = 18  # of make_recipe: 3 epochs of 6
 
@@ -35,14 +36,14 @@ def write(path, text):
 
 def before_step(monkeypatch, action, at):
     """Call `action(trainer)` before step `at` (the first is 1)."""
-    step = callbacks.RunTrainer.training_step
+    step = RunTrainer.training_step
 
     def wrapped(self, *args, **kwargs):
         if self.state.global_step + 1 == at:
             action(self)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(callbacks.RunTrainer, "training_step", wrapped)
+    monkeypatch.setattr(RunTrainer, "training_step", wrapped)
 
 
 def terminate(_, number=signal.SIGTERM):
@@ -124,7 +125,7 @@ def test_training_moves_every_edit_and_keeps_the_best_epoch(whole):
 
 def test_a_finished_run_is_not_repeated(whole, make_recipe, monkeypatch):
     folder, result = whole
-    monkeypatch.setattr(callbacks.RunTrainer, "training_step", None)
+    monkeypatch.setattr(RunTrainer, "training_step", None)
     assert train(make_recipe(output="elsewhere"), folder) == result
 
 
@@ -416,7 +417,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     if "report_to" in changes and importlib.util.find_spec("trackio"):
         pytest.skip("trackio is installed")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("redpeft.training.run.read_data", lambda *_: pytest.fail("read the data"))
+    monkeypatch.setattr("redpeft.training.train.read_data", lambda *_: pytest.fail("read the data"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 
@@ -425,7 +426,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     ("changes", "message"), [({"data__text": "body"}, "no column"), ({"metric": "x"}, "no metric")]
 )
 def test_wrong_data_is_refused_before_the_model_is_loaded(changes, message, make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.training.run.load_base", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 

@@ -28,7 +28,8 @@ from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet, SlotState
 from redpeft.fleet.queue import Job
 from redpeft.storage import CHECKPOINTS, append_metrics, save_tensors, write_metrics
-from redpeft.training.run import Run, best_evaluation, plain_scores, save_model
+from redpeft.training.model import save_model
+from redpeft.training.train import TrainingRun, best_evaluation, plain_scores
 
 CHECKPOINT = "fleet.safetensors"  # in checkpoints/, written after each epoch
 LOSS_LINES = 100  # of a run's metrics.jsonl
@@ -93,7 +94,7 @@ class ActiveJob:
     folder while the job is in the fleet.
     """
 
-    def __init__(self, job: Job, run: Run, fleet: Fleet, slot: int, lock: ExitStack) -> None:
+    def __init__(self, job: Job, run: TrainingRun, fleet: Fleet, slot: int, lock: ExitStack) -> None:
         self.job, self.run, self.fleet, self.slot, self.lock = job, run, fleet, slot, lock
         self.request: BatchRequest | None = None  # what it waits for
         self.state = run.trainer.state

@@ -18,7 +18,7 @@ from redpeft.fleet.template_model import kind_of, shape_of
 from redpeft.storage import RESULT
 from redpeft.tasks import Task
 from redpeft.training.recipe import Recipe
-from redpeft.training.run import check_recipe, read_task
+from redpeft.training.train import check_recipe, read_task
 
 Event = dict[str, Any]
 Report = Callable[[Event], None]

@@ -21,7 +21,7 @@ from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
 from redpeft.fleet.template_model import TemplateModel, autocast_dtype
 from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
 from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
-from redpeft.training.run import Run
+from redpeft.training.train import TrainingRun
 
 TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, busy
 SLOTS = 64  # enough to find batches of similar length among them
@@ -99,7 +99,7 @@ class Scheduler:
                 return
             self._pass()
 
-    def _prepare(self, loaded: LoadedJob) -> Run:
+    def _prepare(self, loaded: LoadedJob) -> TrainingRun:
         return self.template.prepare(loaded.job.recipe, loaded.job.folder, loaded.task, loaded.splits)
 
     def _make_fleet(self, slots: int | None) -> Fleet:
@@ -119,7 +119,7 @@ class Scheduler:
     def _free_slots(self) -> list[int]:
         return [slot for slot in range(self.fleet.slots) if slot not in self.jobs]
 
-    def _start(self, loaded: LoadedJob, prepared: Run | None = None) -> None:
+    def _start(self, loaded: LoadedJob, prepared: TrainingRun | None = None) -> None:
         """Put a job into a free slot, and let it go on to its first request."""
         folder, lock = loaded.job.folder, ExitStack()
         with self.loader.failing(loaded.job), explaining_full_disk(folder):
@@ -220,12 +220,12 @@ class Scheduler:
         raise Stopped(f"stopped with {jobs} under way; run the same command again to continue")
 
 
-def _collate(run: Run, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def _collate(run: TrainingRun, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     batch = run.trainer.data_collator(list(rows))
     return {key: value for key, value in batch.items() if torch.is_tensor(value)}
 
 
-def _full_batch(run: Run, tokens: int) -> tuple[dict[str, Any], int]:
+def _full_batch(run: TrainingRun, tokens: int) -> tuple[dict[str, Any], int]:
     """The longest training row of a run, repeated until a pass is full: the batch, and how many rows it has."""
     dataset = run.trainer._remove_unused_columns(run.trainer.train_dataset)
     lengths = [len(ids) for ids in dataset["input_ids"]]

@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from redpeft.models import choose_precision, draw_weights, leave_unpacked
 from redpeft.tasks import TASKS, Task
+from redpeft.training.model import build_learner
 from redpeft.training.recipe import Recipe
-from redpeft.training.run import Run, build_learner, prepare
+from redpeft.training.train import TrainingRun, prepare
 
 ADAPTER_NAME = "default"
 
@@ -68,7 +69,7 @@ class TemplateModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def prepare(self, recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]) -> Run:
+    def prepare(self, recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]) -> TrainingRun:
         """A run on the model, whose adapter is then as the run begins: identity edits, their units, a new head."""
         self.model.load_state_dict(self._start, strict=False)
         draw_weights(self.model, self._new, recipe.seed)

@@ -19,8 +19,7 @@ from redpeft.models import load_pretrained
 from redpeft.reproduce.plan import TableRun
 from redpeft.tasks import TASKS
 from redpeft.training.recipe import Recipe
-from redpeft.training.run import read_task
-from redpeft.training.train import train
+from redpeft.training.train import read_task, train
 
 STEPS, ROWS = 6, 16
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from redpeft.errors import UserError
 from redpeft.fleet.queue import Job
 from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, parse_override
-from redpeft.training.run import check_recipe
+from redpeft.training.train import check_recipe
 
 OPTIONS = {"seed": "--seeds", "seeds": "--seeds", "output": "--out"}
 

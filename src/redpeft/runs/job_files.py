@@ -14,7 +14,7 @@ from redpeft.fleet.template_model import why_alone
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
-from redpeft.training.run import check_recipe
+from redpeft.training.train import check_recipe
 
 NOT_HERE = {"seeds": "a line for each seed, with `seed`", "output": "the folder is --out, and `name` the one in it"}
 

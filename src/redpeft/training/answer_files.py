@@ -14,7 +14,7 @@ from redpeft.errors import UserError
 from redpeft.storage import write_atomically
 from redpeft.tasks.columns import ROW
 from redpeft.tasks.files import existing, extension, read_bytes, read_file
-from redpeft.training.predict import BATCH, Run
+from redpeft.training.predict import BATCH, FinishedRun
 from redpeft.training.stdin_rows import NAME, Row, batched, read_stream
 
 QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
@@ -23,7 +23,7 @@ QUESTIONS = ("text", "text_pair", "tokens", "prompt", "messages")
 WRITTEN = (".csv", ".tsv", ".jsonl")
 
 
-def read_rows(run: Run, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
+def read_rows(run: FinishedRun, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
     """The rows of a file, or with "-" of standard input, in lists as they are answered; their number if it is known;
     and what errors call them.
 

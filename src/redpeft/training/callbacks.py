@@ -1,124 +1,28 @@
-"""What a run adds to transformers' Trainer: an order of rows that can be resumed, watching, stopping, and metrics."""
+"""What happens while a Trainer trains: checkpoints, metrics.jsonl, progress, and stopping on signals."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
-import numpy as np
-import torch
 import transformers
-from torch.utils.data import Sampler
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from redpeft.console import Progress, is_first_process, log_main, rounded
-from redpeft.errors import RunError, Stopped
-from redpeft.storage import append_metrics, last_checkpoint, set_default_modes, write_metrics
-
-if TYPE_CHECKING:
-    from transformers import Trainer as Mixin
-else:
-    Mixin = object
+from redpeft.errors import Stopped
+from redpeft.storage import append_metrics, set_default_modes, write_metrics
 
 TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are no scores
-MEGABATCH = 50  # rows are sorted by length within so many batches
-
-
-class EpochOrder(Sampler[int]):
-    """The rows of one epoch, in an order that depends on seed and epoch alone, so that any epoch can be resumed.
-
-    With `lengths`, batches are made of rows of like length, in random order; an incomplete batch comes last.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:
-        self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __iter__(self) -> Iterator[int]:
-        random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(self.rows)
-        if self.lengths is not None:
-            whole = self.rows - self.rows % self.batch_size
-            span = self.batch_size * min(MEGABATCH, max(1, whole // (4 * self.batch_size)))
-            lengths = np.asarray(self.lengths)
-            spans = [order[start : min(start + span, whole)] for start in range(0, whole, span)]
-            grouped = [part[np.argsort(-lengths[part], kind="stable")] for part in spans]
-            batches = np.concatenate([*grouped, order[:0]]).reshape(-1, self.batch_size)
-            order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
-        return iter(order.tolist())
-
-
-class RunTrainer(Mixin):
-    """Mixed into `Trainer` or TRL's `SFTTrainer` before the first step: `class _(RunTrainer, Trainer)`.
-
-    `order` gives the rows, `head` the parameters that learn at `head_lr`. A loss that is not finite raises `RunError`
-    before it reaches the weights. `terminated` asks to stop; `should_stop` is then true on every process, after the
-    same step or checkpoint.
-    """
-
-    order: EpochOrder
-    head: Iterable[torch.nn.Parameter] = ()
-    head_lr: float | None = None
-    terminated = False
-    should_stop = False
-
-    def _get_train_sampler(self, *_: Any) -> EpochOrder:
-        return self.order
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        bad, self.should_stop = self.on_any_process(not math.isfinite(loss.item()), self.terminated)
-        if bad:
-            raise RunError(
-                f"the loss is not finite at step {self.state.global_step + 1}: try a lower learning_rate or "
-                f"precision: fp32; {_kept(str(self.args.output_dir))}"
-            )
-        return loss
-
-    def on_any_process(self, *flags: bool) -> list[bool]:
-        """Whether each is true on some process: all leave the loop together, or some would wait for the others."""
-        if self.args.world_size == 1:
-            return list(flags)
-        found = torch.tensor(flags, dtype=torch.float32, device=self.args.device)
-        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
-        return [flag > 0 for flag in found.tolist()]
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if fresh and self.head_lr is not None:
-            _split_head(optimizer, {id(parameter) for parameter in self.head}, self.head_lr)
-        return optimizer
-
-
-def _split_head(optimizer: torch.optim.Optimizer, head: set[int], rate: float) -> None:
-    for group in list(optimizer.param_groups):
-        chosen = [parameter for parameter in group["params"] if id(parameter) in head]
-        if chosen:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
-            optimizer.add_param_group({**group, "params": chosen, "lr": rate})
-
-
-def _kept(checkpoints: str) -> str:
-    last = last_checkpoint(Path(checkpoints))
-    return f"kept: {last}" if last else "there is no checkpoint yet"
 
 
 class RunCallback(TrainerCallback):

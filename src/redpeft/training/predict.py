@@ -12,31 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from redpeft.adapters.files import load_adapter, read_config, read_tensors
+from redpeft.adapters.files import read_config, read_tensors
 from redpeft.console import Progress, log_main
 from redpeft.errors import UserError
-from redpeft.models import autocast, choose_precision, load_config, load_tokenizer, pad_prompts, require_folder
-from redpeft.storage import CONFIG_NAME, MODEL, RECIPE, RESULT, TASK, TRAINED, find_adapter, read_json
-from redpeft.tasks import Task, leave_out_missing, read_evaluation, task_from_dict
+from redpeft.models import autocast, choose_precision, load_config, pad_prompts, require_folder
+from redpeft.storage import CONFIG_NAME, RECIPE, RESULT, TASK, read_json
+from redpeft.tasks import leave_out_missing, read_evaluation, task_from_dict
 from redpeft.tasks.columns import ROW, values, where, with_columns
-from redpeft.training.baselines import METHODS, all_options, apply_method
 from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
-from redpeft.training.generating import answer_scores, as_scored, metrics_function, new_tokens
+from redpeft.training.model import load_trained
 from redpeft.training.recipe import Recipe, load_recipe
-from redpeft.training.run import load_base, plain_scores
 from redpeft.training.stdin_rows import Row, batched
-from redpeft.training.trainer import arguments, trainer_classes
+from redpeft.training.train import plain_scores
+from redpeft.training.trainer import answer_scores, arguments, as_scored, metrics_function, new_tokens, trainer_classes
 
 BATCH = 32
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """A finished run, ready to use. The model is loaded where it is first needed, unless `load_run` has done it."""
 
     folder: Path
@@ -55,7 +52,7 @@ class Run:
 
     @cached_property
     def _loaded(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        model, tokenizer = _load_model(self.folder, self.recipe, self.task)
+        model, tokenizer = load_trained(self.recipe, self.folder, self.task)
         if torch.cuda.is_available() and self.recipe.base.load_in is None:
             model = model.to("cuda")
         return model.eval(), tokenizer
@@ -72,7 +69,7 @@ COLUMNS = {
 }
 
 
-def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> Run:
+def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> FinishedRun:
     """A finished run, or an adapter folder without one. The model is loaded when it is first needed: wrong rows are
     found out without waiting for it.
 
@@ -95,10 +92,10 @@ def open_run(folder: str | Path, base: str | Path | None = None, task: str | Non
         raise UserError(f"the run in {folder} is not finished: run the same `redpeft train` command again")
     bars_on_terminals_only()
     recipe = load_recipe(folder / RECIPE, {"base.model": str(base)} if base is not None else None)
-    return Run(folder, recipe, task_from_dict(read_json(folder / TASK)))
+    return FinishedRun(folder, recipe, task_from_dict(read_json(folder / TASK)))
 
 
-def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Run:
+def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> FinishedRun:
     """An adapter folder without a run around it."""
     config = read_config(folder)
     model = base or config.get("base_model_name_or_path")
@@ -116,7 +113,7 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Ru
         labels = _labels(folder, name, str(model))
         task = task_from_dict({"task": name, "columns": COLUMNS[name], "metric": "loss", **labels})
     fields = {"base.model": str(model), "data.path": str(folder), "task": task.name}
-    return Run(folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}), task)
+    return FinishedRun(folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}), task)
 
 
 def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
@@ -140,41 +137,14 @@ def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
     return {"label_names": names, "problem_type": "single_label_classification", "metric": "accuracy"}
 
 
-def load_run(folder: str | Path, base: str | Path | None = None) -> Run:
+def load_run(folder: str | Path, base: str | Path | None = None) -> FinishedRun:
     """`open_run`, with the model loaded at once. Raises `UserError` too for a base that the run was not trained on."""
     run = open_run(folder, base)
     _ = run.model
     return run
 
 
-def _load_model(folder: Path, recipe: Recipe, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
-    if recipe.method == "full":
-        trained = recipe.base.model_copy(update={"model": str(folder / MODEL), "revision": None})
-        return load_base(recipe.model_copy(update={"base": trained}), task)
-    base, tokenizer = load_base(recipe, task)
-    saved = find_adapter(folder) if METHODS[recipe.method].is_peft else folder / MODEL
-    if (saved / "tokenizer_config.json").is_file():  # it is not the base's, or the run is an older one
-        tokenizer = load_tokenizer(saved)
-    if recipe.method == "red":
-        return load_adapter(base, saved), tokenizer
-    if METHODS[recipe.method].is_peft:
-        METHODS[recipe.method].fit(base, recipe, all_options(recipe))
-        return PeftModel.from_pretrained(base, saved), tokenizer
-    model = apply_method(base, recipe)  # bottleneck adapters and added biases are no part of the base
-    _put_back(model, saved / TRAINED)
-    return model, tokenizer
-
-
-def _put_back(model: torch.nn.Module, path: Path) -> None:
-    """Load what a method that is not PEFT's trained."""
-    trained, own = load_file(path), dict(model.named_parameters())
-    wrong = [name for name, tensor in trained.items() if name not in own or own[name].shape != tensor.shape]
-    if wrong:
-        raise UserError(f"{path} was trained on another base model: {', '.join(wrong[:3])} do not fit this one")
-    model.load_state_dict(trained, strict=False)
-
-
-def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict[str, Any]:
+def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None) -> dict[str, Any]:
     """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set.
 
     Of rows with one label each there is also a "confusion_matrix": "counts" by the labels in "true" (first) and in
@@ -220,7 +190,7 @@ def evaluate(run: Run, data: str | Path, config_name: str | None = None) -> dict
 
 
 def predict(
-    run: Run, rows: Iterable[dict[str, Any] | str], batch_size: int = BATCH, max_new_tokens: int | None = None
+    run: FinishedRun, rows: Iterable[dict[str, Any] | str], batch_size: int = BATCH, max_new_tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
     """One dict for each row, in order, as the rows come in: labels and probabilities, a value, or a generated text.
 
@@ -235,7 +205,7 @@ def predict(
 
 
 def answer_batches(
-    run: Run,
+    run: FinishedRun,
     batches: Iterable[list[Row]],
     max_new_tokens: int | None = None,
     total: int | None = None,
@@ -290,13 +260,13 @@ def identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in read.items() if name != ROW and value is not None}
 
 
-def _label(run: Run, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
+def _label(run: FinishedRun, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
     inputs = run.task.collator(run.tokenizer)(list(encoded)).to(run.model.device)
     inputs.pop("labels", None)
     return run.task.decode(run.model(**inputs).logits.float().cpu().numpy(), dataset, encoded)
 
 
-def _generate(run: Run, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
+def _generate(run: FinishedRun, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
     """The answers to prompts in tokens, each of so many new tokens at most. Prompts go through the model together
     where they have the same room, for the room of another row would change their answers."""
     tokenizer, model = run.tokenizer, run.model

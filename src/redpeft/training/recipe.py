@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from redpeft.errors import UserError
 from redpeft.storage import CHECKPOINTS, LOCK, RECIPE, RESULT, TASK, read_result, write_atomically
 from redpeft.tasks.data import DataConfig
-from redpeft.training.baselines import DEFAULT_RATES, METHODS, all_options
+from redpeft.training.baselines import DEFAULT_RATES, METHODS
 
 HEADER = """\
 # A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others
@@ -23,6 +23,11 @@ HEADER = """\
 # that stands here.
 """
 
+
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
 
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
@@ -68,20 +73,9 @@ class Recipe(BaseModel):
         "the labels when not given.",
     )
     data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
-    method: Literal[
-        "red",
-        "lora",
-        "ia3",
-        "adapter",
-        "adapter_ffn",
-        "adapter_drop",
-        "prompt",
-        "prefix",
-        "bitfit",
-        "top_layers",
-        "full",
-        "head",
-    ] = Field("red", description="What is trained beside the head: red, or a baseline (all the others).")
+    method: MethodName = Field(
+        "red", description="What is trained beside the head: red, or a baseline (all the others)."
+    )
     method_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of the method: the fields of RedConfig (sites, unit, ...) or of PEFT's configuration "
@@ -193,24 +187,33 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} is for the task instruction, not {self.task}")
         if self.head == "last" and not self.task.endswith("classification"):
             raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
-        if self.packing and self.method in ("prompt", "prefix"):
+        method = METHODS[self.method]
+        if self.packing and not method.packed:
             raise ValueError(
                 f"packing would put several rows after one prompt: leave it out with method {self.method}"
             )
-        if self.gradient_checkpointing and self.method == "prefix":
-            raise ValueError("method prefix does not work with gradient_checkpointing, which discards the prefix")
-        if self.base.load_in and self.method not in ("red", "lora", "ia3"):
-            raise ValueError(f"base.load_in quantises the base: for red, lora and ia3, not for {self.method}")
+        if self.gradient_checkpointing and not method.checkpointed:
+            raise ValueError(
+                f"method {self.method} does not work with gradient_checkpointing, which discards the {self.method}"
+            )
+        if self.base.load_in and not method.quantised:
+            able = ", ".join(name for name, each in METHODS.items() if each.quantised)
+            raise ValueError(f"base.load_in quantises the base: for {able}, not for {self.method}")
         if self.batch_size % self.gradient_accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by gradient_accumulation {self.gradient_accumulation}"
             )
         return self
 
+    @property
+    def all_options(self) -> dict[str, Any]:
+        """The method_options, with the method's own defaults for those that are not given."""
+        return METHODS[self.method].defaults | self.method_options
+
     def resolved(self) -> Recipe:
         """This recipe with the method's learning rate and its own choice of options written out."""
         rate = self.learning_rate or DEFAULT_RATES[self.method]
-        return self.model_copy(update={"learning_rate": rate, "method_options": all_options(self)})
+        return self.model_copy(update={"learning_rate": rate, "method_options": self.all_options})
 
     def alone(self) -> Recipe:
         """The resolved recipe of one run: without several seeds, and without where it is written."""

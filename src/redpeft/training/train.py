@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+import transformers
+from datasets import Dataset
 from transformers import set_seed
 
+import redpeft
+from redpeft.adapters.card import write_card
+from redpeft.adapters.files import read_adapter
 from redpeft.console import log_main
-from redpeft.errors import some
-from redpeft.storage import CHECKPOINTS, checkpoint_state, explaining_full_disk, last_checkpoint, locked, read_result
+from redpeft.errors import UserError, some
+from redpeft.models import choose_precision, require_folder, require_quantiser
+from redpeft.storage import (
+    ADAPTER,
+    CHECKPOINTS,
+    MODEL,
+    PLOTS,
+    RECIPE,
+    RESULT,
+    TASK,
+    checkpoint_state,
+    clean_checkpoints,
+    explaining_full_disk,
+    find_adapter,
+    find_run,
+    last_checkpoint,
+    locked,
+    read_json,
+    read_result,
+    to_json,
+    write_atomically,
+)
+from redpeft.tasks import Task, read_data
 from redpeft.tasks.columns import unread_columns
-from redpeft.training.callbacks import attach, bars_on_terminals_only, stop_on_signals
-from redpeft.training.generating import answer_scores
+from redpeft.training.callbacks import TIMES, attach, bars_on_terminals_only, stop_on_signals
+from redpeft.training.encoding import by_length, encode_splits
+from redpeft.training.model import Learner, build_learner, check_options, head_parameters, save_model
+from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
-from redpeft.training.run import Run, best_evaluation, build_learner, check_recipe, plain_scores, prepare, read_task
-from redpeft.training.run import save_model as save
+from redpeft.training.trainer import (
+    answer_scores,
+    as_evaluated,
+    check_reporters,
+    make_trainer,
+    rows_at_once,
+    trainer_classes,
+)
 
 
 def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
@@ -85,7 +123,7 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
     return str(checkpoint)
 
 
-def _scores(run: Run) -> dict[str, Any]:
+def _scores(run: TrainingRun) -> dict[str, Any]:
     """The best evaluation on the validation split, and the test split's scores with the model of that moment."""
     scores = {**best_evaluation(run.trainer.state), "test": None}
     if "test" in run.encoded:
@@ -95,8 +133,156 @@ def _scores(run: Run) -> dict[str, Any]:
     return scores
 
 
-def _save_model(run: Run) -> None:
+def _save_model(run: TrainingRun) -> None:
     trainer = run.trainer
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        save(trainer.accelerator.unwrap_model(trainer.model), run.learner, run.folder, state)
+        save_model(trainer.accelerator.unwrap_model(trainer.model), run.learner, run.folder, state)
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A run that is ready to train. `encoded` holds the splits as its Trainer takes them; `rows_cut` and
+    `rows_left_out` count what that took away of each, and `notes` say it."""
+
+    recipe: Recipe
+    folder: Path
+    task: Task
+    splits: dict[str, Dataset]
+    encoded: dict[str, Dataset]
+    rows_cut: dict[str, int]
+    rows_left_out: dict[str, int]
+    notes: list[str]
+    learner: Learner
+    trainer: Any
+
+    def begin(self) -> None:
+        """Write what the run is about, and clear away what a killed process left half written."""
+        self.recipe.save(self.folder / RECIPE)
+        write_atomically(self.folder / TASK, to_json(self.task.to_dict(), indent=2))
+        clean_checkpoints(self.folder / CHECKPOINTS)
+
+    def finish(self, scores: dict[str, Any], times: dict[str, Any], plots: bool = True) -> None:
+        """Write the adapter's card and the pictures, and last the result: its presence says that the run is done."""
+        result = _describe(self) | scores | times
+        result["rows"] = {name: len(split) for name, split in self.splits.items()}
+        result |= {"rows_cut": self.rows_cut, "rows_left_out": self.rows_left_out}
+        if plots:
+            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / PLOTS, result["best_epoch"])
+        _write_card(self, result)
+        write_atomically(self.folder / RESULT, to_json(result, indent=2))
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
+    require_folder(recipe.base.model)
+    rows_at_once(recipe)
+    choose_precision(recipe.precision, recipe.base.dtype)
+    if recipe.base.load_in is not None:
+        require_quantiser(recipe.base.load_in)
+    check_options(recipe)
+    check_reporters(recipe)
+    trainer_classes(recipe)
+    if recipe.init_from is not None:
+        read_adapter(find_adapter(recipe.init_from))
+
+
+def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
+    """What the recipe's data asks for, and the data by split. UserError: data that is missing or wrong."""
+    chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
+    task, splits = read_data(recipe.task, recipe.data, recipe.seed, **chosen)
+    if recipe.init_from is not None:
+        _check_labels(task, recipe.init_from)
+    return task, splits
+
+
+def _check_labels(task: Task, init_from: str) -> None:
+    """Raises `UserError` where the run that an adapter comes from learned other labels: its head would answer those.
+
+    An adapter that was taken out of its run does not say what its labels are.
+    """
+    saved = find_run(init_from) / TASK
+    if not saved.is_file():
+        if getattr(task, "label_names", None):
+            log_main(
+                f"{init_from} is not in a run folder: its head is assumed to have this data's labels, in their order"
+            )
+        return
+    before, now = read_json(saved), task.to_dict()
+    for key in ("task", "problem_type", "label_names"):
+        if before.get(key) != now.get(key):
+            there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
+            raise UserError(f"init_from: {key} is {there} in {init_from} and {here} here, so its head does not fit")
+
+
+def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> TrainingRun:
+    """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
+    tokenizer = learner.tokenizer
+    found = encode_splits(recipe, task, splits, learner.model, tokenizer)
+    encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
+    rows_cut = {name: sum(each.cut) for name, each in found.items()}
+    rows_left_out = {name: each.left_out for name, each in found.items()}
+    notes = [each.note for each in found.values() if each.note]
+    trainer = make_trainer(recipe, folder, task, learner.model, tokenizer, encoded, learner.head)
+    if "test" in encoded:
+        encoded["test"] = as_evaluated(trainer, encoded["test"])
+    return TrainingRun(recipe, folder, task, splits, encoded, rows_cut, rows_left_out, notes, learner, trainer)
+
+
+# --- the result -----------------------------------------------------------------------------------------------------
+
+
+def best_evaluation(state: Any) -> dict[str, Any]:
+    """The scores on the validation split at the best epoch, as result.json has them, from a Trainer's state."""
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), evaluations[-1])
+    return {"best_epoch": best["epoch"], "validation": plain_scores(best, "eval_")}
+
+
+def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metrics.items()
+        if key.startswith(prefix) and not key.endswith(TIMES)
+    }
+
+
+def _describe(run: TrainingRun) -> dict[str, Any]:
+    """What result.json holds beside scores and times."""
+    recipe, model, state = run.recipe, run.trainer.model, run.trainer.state
+    saved = run.folder / ADAPTER if (run.folder / ADAPTER).is_dir() else run.folder / MODEL
+    return {
+        "task": recipe.task,
+        "base": recipe.base.model,
+        "method": recipe.method,
+        "seed": recipe.seed,
+        "metric": run.task.metric,
+        "learning_rate": recipe.learning_rate,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "head_parameters": sum(p.numel() for p in head_parameters(model, run.learner.head).values()),
+        "adapter_bytes": sum(path.stat().st_size for path in saved.glob("*.safetensors")),
+        "versions": {module.__name__: module.__version__ for module in (redpeft, peft, transformers, torch)},
+    }
+
+
+def _write_card(run: TrainingRun, result: dict[str, Any]) -> None:
+    """The adapter's model card."""
+    if (run.folder / ADAPTER).is_dir():
+        metrics = {
+            f"{split} {name}": value
+            for split in ("validation", "test")
+            for name, value in (result[split] or {}).items()
+            if isinstance(value, float)
+        }
+        write_card(
+            run.folder / ADAPTER,
+            task=run.recipe.task,
+            metrics=metrics,
+            labels=getattr(run.task, "label_names", None),
+            recipe=run.recipe.model_dump(mode="json"),
+        )

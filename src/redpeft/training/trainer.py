@@ -1,18 +1,24 @@
-"""A recipe becomes transformers' Trainer, or TRL's: its arguments, its callbacks, its order of rows."""
+"""A recipe becomes transformers' Trainer, or TRL's: its arguments, its order of rows, its optimiser, its scores."""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
+    EvalPrediction,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
     TrainerCallback,
@@ -21,16 +27,23 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
-from redpeft.errors import UserError
-from redpeft.models import autocast, choose_precision
-from redpeft.storage import CHECKPOINTS
+from redpeft.errors import RunError, UserError
+from redpeft.models import autocast, choose_precision, input_limit, positions
+from redpeft.storage import CHECKPOINTS, last_checkpoint
 from redpeft.tasks import TASKS, Task
-from redpeft.training.baselines import head_parameters
-from redpeft.training.callbacks import EpochOrder, RunTrainer
-from redpeft.training.generating import GeneratingTrainer, metrics_function
+from redpeft.tasks.columns import values
+from redpeft.tasks.metrics import IGNORED
+from redpeft.training.encoding import encode_questions
+from redpeft.training.model import head_parameters
 from redpeft.training.recipe import Recipe
 
+if TYPE_CHECKING:
+    from transformers import Trainer as Mixin
+else:
+    Mixin = object
+
 CALIBRATION_ROWS = 32
+MEGABATCH = 50  # rows are sorted by length within so many batches
 
 
 def make_trainer(
@@ -164,7 +177,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         logging_steps=0.01,  # of all steps
         logging_nan_inf_filter=False,  # it would hide what RunTrainer stops at
         report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
-        disable_tqdm=True,  # loop.ProgressBar
+        disable_tqdm=True,  # callbacks.ProgressBar
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
         **{"warmup_ratio" if recipe.warmup < 1 and "warmup_ratio" in known else "warmup_steps": recipe.warmup},
@@ -180,3 +193,172 @@ def _first_batch(trainer: Any) -> dict[str, torch.Tensor]:
     rows = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
     batch = trainer.data_collator(list(rows))
     return {key: value.to(trainer.model.device) for key, value in batch.items() if torch.is_tensor(value)}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+class EpochOrder(Sampler[int]):
+    """The rows of one epoch, in an order that depends on seed and epoch alone, so that any epoch can be resumed.
+
+    With `lengths`, batches are made of rows of like length, in random order; an incomplete batch comes last.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:
+        self.rows, self.batch_size, self.seed, self.lengths = rows, batch_size, seed, lengths
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(self.rows)
+        if self.lengths is not None:
+            whole = self.rows - self.rows % self.batch_size
+            span = self.batch_size * min(MEGABATCH, max(1, whole // (4 * self.batch_size)))
+            lengths = np.asarray(self.lengths)
+            spans = [order[start : min(start + span, whole)] for start in range(0, whole, span)]
+            grouped = [part[np.argsort(-lengths[part], kind="stable")] for part in spans]
+            batches = np.concatenate([*grouped, order[:0]]).reshape(-1, self.batch_size)
+            order = np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
+        return iter(order.tolist())
+
+
+class RunTrainer(Mixin):
+    """Mixed into `Trainer` or TRL's `SFTTrainer` before the first step: `class _(RunTrainer, Trainer)`.
+
+    `order` gives the rows, `head` the parameters that learn at `head_lr`. A loss that is not finite raises `RunError`
+    before it reaches the weights. `terminated` asks to stop; `should_stop` is then true on every process, after the
+    same step or checkpoint.
+    """
+
+    order: EpochOrder
+    head: Iterable[torch.nn.Parameter] = ()
+    head_lr: float | None = None
+    terminated = False
+    should_stop = False
+
+    def _get_train_sampler(self, *_: Any) -> EpochOrder:
+        return self.order
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        bad, self.should_stop = self.on_any_process(not math.isfinite(loss.item()), self.terminated)
+        if bad:
+            raise RunError(
+                f"the loss is not finite at step {self.state.global_step + 1}: try a lower learning_rate or "
+                f"precision: fp32; {_kept(str(self.args.output_dir))}"
+            )
+        return loss
+
+    def on_any_process(self, *flags: bool) -> list[bool]:
+        """Whether each is true on some process: all leave the loop together, or some would wait for the others."""
+        if self.args.world_size == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.float32, device=self.args.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return [flag > 0 for flag in found.tolist()]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.head_lr is not None:
+            _split_head(optimizer, {id(parameter) for parameter in self.head}, self.head_lr)
+        return optimizer
+
+
+def _split_head(optimizer: torch.optim.Optimizer, head: set[int], rate: float) -> None:
+    for group in list(optimizer.param_groups):
+        chosen = [parameter for parameter in group["params"] if id(parameter) in head]
+        if chosen:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in head]
+            optimizer.add_param_group({**group, "params": chosen, "lr": rate})
+
+
+def _kept(checkpoints: str) -> str:
+    last = last_checkpoint(Path(checkpoints))
+    return f"kept: {last}" if last else "there is no checkpoint yet"
+
+
+# --- generating and scoring -----------------------------------------------------------------------------------------
+
+
+class GeneratingTrainer(Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer, generating by the arguments that the task says, for decoders too.
+
+    `generation` are the arguments of `generate`. Where there is nothing to compute metrics with, `evaluate` gives the
+    loss alone, and only `predict` generates: of rows without labels, padded on the left if the model is a decoder.
+    """
+
+    generation: dict[str, Any]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return super().evaluate(*args, **{**self._fitting(0), **kwargs})
+
+    def predict(self, test_dataset: Dataset, *args: Any, **kwargs: Any) -> Any:
+        longest = max(len(ids) for ids in values(test_dataset, "input_ids"))
+        return super().predict(test_dataset, *args, **{**self._fitting(longest), **kwargs})
+
+    def _fitting(self, prompt: int) -> dict[str, Any]:
+        asked = self.generation["max_new_tokens"]
+        return {**self.generation, "max_new_tokens": new_tokens(self.model, self.processing_class, asked, prompt)}
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # Seq2SeqTrainer's own would count the rows again that fill up the last batch of several processes.
+        self.gather_function = self.accelerator.gather_for_metrics
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = vars(self.model.generation_config)
+        before = dict(config)
+        with self.accelerator.autocast():  # `generate` passes by the forward that accelerate wraps in it
+            loss, tokens, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        config.update(before)  # Seq2SeqTrainer fills in defaults, which the next `generate` would warn of
+        if tokens is not None and not self.model.config.is_encoder_decoder:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :].contiguous()
+        return loss, tokens, labels
+
+
+def new_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int, prompt: int) -> int:
+    """How many tokens to generate: those `asked` for, or what has a position behind a prompt of so many tokens."""
+    if model.config.is_encoder_decoder:
+        limit = positions(model, decoder=True)
+        return asked if limit is None else min(asked, limit.tokens)
+    return min(asked, input_limit(model, tokenizer).tokens - prompt)
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
+    """Texts of token ids of shape (rows, length); `IGNORED` pads them."""
+    padded = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
+    return tokenizer.batch_decode(padded, skip_special_tokens=True)
+
+
+def as_scored(task: Task, tokenizer: PreTrainedTokenizerBase, prediction: Any) -> EvalPrediction:
+    """A Trainer's prediction as the task takes it to score: logits and labels, or texts if the task generates."""
+    found = EvalPrediction(prediction.predictions, prediction.label_ids)
+    return found if task.generation is None else EvalPrediction(*(decode_tokens(tokenizer, each) for each in found))
+
+
+def metrics_function(
+    task: Task, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[EvalPrediction], dict[str, float]] | None:
+    """What Trainer calls after an evaluation: the task's `compute_metrics`, given texts if the task generates."""
+    compute = task.compute_metrics
+    return compute and (lambda prediction: compute(as_scored(task, tokenizer, prediction)))
+
+
+def answer_scores(trainer: Any, recipe: Recipe, task: Task, dataset: Dataset) -> dict[str, float | None]:
+    """The scores of the answers to a dataset's questions, for tasks that are not scored row by row; {} for others.
+
+    All processes generate, and the first one scores.
+    """
+    if task.score_answers is None:
+        return {}
+    tokenizer = trainer.processing_class
+    questions = encode_questions(recipe, task, task.questions(dataset), trainer.model, tokenizer)
+    texts = decode_tokens(tokenizer, trainer.predict(questions.rows).predictions)
+    return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}

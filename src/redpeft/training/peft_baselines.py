@@ -1,37 +1,57 @@
-"""What prompt and prefix tuning ask of a model, and PEFT finds out in the middle of the first step, or never."""
+"""PEFT's methods among the baselines: what they need of a model, where PEFT has no default, or finds a problem only in
+the middle of the first step, or never.
+
+Each `fit_*` takes the model, the method_options and the task type, and returns the options for this model.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import peft
 from packaging.version import Version
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
 from redpeft.errors import UserError
-from redpeft.tasks import TASKS
-
-if TYPE_CHECKING:
-    from redpeft.training.recipe import Recipe
 
 # What transformers from 5.24 calls `cache`, and earlier ones and PEFT before 0.22 call `past_key_values`.
 OLD, NEW = "past_key_values", "cache"
 PEFT_KNOWS_NEW = Version(peft.__version__) >= Version("0.22")
 
 
-def fit_prompt(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+def fit_lora(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
+    """All linear layers, for a family that PEFT knows no target modules of."""
+    known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return options if known else {"target_modules": "all-linear", **options}
+
+
+def fit_ia3(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
+    """`UserError` for a family that PEFT knows no target modules of."""
+    family = model.config.model_type
+    if "target_modules" not in options and family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        raise UserError(
+            f"PEFT knows no IA3 target modules for {family} models: name them in method_options.target_modules and "
+            "method_options.feedforward_modules"
+        )
+    return options
+
+
+def fit_prompt(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
     """`options`, where the number of virtual tokens is one. Raises `UserError` where not.
 
     A decoder gets a hook: PEFT drops `position_ids` behind a prompt, so that rows that are padded on the left to
     generate from would be read at other positions than in training.
     """
     options = _check_number(options)
-    decodes = TASKS[recipe.task].task_type == "CAUSAL_LM"
-    if decodes and "position_ids" in inspect.signature(model.forward).parameters:
+    if task_type == "CAUSAL_LM" and "position_ids" in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_number_positions, with_kwargs=True)
     _use_old_name(model)
     return options
@@ -44,7 +64,7 @@ def _check_number(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def fit_prefix(model: PreTrainedModel, recipe: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+def fit_prefix(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
     """The same for a prefix. `UserError` too for a model whose attention takes no keys and values from outside."""
     if options.get("prefix_projection"):
         raise UserError(

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.training.baselines import apply_method
-from redpeft.training.partial import norm_parameters
+from redpeft.training.model import apply_method
+from redpeft.training.own_baselines import norm_parameters
 from redpeft.training.recipe import load_recipe
 
 VOCAB, WIDTH, INNER = 50, 16, 32

@@ -19,14 +19,8 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.training.baselines import (
-    DEFAULT_RATES,
-    METHODS,
-    apply_method,
-    head_modules,
-    head_parameters,
-    trainable_parameters,
-)
+from redpeft.training.baselines import DEFAULT_RATES, METHODS
+from redpeft.training.model import apply_method, head_modules, head_parameters, trainable_parameters
 from redpeft.training.recipe import Recipe, load_recipe
 
 SMALL = {

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.training.baselines import apply_method, trainable_parameters
+from redpeft.training.model import apply_method, trainable_parameters
 from redpeft.training.recipe import load_recipe
 
 VOCAB, WIDTH, TOKENS = 50, 16, 4
