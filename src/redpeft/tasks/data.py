@@ -23,7 +23,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "devset"),
     "test": ("test", "testset_w_refs", "test_sft"),
 }
-"""What the files of a split are called, after a common habit, GLUE's, the E2E challenge's and UltraFeedback's."""
+"""Names of the files of a split: the usual ones, and those of GLUE, the E2E challenge and UltraFeedback."""
 
 
 class DataConfig(BaseModel):
@@ -33,28 +33,28 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         None,
-        description="A data set's name on the Hugging Face hub, a folder (train, validation and test files, a folder "
-        "of texts for each class, or what save_to_disk wrote), or one file (.csv, .tsv, .jsonl, .json, .parquet, "
-        ".xlsx) that holds the training rows.",
+        description="A data set's name on the Hugging Face Hub, a folder (train, validation and test files, a folder "
+        "of texts for each class, or what save_to_disk wrote), or one file of training rows (.csv, .tsv, .jsonl, "
+        ".json, .parquet, .xlsx).",
     )
     config_name: str | None = Field(
         None,
-        description="The hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; of a folder, one inside.",
+        description="The Hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; for a folder, one inside it.",
     )
     train: str | None = Field(None, description="File of training rows; overrides those of `path`.")
     validation: str | None = Field(None, description="File of validation rows; overrides those of `path`.")
     test: str | None = Field(None, description="File of test rows; overrides those of `path`.")
     header: Literal["first", "none"] | None = Field(
         None,
-        description="Tables (.csv, .tsv, .xlsx): first, the first row holds the names of the columns; none, there are "
-        "no names, and the columns are called column_1, column_2, ... When not given, the first row holds them, and "
-        "one that looks like data is refused.",
+        description="Tables (.csv, .tsv, .xlsx): first: the first row holds the column names. none: there are no "
+        "names, and the columns are called column_1, column_2, ... Default: the first row holds the names, and one "
+        "that looks like data is an error.",
     )
     protocol: Literal["glue", "glue-t5"] | None = Field(
         None,
-        description="GLUE's own test sets have no public labels: make the test split as the RED paper does, of the "
-        "public validation set, drawn by the seed; glue-t5 is its variant for T5. The task is named by config_name, "
-        "or else by the last part of the path.",
+        description="Make GLUE's test split as the RED paper does, from the public validation set by the seed, since "
+        "GLUE's own test labels are not public. glue-t5 is its variant for T5. config_name names the task, or else "
+        "the last part of the path.",
     )
     text: str | None = Field(None, description="Classification: the text's column.")
     text_pair: str | None = Field(None, description="Classification of pairs: the second text's column.")
@@ -66,17 +66,18 @@ class DataConfig(BaseModel):
     label_separator: str | None = Field(
         None,
         min_length=1,
-        description="Classification: what stands between the labels of a row that are written in one text, such as "
-        "'|'; list, where they are written as a list in brackets; none, where each text is one label. When not given, "
-        "it is seen from how their parts recur, and shown.",
+        description="Classification: what separates several labels in one text, such as '|'. list: they are a list in "
+        "brackets. none: each text is one label. Default: inferred from parts that recur, and shown.",
     )
-    drop_missing: bool = Field(False, description="Leave out rows without a text or a label, which are errors else.")
+    drop_missing: bool = Field(
+        False, description="Leave out rows without a text or a label. Otherwise they are errors."
+    )
     tokens: str | None = Field(None, description="Token classification: the column with each row's list of words.")
     tags: str | None = Field(None, description="Token classification: the column with each word's tag.")
     prefix: str | None = Field(
         None,
-        description="Text to text: what stands before the texts, such as 'mrpc', each of which then follows its "
-        "column's name, as T5 was trained. When not given, the texts stand alone.",
+        description="Text to text: a prefix such as 'mrpc'. Each text then follows its column's name, as in T5's "
+        "training. Default: the texts alone.",
     )
     prompt: str | None = Field(
         None, description="Instruction: the prompt's column. E2E: the meaning representation's."
@@ -87,26 +88,26 @@ class DataConfig(BaseModel):
     )
     template: Literal["auto", "plain"] = Field(
         "auto",
-        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain where "
-        "there is none; plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
+        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain if "
+        "there is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
     )
     validation_fraction: float = Field(
         0.1,
         gt=0,
         lt=1,
-        description="Share of the training rows that becomes the validation split where there is none.",
+        description="Share of the training rows that become the validation split if there is none.",
     )
     group: str | None = Field(
         None,
-        description="The column that says which rows belong together, such as a document's or a customer's: neither a "
-        "limit nor a validation split that is cut from the training rows parts them. When not given, rows that ask "
-        "the same do, or those of one document if there is a column document_id or doc_id.",
+        description="The column that says which rows belong together, such as a document or a customer. They are not "
+        "separated by a limit, or by a validation split taken from the training rows. Default: rows with the same "
+        "question belong together, or rows of one document if there is a column document_id or doc_id.",
     )
     max_train_rows: int | None = Field(
-        None, ge=1, description="Train on at most so many rows, in whole groups, drawn by the seed."
+        None, ge=1, description="Train on at most this many rows, in whole groups, drawn by the seed."
     )
     max_eval_rows: int | None = Field(
-        None, ge=1, description="Validate and test on at most so many rows each, in whole groups, drawn by the seed."
+        None, ge=1, description="Validate and test on at most this many rows each, in whole groups, drawn by the seed."
     )
 
     @field_validator("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", mode="before")

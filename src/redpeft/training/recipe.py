@@ -18,9 +18,9 @@ from redpeft.tasks.data import DataConfig
 from redpeft.training.baselines import DEFAULT_RATES, METHODS
 
 HEADER = """\
-# A redpeft recipe: `redpeft train THIS_FILE`, with any field changed behind it as `key=value` (fields inside others
-# with dots: `data.text=body`, or by a short name: `text=body`, `lr=1e-2`). What is left out of a recipe has the value
-# that stands here.
+# A redpeft recipe. Run it with `redpeft train THIS_FILE`. `key=value` after the file name overrides a field; nested
+# fields have dots (`data.text=body`) or a short name (`text=body`, `lr=1e-2`). A field that a recipe leaves out has
+# the value shown here.
 """
 
 
@@ -45,9 +45,8 @@ class Base(BaseModel):
     )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
-        description="Number format of the base model's weights (of those that are not quantised, with load_in). auto: "
-        "fp32 when computing in fp32 or when the base's own weights are trained, otherwise as the checkpoint stores "
-        "them.",
+        description="Number format of the base model's weights (with load_in: of those that are not quantised). auto: "
+        "fp32 if precision is fp32 or the base's own weights are trained, otherwise the checkpoint's.",
     )
 
 
@@ -61,16 +60,16 @@ class Recipe(BaseModel):
         "classification",
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
-        "meaning representation and a text that says it), or text-to-text (classification with an encoder-decoder "
-        "such as T5, which writes the label).",
+        "meaning representation and its text), or text-to-text (classification with an encoder-decoder such as T5, "
+        "which generates the label).",
     )
     metric: str | None = Field(
-        None, description="The metric that chooses the best epoch. The task's usual one when not given."
+        None, description="The metric that chooses the best epoch. Default: the task's main metric."
     )
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = Field(
         None,
-        description="Classification: single_label_classification, multi_label_classification or regression. Seen from "
-        "the labels when not given.",
+        description="Classification: single_label_classification, multi_label_classification or regression. "
+        "Default: inferred from the labels.",
     )
     data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
     method: MethodName = Field(
@@ -88,47 +87,47 @@ class Recipe(BaseModel):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate. When not given: "
+        description="Peak learning rate. Default: "
         + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_RATES.items())
         + ".",
     )
-    head_lr: float | None = Field(
-        None, gt=0, description="Peak learning rate of the head; the same as learning_rate when not given."
-    )
+    head_lr: float | None = Field(None, gt=0, description="Peak learning rate of the head. Default: learning_rate.")
     head: Literal["all", "last"] = Field(
         "all",
-        description="What of a classifier's head is trained: all of it, or its last layer alone, where the layers "
-        "before it are in the base's checkpoint (RoBERTa's dense layer is most of its head; a trained adapter that is "
-        "folded into its base brings one).",
+        description="Which part of a classifier's head is trained: all of it, or only its last layer. With last, the "
+        "layers before it come from the base's checkpoint if it has them (RoBERTa's dense layer is most of its head; "
+        "folding a trained adapter puts one into the checkpoint).",
     )
-    batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, over all processes.")
+    batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, in all processes together.")
     epochs: float = Field(5, gt=0, description="Passes over the training rows.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps, whatever the epochs.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps. Overrides epochs.")
     warmup: float = Field(
-        0.06, ge=0, description="Share of the steps in which the rate rises from 0; of 1 and more, their number."
+        0.06,
+        ge=0,
+        description="Share of the steps in which the learning rate rises from 0; from 1 on, the number of steps.",
     )
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         "linear", description="How the learning rate falls after the warm-up."
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: not clipped.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     max_length: int = Field(
         256,
         ge=1,
-        description="Longest row in tokens; longer ones are cut, and so are those that are longer than the model or "
-        "its tokenizer takes. Rows that have nothing left to learn are left out. Both are counted.",
+        description="Longest row in tokens. Longer rows are cut, also where the model or its tokenizer takes less. "
+        "Rows with nothing left to learn are left out. Both are counted and reported.",
     )
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
     learn_prompt: bool = Field(
         False,
-        description="Instruction: learn the prompts too, as the RED paper's released script does; otherwise the loss "
-        "is on the responses alone.",
+        description="Instruction: also learn the prompts, as the RED paper's released script does. Otherwise the loss "
+        "is on the responses only.",
     )
     group_by_length: bool = Field(
-        True, description="Make batches of rows of like length, so that short rows do not pay for long ones."
+        True, description="Put rows of similar length into a batch, so that little is padding."
     )
     gradient_accumulation: int = Field(
-        1, ge=1, description="Compute each process's share of a batch in so many pieces, to save memory."
+        1, ge=1, description="Compute each process's share of a batch in this many pieces, to save memory."
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time."
@@ -136,23 +135,23 @@ class Recipe(BaseModel):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Number format of the computation; edits and heads are always held in fp32. auto: bf16 on a GPU "
-        "that has it or when base.dtype is bf16, otherwise fp32. A CPU without bf16 instructions takes many times as "
-        "long; a line says so.",
+        "that has it or if base.dtype is bf16, otherwise fp32. A CPU without bf16 instructions takes many times as "
+        "long, with a warning.",
     )
     early_stopping: int | None = Field(
-        None, ge=1, description="Stop when so many evaluations in a row (one an epoch) bring nothing better."
+        None, ge=1, description="Stop after this many evaluations in a row (one an epoch) without an improvement."
     )
     save_steps: int | None = Field(
-        None, ge=1, description="Also write a checkpoint every so many steps (there is one after each epoch)."
+        None, ge=1, description="Also write a checkpoint after every this many steps (there is one after each epoch)."
     )
-    seed: int = Field(0, ge=0, description="Seed of the head's first weights, the order of the rows, and dropout.")
+    seed: int = Field(0, ge=0, description="Seed of the head's initial weights, the order of the rows, and dropout.")
     seeds: list[int] | None = Field(
         None, min_length=1, description="Several seeds: one run for each, in folders seed-<n>, and a summary."
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="Also report to tensorboard, wandb or trackio."
     )
-    output: str | None = Field(None, description="The run folder. runs/<data>-<method> when not given.")
+    output: str | None = Field(None, description="The run folder. Default: runs/<data>-<method>.")
 
     @field_validator("base", mode="before")
     @classmethod
