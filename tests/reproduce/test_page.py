@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -158,6 +159,17 @@ def test_texts_are_escaped():
     text = pages.to_html("T & U", blocks)
     assert "<title>T &amp; U</title>" in text
     assert "<h2>a &lt; b</h2>" in text
-    assert '<p>x &amp; <a href="z&quot;">y&gt;</a></p>' in text
-    assert "<pre>1 &lt; 2</pre>" in text
+    assert '<p>x &amp; <a href="z%22">y&gt;</a></p>' in text
+    assert '<pre><code class="language-text">1 &lt; 2\n</code></pre>' in text
     assert "| a\\|b | [c](<d e>) |" in pages.to_markdown(blocks)
+
+
+def test_nothing_in_a_text_is_read_as_markdown():
+    text = r"the *loss* of `n` is _not_ <b>finite</b> at f1_macro [x](y) | &amp; C:\new"
+    block = pages.Grid(["run", "error"], [[[Link("a|b_", "50% a|b #1?")], [f"{text}\n# more"]]])
+    parser = Links()
+    page = pages.to_html("", [block])
+    parser.feed(page)
+    assert parser.found == ["50%25%20a%7Cb%20%231%3F"]
+    assert html.unescape(page).count(f"{text} # more</td>") == 1
+    assert ">a|b_</a>" in page

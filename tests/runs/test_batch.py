@@ -199,7 +199,7 @@ def test_the_report_of_a_fleet(fake_fleets, call, fleet, tmp_path):
     assert code == 0, err
     page = (tmp_path / "out" / "report.md").read_text()
     assert page.startswith("# redpeft fleet\n")
-    assert r"| [a|b](<a|b>) | accuracy | 0.8000 | 0.4000 | bleu 0.2500 | 2 | 10 | 194 | 1.5 |" in page
+    assert r"| [a\|b](<a\|b>) | accuracy | 0.8000 | 0.4000 | bleu 0.2500 | 2 | 10 | 194 | 1.5 |" in page
     assert "| [job-2](<job-2>) | f1_macro | 0.6000 | 0.3000 | bleu 0.2500 | 2 | 10 | 194 | 1.5 |" in page
     assert "| last fleet | 2 slots, passes of 99 tokens |" in page
     assert "| its memory | a slot takes nothing |" in page

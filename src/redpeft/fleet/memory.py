@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,6 +20,7 @@ from redpeft.models import keep_modes_and_rng
 COPIES = 4  # of a job's numbers: values, two moments, and the best values
 SHARE = 0.8  # of the free memory is planned with
 MIB = 2**20
+SAMPLING = 0.002  # seconds between two looks at this process on a CPU
 
 
 class NoRoom(UserError):
@@ -85,7 +86,7 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Sequence[int]]:
-    """Gets what is added inside to the memory of the device, at most."""
+    """Gives a list whose largest number is the memory in bytes that is added on the device while inside."""
     found: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -93,16 +94,19 @@ def _peak(device: torch.device) -> Iterator[Sequence[int]]:
         yield found
         found.append(torch.cuda.max_memory_allocated(device) - before)
         return
-    with suppress(OSError):  # Linux: the high-water mark begins anew
-        Path("/proc/self/clear_refs").write_text("5")
-    before = psutil.Process().memory_info().rss
-    yield found
-    found.append(max(0, _high_water() - before))
+    process, done = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
 
+    def watch() -> None:
+        while not done.wait(SAMPLING):
+            found.append(process.memory_info().rss - before)
 
-def _high_water() -> int:
-    """The most memory that this process has held, in bytes; where the system does not say, what it holds now."""
-    with suppress(OSError, StopIteration, IndexError, ValueError):
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return psutil.Process().memory_info().rss
+    found.append(0)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found.append(process.memory_info().rss - before)

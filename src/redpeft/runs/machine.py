@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -16,7 +17,7 @@ def machine() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
-        "memory": _memory(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
         "gpu": ", ".join(gpus) or "none",
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -40,9 +41,3 @@ def _processor() -> str:
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor() or platform.machine()
 
-
-def _memory() -> str:
-    try:
-        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        return "unknown"
