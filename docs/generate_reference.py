@@ -77,7 +77,7 @@ def signatures() -> str:
     from redpeft.adapters import inspect as inspection
     from redpeft.evaluation import generate, language_model, lm_harness
     from redpeft.reproduce import command, plan
-    from redpeft.runs import fleet, on_ray, runner, sweep
+    from redpeft.runs import job_list, on_ray, runner, sweep
     from redpeft.tasks import e2e_files, e2e_metrics, files
     from redpeft.training import model, predict, recipe, train
 
@@ -102,7 +102,7 @@ def signatures() -> str:
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
         "redpeft.runs.sweep": [sweep.run_sweep],
-        "redpeft.runs.fleet": [fleet.run_fleet],
+        "redpeft.runs.job_list": [job_list.run_fleet],
         "redpeft.runs.on_ray": [on_ray.run_on_ray],
         "redpeft.reproduce.command": [command.reproduce, command.show_plan],
         "redpeft.reproduce.plan": [plan.Request],

@@ -19,7 +19,7 @@ from transformers import AutoModel
 
 from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
-from redpeft.runs import closing
+from redpeft.runs import reports
 from redpeft.tasks import read_file
 from redpeft.training import trainer
 from redpeft.training.recipe import load_recipe
@@ -379,7 +379,7 @@ def test_the_next_calls_fit_other_data_too(redpeft, tmp_path, tiny_encoder_folde
     assert first["question"] == "is the film good"
     run = tmp_path / "my run" / "seed-3"
     recipe = load_recipe(run / "recipe.yaml", {"data.path": "nyu-mll/glue", "config_name": "mrpc"})
-    evaluate, predict = closing.next_calls(recipe, run)
+    evaluate, predict = reports.next_calls(recipe, run)
     assert evaluate.endswith("/my run/seed-3' nyu-mll/glue --config mrpc")
     [(typed, call)] = next_calls(f"Next:\n{predict}")
     standard_input(monkeypatch, typed)

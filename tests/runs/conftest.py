@@ -60,7 +60,7 @@ def fake_fleets(monkeypatch):
     Returns what to call with `score`, which gives the list of folders as they are "trained".
     """
     from redpeft.errors import RunError, Stopped, UserError
-    from redpeft.runs import batch
+    from redpeft.runs import experiment
     from redpeft.storage import read_result, to_json
 
     def use(score):
@@ -91,7 +91,7 @@ def fake_fleets(monkeypatch):
                 report({"event": "finished", "folder": str(folder), **read_result(folder)})
             return failed
 
-        monkeypatch.setattr(batch, "run_fleets", run_fleets)
+        monkeypatch.setattr(experiment, "run_fleets", run_fleets)
         return trained
 
     return use

@@ -15,8 +15,7 @@ import pytest
 
 from redpeft.errors import UserError
 from redpeft.fleet.queue import Job
-from redpeft.runs.fleets_on_ray import run_fleets_on_ray
-from redpeft.runs.on_ray import run_on_ray
+from redpeft.runs.on_ray import run_fleets_on_ray, run_on_ray
 from redpeft.training.recipe import load_recipe
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from redpeft.runs import plots
-from redpeft.runs.batch import Row
+from redpeft.runs.experiment import JobResult
 
 
 @pytest.fixture
@@ -53,13 +53,13 @@ def test_three_points_are_joined(axes, tmp_path):
 
 def job(number, metric="accuracy"):
     scores = {metric: (number * 7 % 31) / 31}
-    return Row(
+    return JobResult(
         f"job-{number}", Path(), {"metric": metric, "validation": scores, "test": scores if number % 2 else None}
     )
 
 
 def test_up_to_thirty_jobs_are_named_with_the_best_on_top(axes, tmp_path):
-    rows = [*(job(number) for number in range(30)), Row("failed", Path(), None, "why")]
+    rows = [*(job(number) for number in range(30)), JobResult("failed", Path(), None, "why")]
     plots.plot_scores(rows, tmp_path / "a.png")
     names = [label.get_text() for label in axes[0].get_yticklabels()]
     assert names == [row.name for row in sorted(rows[:30], key=lambda row: row.score("validation"))]
@@ -67,7 +67,7 @@ def test_up_to_thirty_jobs_are_named_with_the_best_on_top(axes, tmp_path):
     assert [len(line.get_xdata()) for line in axes[0].lines] == [30, 15]
     plots.plot_scores([job(1, "loss"), job(9, "loss")], tmp_path / "a.png")
     assert [label.get_text() for label in axes[1].get_yticklabels()] == ["job-1", "job-9"]  # the least loss on top
-    long = Row("learning_rate=0.001,batch_size=16,head=last/seed-0", Path(), rows[1].result)
+    long = JobResult("learning_rate=0.001,batch_size=16,head=last/seed-0", Path(), rows[1].result)
     plots.plot_scores([long], tmp_path / "a.png")
     assert [label.get_text() for label in axes[2].get_yticklabels()] == ["learning_rate=0.001,…e=16,head=last/seed-0"]
     plots.plot_scores([job(number) for number in range(31)], tmp_path / "a.png")

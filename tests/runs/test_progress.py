@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from redpeft import console
-from redpeft.runs import progress, tally
-from redpeft.runs.progress import event_line, progress_table, saying_once, showing
-from redpeft.runs.tally import Tally
+from redpeft.runs import progress
+from redpeft.runs.progress import JobProgress, event_line, logging_once, progress_table, showing
 
 NAMES = {Path(f"runs/{name}").resolve(): name for name in ("a", "b", "c", "d")}
 PLAN = {"event": "fleet", "slots": 4, "tokens": 64, "plan": "a slot takes 1 MiB", "slot": 1}
@@ -30,8 +29,8 @@ def failed(name):
     return {"event": "failed", "folder": f"runs/{name}", "error": "the loss is not finite"}
 
 
-def tally_of(*events, competing=True):
-    found = Tally(NAMES, competing)
+def progress_of(*events, competing=True):
+    found = JobProgress(NAMES, competing)
     for event in events:
         found(event)
     return found
@@ -42,7 +41,7 @@ def started(*names):
 
 
 def test_jobs_are_counted_where_they_stand():
-    found = tally_of(*started("a", "b", "c"), {"event": "paused", "folder": "runs/c", "epoch": 1.0})
+    found = progress_of(*started("a", "b", "c"), {"event": "paused", "folder": "runs/c", "epoch": 1.0})
     assert (found.running, found.waiting, len(found.finished)) == ({"a", "b"}, 2, 0)
     for event in [*started("c"), failed("b"), done("a", 0.5), done("d", 0.5)]:  # d was done before
         found(event)
@@ -53,31 +52,31 @@ def test_jobs_are_counted_where_they_stand():
 @pytest.mark.parametrize(("metric", "best"), [("accuracy", ("b", 0.8)), ("loss", ("a", 0.2)), ("mse", ("a", 0.2))])
 def test_the_best_so_far_goes_by_the_metric(metric, best):
     events = [epoch("a", 0.3, metric), epoch("b", 0.8, metric), epoch("b", 0.7, metric), done("a", 0.2, metric)]
-    name, found, score = tally_of(*events).best()
+    name, found, score = progress_of(*events).best()
     assert (name, found) == (best[0], metric)
     assert score == best[1]
 
 
 def test_there_is_no_best_of_jobs_that_do_not_compete_or_have_several_metrics():
-    assert tally_of(epoch("a", 0.3), competing=False).best() is None
-    assert tally_of(epoch("a", 0.3), epoch("b", 0.8, "loss")).best() is None
-    assert tally_of(epoch("a", None)).best() is None
+    assert progress_of(epoch("a", 0.3), competing=False).best() is None
+    assert progress_of(epoch("a", 0.3), epoch("b", 0.8, "loss")).best() is None
+    assert progress_of(epoch("a", None)).best() is None
 
 
 def test_speed_is_that_of_the_last_seconds(monkeypatch):
     clock = {"now": 100.0}
-    monkeypatch.setattr(tally.time, "monotonic", lambda: clock["now"])
-    found = Tally(NAMES, began=100.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock["now"])
+    found = JobProgress(NAMES, began=100.0)
     for clock["now"] in (101.0, 102.0):
         found({"event": "pass", "rows": 30, "steps": 1, "seconds": 1.0})
     assert found.rows_a_second() == 30.0
     clock["now"] = 106.5
-    assert found.rows_a_second() == 30 / tally.WINDOW
+    assert found.rows_a_second() == 30 / progress.WINDOW
     assert (found.rows, found.seconds) == (60, 6.5)
 
 
 def test_a_log_has_the_plan_and_a_line_for_each_job_that_ends():
-    found = tally_of(PLAN, *started("a", "b"), failed("b"), done("a", 0.75, test=0.5))
+    found = progress_of(PLAN, *started("a", "b"), failed("b"), done("a", 0.75, test=0.5))
     assert event_line(found, PLAN) == "a fleet of 4 slots, passes of 64 tokens: a slot takes 1 MiB"
     assert event_line(found, done("a", 0.75, test=0.5)) == "2 of 4: a: accuracy on validation 0.7500, test 0.5000"
     assert event_line(found, failed("b")) == "2 of 4: b: failed: the loss is not finite"
@@ -93,7 +92,7 @@ def shown(table):
 
 def test_the_table_has_counts_speed_and_memory(monkeypatch):
     monkeypatch.setattr(progress, "memory", lambda: 3 * 2**29)
-    text = shown(progress_table(tally_of(*started("a", "b"), epoch("b", 0.8), failed("a"))))
+    text = shown(progress_table(progress_of(*started("a", "b"), epoch("b", 0.8), failed("a"))))
     head, row = [line for line in text.splitlines() if "job" in line or "GiB" in line]
     assert [cell.strip() for cell in head.strip("┃").split("┃")][:6] == [
         "jobs", "done", "running", "waiting", "failed", "best so far",
@@ -101,11 +100,11 @@ def test_the_table_has_counts_speed_and_memory(monkeypatch):
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "4", "0", "1", "2", "1", "accuracy 0.8000 (b)", "0", "1.5 GiB", "0:00:00",
     ]  # fmt: skip
-    assert "best so far" not in shown(progress_table(tally_of(competing=False)))
+    assert "best so far" not in shown(progress_table(progress_of(competing=False)))
 
 
 def test_a_terminal_gets_the_live_table_and_a_file_lines(monkeypatch, capsys):
-    found = tally_of()
+    found = progress_of()
     with showing(found, live=True) as show:
         for event in (PLAN, *started("a"), done("a", 0.5)):
             found(event)
@@ -119,7 +118,7 @@ def test_a_terminal_gets_the_live_table_and_a_file_lines(monkeypatch, capsys):
     terminal.isatty = lambda: True
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("COLUMNS", "160")
-    found = tally_of()
+    found = progress_of()
     with showing(found, live=True) as show:
         for event in (PLAN, *started("a"), failed("b"), done("a", 0.5)):
             found(event)
@@ -134,7 +133,7 @@ def test_a_terminal_gets_the_live_table_and_a_file_lines(monkeypatch, capsys):
 def test_a_log_has_lines_of_progress_and_what_was_cut_once(monkeypatch, capsys):
     monkeypatch.setattr(console, "SECONDS", 0.0)
     monkeypatch.setattr(console, "SHARE", 0.0)
-    found = tally_of()
+    found = progress_of()
     note = "train.csv: 3 of 9 rows are longer than max_length 8 and are cut"
     with showing(found, live=True) as show:
         for name in ("a", "b"):
@@ -158,7 +157,7 @@ def test_a_log_has_lines_of_progress_and_what_was_cut_once(monkeypatch, capsys):
 
 def test_what_is_said_of_each_jobs_data_is_said_once(caplog):
     logger = logging.getLogger("redpeft.tasks.data")
-    with saying_once():
+    with logging_once():
         for name in ("a", "b"):
             logger.warning("no validation split in %s", name)
         logger.warning("something else in %s", "b")

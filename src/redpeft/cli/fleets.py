@@ -42,14 +42,14 @@ def sweep(
 ) -> CommandOutput:
     """Train every combination of values with every seed, and show which is best."""
     path, overrides = recipe_and_fields("sweep", arguments)
-    from redpeft.runs.batch import failures
-    from redpeft.runs.grid import parse_grid, parse_seeds
-    from redpeft.runs.sweep import run_sweep, sweep_table
+    from redpeft.runs.experiment import FleetOptions, failures
+    from redpeft.runs.sweep import parse_grid, parse_seeds, run_sweep, sweep_table
 
     chosen = parse_seeds(seeds) if seeds else None
-    found = run_sweep(path, overrides, parse_grid(grid), out, chosen, halving, slots, tokens, ray, on_event)
+    options = FleetOptions(halving, slots, tokens, ray)
+    found = run_sweep(path, overrides, parse_grid(grid), out, chosen, options, on_event)
     shown = [sweep_table(found), f"Best on validation: {found.best or '-'}", f"Report: {found.page}"]
-    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.rows))
+    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.results))
 
 
 @command("redpeft fleet customers base=roberta-base epochs=10 --out runs/customers")
@@ -76,13 +76,14 @@ def fleet(
     on_event: Any = None,
 ) -> CommandOutput:
     """Train many adapters of one base model together, one for each job of a list or each data file of a folder."""
-    from redpeft.runs.batch import failures
-    from redpeft.runs.batch_report import facts, jobs_table
-    from redpeft.runs.fleet import run_fleet
+    from redpeft.runs.experiment import FleetOptions, failures
+    from redpeft.runs.job_list import run_fleet
+    from redpeft.runs.reports import facts, jobs_table
 
-    found = run_fleet(jobs, out, recipe, fields or [], halving, slots, tokens, ray, on_event)
-    totals = Table(show_header=False)
-    for name, value in facts(found.rows, found.totals).items():
-        totals.add_row(name, value)
-    shown = [jobs_table(found.rows, out), totals, f"Report: {found.page}"]
-    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.rows))
+    options = FleetOptions(halving, slots, tokens, ray)
+    found = run_fleet(jobs, out, recipe, fields or [], options, on_event)
+    usage = Table(show_header=False)
+    for name, value in facts(found.results, found.usage).items():
+        usage.add_row(name, value)
+    shown = [jobs_table(found.results, out), usage, f"Report: {found.page}"]
+    return CommandOutput({**found.data, "report": found.page}, shown, failures(found.results))

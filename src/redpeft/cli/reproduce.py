@@ -93,14 +93,10 @@ def reproduce(
 def _report(report: Report) -> CommandOutput:
     from redpeft.reproduce.page import grid
     from redpeft.reproduce.report import as_data
-    from redpeft.runs.pages import plain
+    from redpeft.runs.pages import Grid, to_table
 
     head, rows = grid(report)
-    shown = Table(title=report.table.title)
-    for index, name in enumerate(head):
-        shown.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        shown.add_row(*(plain(cell) for cell in row))
+    shown = to_table(Grid(head, rows), title=report.table.title)
     page = report.request.out / f"{report.table.name}.html"
     failed = "; ".join(f"{folder}: {error}" for folder, error in report.failed.items())
     return CommandOutput(

@@ -53,7 +53,7 @@ def train(
 ) -> CommandOutput:
     """Train an adapter. The same command again resumes the run, or shows its result when it is finished."""
     path, overrides = recipe_and_fields("train", arguments)
-    from redpeft.runs.closing import closing_lines
+    from redpeft.runs.reports import closing_lines
     from redpeft.runs.runner import run_recipe
     from redpeft.training.recipe import load_recipe
 

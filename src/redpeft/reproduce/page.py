@@ -13,8 +13,8 @@ from redpeft.reproduce.plan import Request, base_of, source_of
 from redpeft.reproduce.published import Column
 from redpeft.reproduce.report import Report, ReportRow, ScoredRun, as_data, sampling_error
 from redpeft.runs import pages
-from redpeft.runs.machine import machine
 from redpeft.runs.pages import Inline, Link, number, relative
+from redpeft.runs.reports import machine
 from redpeft.storage import to_json, write_atomically
 from redpeft.training.plots import new_figure
 

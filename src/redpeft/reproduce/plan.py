@@ -14,7 +14,7 @@ from redpeft.errors import UserError
 from redpeft.fleet.queue import Job
 from redpeft.reproduce.published import Table, nearest
 from redpeft.reproduce.smoke import SMOKE, make_data, make_model
-from redpeft.runs import output
+from redpeft.runs import experiment
 from redpeft.tasks.glue import GLUE
 from redpeft.training.recipe import Recipe, full_name, load_recipe, parse_override, read_yaml
 
@@ -137,12 +137,12 @@ def _seeds(request: Request, task: str) -> list[int]:
 
 def check_folder(request: Request) -> None:
     """Raises `UserError` for an output folder of something else, or of runs with other settings."""
-    output.check_folder(request.out / IDENTITY, request.identity(), "reproduction")
+    experiment.check_folder(request.out / IDENTITY, request.identity(), "reproduction")
 
 
 def claim(request: Request) -> None:
     """Write into the output folder whose it is."""
-    output.claim(request.out / IDENTITY, request.identity())
+    experiment.claim(request.out / IDENTITY, request.identity())
 
 
 def _tasks(request: Request) -> list[str]:

@@ -1,16 +1,20 @@
-"""Jobs spread over machines by Ray: its scheduler places them, and starts those of a killed worker again."""
+"""Jobs and fleets spread over machines by Ray, which places them; the work of a killed worker is started again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from redpeft.console import log_main
 from redpeft.errors import Stopped, UserError, first_line
-from redpeft.fleet.queue import Job
-from redpeft.runs.runner import run_jobs
+from redpeft.fleet.queue import Event, Job, JobQueue, Report, silent
+from redpeft.fleet.scheduler import SLOTS, train_fleets
+from redpeft.runs.runner import checked_for_fleets, run_jobs
 
 RETRIES = 3
+POLL = 0.5  # seconds between two looks at the events of the workers
 
 
 def require_ray() -> None:
@@ -45,7 +49,9 @@ def run_on_ray(jobs: Iterable[Job]) -> list[dict[str, Any]]:
         try:
             [results[index]] = ray.get(reference)
         except (ray.exceptions.RayError, Stopped) as error:
-            results[index] = _lost(jobs[index], error)
+            text = " ".join(str(error).split())
+            failed = {"error": text, "kind": "RunError", "seed": jobs[index].recipe.seed}
+            results[index] = {"folder": str(jobs[index].folder), **failed}
         log_main(
             f"job {len(jobs) - len(waiting)} of {len(jobs)}: {jobs[index].folder} {results[index].get('error', '')}"
         )
@@ -66,6 +72,126 @@ def connect() -> dict[str, float]:
     return ray.cluster_resources()
 
 
-def _lost(job: Job, error: Exception) -> dict[str, Any]:
-    text = " ".join(str(error).split())
-    return {"folder": str(job.folder), "error": text, "kind": "RunError", "seed": job.recipe.seed}
+class SharedQueue:
+    """A `JobQueue` in a process of its own, which knows the worker of each job, and keeps events for the driver."""
+
+    def __init__(self, jobs: Sequence[Job], halving: Mapping[Path, Hashable] | None) -> None:
+        self.queue = JobQueue(jobs, halving)
+        self.taken: dict[int, set[Path]] = {}
+        self.events: list[Event] = []
+
+    def take(self, worker: int) -> Job | None:
+        job = self.queue.take()
+        if job is not None:
+            self.taken.setdefault(worker, set()).add(job.folder)
+        return job
+
+    def done(self, worker: int, folder: Path, result: dict[str, Any]) -> None:
+        self.taken[worker].discard(folder)
+        self.queue.done(folder, result)
+
+    def paused(self, worker: int, folder: Path, score: float) -> None:
+        self.taken[worker].discard(folder)
+        self.queue.paused(folder, score)
+
+    def left(self) -> int:
+        return self.queue.left()
+
+    def ready(self) -> int:
+        return self.queue.ready()
+
+    def report(self, event: Event) -> None:
+        self.events.append(event)
+
+    def take_events(self) -> list[Event]:
+        """The events since the last call."""
+        events, self.events = self.events, []
+        return events
+
+    def lose(self, worker: int) -> None:
+        """Put back the jobs of a worker that died."""
+        self.queue.give_back(sorted(self.taken.pop(worker, set())))
+
+    def give_up(self, error: str) -> dict[Path, dict[str, Any]]:
+        """The results, with an error for what has none."""
+        return self.queue.give_up(error)
+
+
+class RemoteQueue:
+    """The shared queue, as the scheduler of a worker calls it."""
+
+    def __init__(self, queue: Any, worker: int) -> None:
+        self.queue, self.worker = queue, worker
+
+    def take(self) -> Job | None:
+        return _get(self.queue.take.remote(self.worker))
+
+    def done(self, folder: Path, result: dict[str, Any]) -> None:
+        _get(self.queue.done.remote(self.worker, folder, result))
+
+    def paused(self, folder: Path, score: float) -> None:
+        _get(self.queue.paused.remote(self.worker, folder, score))
+
+    def left(self) -> int:
+        return _get(self.queue.left.remote())
+
+    def report(self, event: Event) -> None:
+        self.queue.report.remote(event)
+
+
+def run_fleets_on_ray(
+    jobs: Iterable[Job],
+    slots: int | None = None,
+    tokens: int | None = None,
+    halving: Mapping[Path, Hashable] | None = None,
+    report: Report = silent,
+) -> dict[Path, dict[str, Any]]:
+    """`run_fleets` with a fleet on every GPU of a Ray cluster (where it has none, on every CPU).
+
+    Run folders, data and base models must be at the same paths on all machines (a shared disk). The jobs of a worker
+    that is killed or told to stop go back into the queue, and go on from their last checkpoints; after three lost
+    workers for each GPU (or CPU) the jobs that are left get an error as their result. Raises `UserError` without Ray
+    or a cluster, and as `run_fleets`.
+    """
+    jobs = checked_for_fleets(Job(job.recipe, job.folder.resolve()) for job in jobs)
+    halving = {folder.resolve(): group for folder, group in (halving or {}).items()}
+    resources = connect()
+    import ray
+
+    on_gpus = int(resources.get("GPU", 0))
+    places = max(1, min(len(jobs), on_gpus or int(resources.get("CPU", 1))))
+    each = min(slots or SLOTS, math.ceil(len(jobs) / places))
+    queue = ray.remote(num_cpus=0)(SharedQueue).remote(jobs, halving)
+    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0)(_train_from)
+    workers: dict[Any, int] = {}
+    started = lost = 0
+    why = ""
+    while _get(queue.left.remote()) and lost <= RETRIES * places:
+        while len(workers) < min(places, len(workers) + _get(queue.ready.remote())):
+            workers[task.remote(queue, started, each, tokens)] = started
+            started += 1
+        for reference in ray.wait(list(workers), timeout=POLL)[0]:
+            worker = workers.pop(reference)
+            try:
+                ray.get(reference)
+            except (ray.exceptions.RayError, Stopped) as error:
+                lost, why = lost + 1, " ".join(str(error).split())
+                _get(queue.lose.remote(worker))
+        for event in _get(queue.take_events.remote()):
+            report(event)
+    results = _get(queue.give_up.remote(f"given up after {lost} lost workers; the last one: {why}"))
+    for event in _get(queue.take_events.remote()):
+        report(event)
+    ray.kill(queue)
+    return results
+
+
+def _train_from(queue: Any, worker: int, slots: int, tokens: int | None) -> None:
+    remote = RemoteQueue(queue, worker)
+    train_fleets(remote, slots, tokens, remote.report)
+
+
+def _get(reference: Any) -> Any:
+    import ray
+
+    return ray.get(reference)

@@ -1,4 +1,7 @@
-"""A page of headings, paragraphs, tables and pictures: written as Markdown, and from that as HTML."""
+"""A page of headings, paragraphs, tables and pictures: written as Markdown, and from that as HTML.
+
+Its tables can be shown on a terminal too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from markdown_it import MarkdownIt
+from rich.table import Table
 
 
 class Link(NamedTuple):
@@ -43,7 +47,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: the names of its columns, and rows of cells. With `numbers` all but the first column are aligned right."""
+    """A table: the names of its columns, and rows of cells. `numbers`: all but the first column are aligned right."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[Inline]]
@@ -71,6 +75,16 @@ pre { background: #8882; padding: 0.7em; overflow-x: auto }"""
 def plain(content: Inline) -> str:
     """The text of a cell, for a terminal."""
     return "".join(part if isinstance(part, str) else part.text for part in content)
+
+
+def to_table(grid: Grid, title: str | None = None) -> Table:
+    """A table for a terminal."""
+    table = Table(title=title)
+    for index, name in enumerate(grid.head):
+        table.add_column(name, justify="right" if grid.numbers and index else "left")
+    for row in grid.rows:
+        table.add_row(*map(plain, row))
+    return table
 
 
 def number(value: float | None, digits: int, deviation: float | None = None) -> str:

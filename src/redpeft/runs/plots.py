@@ -1,4 +1,4 @@
-"""Pictures of a batch of jobs: their scores, when they were done, and scores over a grid."""
+"""Pictures of an experiment: their scores, when they were done, and scores over a grid."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from redpeft.runs.tally import goodness
+from redpeft.runs.progress import sort_score
 from redpeft.training.plots import new_figure, whole_numbers
 
 if TYPE_CHECKING:
-    from redpeft.runs.batch import Row
+    from redpeft.runs.experiment import JobResult
 
 Curve = Sequence[tuple[float, float, float | None]]  # x, mean, standard deviation
 RATES = ("learning_rate", "head_lr", "weight_decay")
 NAMED, LONGEST = 30, 42  # jobs with names in a picture, characters of a name
 
 
-def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
-    """The scores of all jobs: up to 30 by name, the best first; of more the sorted scores, metric by metric. None, and
-    no file, without any."""
+def plot_scores(results: Sequence[JobResult], path: Path) -> Path | None:
+    """The scores of all jobs: up to 30 by name, the best at the top; of more jobs the sorted scores of each metric.
+    None, and no file, where there are none."""
     splits = ("validation", "test")
-    scored = [row for row in rows if row.result and row.score("validation") is not None]
+    scored = [job for job in results if job.result and job.score("validation") is not None]
     if not scored:
         return None
     named = len(scored) <= NAMED
-    scored.sort(key=lambda row: goodness(row.metric, row.score("validation") or 0.0))  # the last one is drawn on top
+    scored.sort(key=lambda job: sort_score(job.metric, job.score("validation") or 0.0))  # the last one is drawn on top
     series: dict[str, list[tuple[int, float]]] = {}
-    for place, row in enumerate(scored):
+    for place, job in enumerate(scored):
         for split in splits:
-            if (score := row.score(split)) is not None:
-                series.setdefault(f"{split} {row.metric}", []).append((place, score))
+            if (score := job.score(split)) is not None:
+                series.setdefault(f"{split} {job.metric}", []).append((place, score))
     figure, [[axes]] = new_figure(6, 0.22 * len(scored) + 1.4 if named else 3.6)
     for label, points in series.items():
         places, scores = zip(*points, strict=True)
@@ -39,7 +39,7 @@ def plot_scores(rows: Sequence[Row], path: Path) -> Path | None:
         else:
             axes.plot(range(1, len(scores) + 1), sorted(scores, reverse=True), marker=".", label=label)
     if named:
-        axes.set_yticks(range(len(scored)), [_short(row.name) for row in scored], fontsize="small")
+        axes.set_yticks(range(len(scored)), [_short(job.name) for job in scored], fontsize="small")
         axes.set(xlabel="score", ylim=(-0.6, len(scored) - 0.4))
     else:
         axes.set(xlabel="jobs, each series sorted", ylabel="score")
@@ -56,7 +56,7 @@ def _short(name: str) -> str:
 
 
 def plot_finished(seconds: Sequence[float], path: Path) -> Path | None:
-    """How many jobs were done at each moment. None, and no file, without any."""
+    """How many jobs were done at each moment. None, and no file, where there are none."""
     if not seconds:
         return None
     minutes = [max(0.0, each) / 60 for each in sorted(seconds)]
@@ -70,9 +70,9 @@ def plot_finished(seconds: Sequence[float], path: Path) -> Path | None:
 
 
 def plot_grid(curves: Mapping[str, Curve], key: str, score: str, path: Path) -> Path | None:
-    """Mean scores over the values of `key`, with a tick at each, a curve for each combination of the others; the bars
-    are standard deviations. The axis is logarithmic for rates, and where the values span 10 times and more. Two points
-    are not joined by a line: what lies between them is not known. None, and no file, without any."""
+    """Mean scores over the values of `key`, with a curve for each combination of the other keys; bars are standard
+    deviations. The axis is logarithmic for rates, and where the largest value is 10 times the smallest or more. A
+    curve of two points has no line: two points do not show its shape. None, and no file, where there are none."""
     values = sorted({x for curve in curves.values() for x, *_ in curve})
     if not values:
         return None

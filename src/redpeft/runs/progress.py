@@ -1,11 +1,16 @@
-"""Shows how far a batch of jobs is: a live table on a terminal, elsewhere a line for each job that ends."""
+"""How far many jobs are: counted from the events of `train_fleets`, shown as a live table on a terminal, elsewhere as
+a line for each job that ends."""
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,48 +22,140 @@ from rich.table import Table
 from redpeft.console import Progress, counted, log_main
 from redpeft.fleet.queue import Report
 from redpeft.runs.pages import number
-from redpeft.runs.tally import Tally
+from redpeft.tasks.metrics import LOWER_IS_BETTER
 from redpeft.training.callbacks import no_bars
 
 REFRESH = 2  # times a second
+WINDOW = 5.0  # seconds over which the speed is measured
+
+
+@dataclass
+class JobProgress:
+    """Counts of jobs and rows; called with each event.
+
+    `names` are those of all jobs by their absolute folders. `competing`: whether one of them can be the best.
+    """
+
+    names: Mapping[Path, str]
+    competing: bool = False
+    running: set[str] = field(default_factory=set)
+    finished: set[str] = field(default_factory=set)
+    failed: dict[str, str] = field(default_factory=dict)  # why
+    scores: dict[str, tuple[str, float]] = field(default_factory=dict)  # metric and best score so far
+    rows: int = 0  # trained or scored
+    steps: int = 0  # of training
+    planned: dict[str, int] = field(default_factory=dict)  # steps of the jobs that have started
+    fleet: dict[str, Any] = field(default_factory=dict)  # slots, tokens and plan of the last one
+    began: float = field(default_factory=time.monotonic)
+    _passes: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        name = self.name_of(event)
+        match event["event"]:
+            case "fleet":
+                self.fleet = {key: event[key] for key in ("slots", "tokens", "plan")}
+            case "pass":
+                self.rows += event["rows"]
+                self.steps += event["steps"]
+                self._passes.append((time.monotonic(), event["rows"]))
+            case "started":
+                self.running.add(name)
+                self.failed.pop(name, None)  # in a fleet; now it is trained alone
+                self.planned.setdefault(name, event.get("steps", 0))
+            case "epoch":
+                self._score(name, event["metric"], event[f"eval_{event['metric']}"])
+            case "paused" | "finished" | "failed" as end:
+                self.running.discard(name)
+                if end == "finished":
+                    self.finished.add(name)
+                    self._score(name, event["metric"], event["validation"][event["metric"]])
+                elif end == "failed":
+                    self.failed[name] = event["error"]
+
+    def name_of(self, event: Mapping[str, Any]) -> str:
+        """Of the job that an event is about; empty where it is about none."""
+        folder = event.get("folder")
+        return self.names.get(Path(folder).resolve(), "") if folder else ""
+
+    @property
+    def waiting(self) -> int:
+        return len(self.names) - len(self.running) - len(self.finished) - len(self.failed)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def expected_steps(self) -> int:
+        """Of all jobs, if those that wait are as long as those that have started."""
+        known = sum(self.planned.values())
+        return known + known * self.waiting // max(1, len(self.planned))
+
+    def best(self) -> tuple[str, str, float] | None:
+        """The best job, its metric and its best score so far; None where jobs cannot be compared."""
+        if not self.competing or len({metric for metric, _ in self.scores.values()}) != 1:
+            return None
+        name = max(self.scores, key=lambda name: sort_score(*self.scores[name]))
+        return name, *self.scores[name]
+
+    def rows_a_second(self) -> float:
+        """Over the last seconds."""
+        now = time.monotonic()
+        while self._passes and self._passes[0][0] < now - WINDOW:
+            self._passes.popleft()
+        return sum(rows for _, rows in self._passes) / min(WINDOW, max(now - self.began, 1e-3))
+
+    def _score(self, name: str, metric: str, score: float | None) -> None:
+        if score is None:
+            return
+        if name not in self.scores or sort_score(metric, score) > sort_score(*self.scores[name]):
+            self.scores[name] = metric, score
+
+
+def sort_score(metric: str, score: float) -> float:
+    """A number that is larger for a better score."""
+    return -score if metric in LOWER_IS_BETTER else score
 
 
 @contextmanager
-def showing(tally: Tally, live: bool, before: Collection[str] = ()) -> Iterator[Report]:
-    """Gives a function to call with each event, after the tally. `live` asks for the table, where standard error is a
+def showing(progress: JobProgress, live: bool, before: Collection[str] = ()) -> Iterator[Report]:
+    """Gives a function to call with each event, after `progress`. `live` asks for the table, where standard error is a
     terminal; jobs that were done `before` get no line."""
-    said: set[str] = set()  # of the rows of each job, which many may share
-    progress = Progress()
+    noted: set[str] = set()  # notes on rows, which many jobs may share
+    lines = Progress()
 
-    def line(event: Mapping[str, Any]) -> None:
+    def log(event: Mapping[str, Any]) -> None:
         for note in event.get("notes", ()):
-            if note not in said:
+            if note not in noted:
                 log_main(note)
-                said.add(note)
-        if text := event_line(tally, event, before):
+                noted.add(note)
+        if text := event_line(progress, event, before):
             log_main(text)
         if event["event"] == "pass":
-            notes = [f"{len(tally.finished)} of {len(tally.names)} jobs done", f"{len(tally.running)} running"]
-            if best := best_line(tally):
-                notes.append(f"best {best}")
-            progress.show("step", tally.steps, tally.expected_steps, *notes)
+            counts = [
+                f"{len(progress.finished)} of {len(progress.names)} jobs done",
+                f"{len(progress.running)} running",
+            ]
+            if best := best_line(progress):
+                counts.append(f"best {best}")
+            lines.show("step", progress.steps, progress.expected_steps, *counts)
 
     if not (live and sys.stderr.isatty()):
-        yield line
+        yield log
         return
     console = Console(stderr=True)
-    with no_bars(), Live(get_renderable=lambda: progress_table(tally), console=console, refresh_per_second=REFRESH):
-        yield lambda event: line(event) if event["event"] in ("fleet", "started", "failed") else None
+    with no_bars(), Live(get_renderable=lambda: progress_table(progress), console=console, refresh_per_second=REFRESH):
+        yield lambda event: log(event) if event["event"] in ("fleet", "started", "failed") else None
 
 
 @contextmanager
-def saying_once() -> Iterator[None]:
-    """While inside, what is logged of the data of each job is logged of the first of them alone."""
-    said: set[str] = set()
+def logging_once() -> Iterator[None]:
+    """While inside, a log message on data that comes with each job is shown for the first job alone."""
+    seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        new = record.msg not in said
-        said.add(record.msg)
+        new = record.msg not in seen
+        seen.add(record.msg)
         return new
 
     logger = logging.getLogger("redpeft.tasks.data")
@@ -69,10 +166,10 @@ def saying_once() -> Iterator[None]:
         logger.removeFilter(is_new)
 
 
-def event_line(tally: Tally, event: Mapping[str, Any], before: Collection[str] = ()) -> str | None:
-    """What a log says of an event, if anything."""
-    name = tally.name_of(event)
-    ended = f"{len(tally.finished) + len(tally.failed)} of {len(tally.names)}"
+def event_line(progress: JobProgress, event: Mapping[str, Any], before: Collection[str] = ()) -> str | None:
+    """The line of a log on an event, if it gets one."""
+    name = progress.name_of(event)
+    ended = f"{len(progress.finished) + len(progress.failed)} of {len(progress.names)}"
     match event["event"]:
         case "fleet":
             slots, tokens = counted(event["slots"], "slot"), counted(event["tokens"], "token")
@@ -86,18 +183,18 @@ def event_line(tally: Tally, event: Mapping[str, Any], before: Collection[str] =
     return None
 
 
-def progress_table(tally: Tally) -> Table:
+def progress_table(progress: JobProgress) -> Table:
     """The counts of this moment, in one row."""
-    seconds = int(tally.seconds)
+    seconds = int(progress.seconds)
     cells = {
-        "jobs": str(len(tally.names)),
-        "done": str(len(tally.finished)),
-        "running": str(len(tally.running)),
-        "waiting": str(tally.waiting),
-        "failed": str(len(tally.failed)),
-        "best so far": best_line(tally),
-        "examples a second": f"{tally.rows_a_second():,.0f}",
-        memory_kind(): f"{memory() / 2**30:.1f} GiB",
+        "jobs": str(len(progress.names)),
+        "done": str(len(progress.finished)),
+        "running": str(len(progress.running)),
+        "waiting": str(progress.waiting),
+        "failed": str(len(progress.failed)),
+        "best so far": best_line(progress),
+        "examples a second": f"{progress.rows_a_second():,.0f}",
+        "GPU memory" if torch.cuda.is_available() else "memory": f"{memory() / 2**30:.1f} GiB",
         "time": f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}",
     }
     shown = {name: cell for name, cell in cells.items() if cell is not None}
@@ -106,14 +203,10 @@ def progress_table(tally: Tally) -> Table:
     return table
 
 
-def best_line(tally: Tally) -> str | None:
-    """The best score so far, and whose it is; None where the jobs do not compete."""
-    best = tally.best()
+def best_line(progress: JobProgress) -> str | None:
+    """The best score so far, and the job that has it; None where jobs cannot be compared."""
+    best = progress.best()
     return f"{best[1]} {best[2]:.4f} ({best[0]})" if best else None
-
-
-def memory_kind() -> str:
-    return "GPU memory" if torch.cuda.is_available() else "memory"
 
 
 def memory() -> int:

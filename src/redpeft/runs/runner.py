@@ -16,8 +16,7 @@ from redpeft.fleet.fleet import MustTrainAlone
 from redpeft.fleet.queue import Event, Job, JobQueue, Report, silent
 from redpeft.fleet.scheduler import train_fleets
 from redpeft.fleet.template_model import kind_of, why_alone
-from redpeft.runs.progress import saying_once, showing
-from redpeft.runs.tally import Tally
+from redpeft.runs.progress import JobProgress, logging_once, showing
 from redpeft.storage import CHECKPOINTS, last_checkpoint, locked, to_json, write_atomically
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import train
@@ -93,11 +92,11 @@ def checked_for_fleets(jobs: Iterable[Job]) -> list[Job]:
 
 
 def _run_together(jobs: list[Job]) -> dict[Path, dict[str, Any]]:
-    tally = Tally({job.folder.resolve(): str(job.folder) for job in jobs})
-    with saying_once(), showing(tally, live=True) as show:
+    progress = JobProgress({job.folder.resolve(): str(job.folder) for job in jobs})
+    with logging_once(), showing(progress, live=True) as show:
 
         def report(event: Event) -> None:
-            tally(event)
+            progress(event)
             show(event)
 
         return run_fleets(jobs, report=report)

@@ -2,30 +2,114 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from redpeft.fleet.queue import Report
+from redpeft.errors import UserError
+from redpeft.fleet.queue import Job, Report
 from redpeft.runs import pages
-from redpeft.runs.batch import Batch, Row, Totals, run_batch
-from redpeft.runs.batch_report import PAGE, other_scores, write_report
-from redpeft.runs.grid import Point, jobs_of_grid, points_of
+from redpeft.runs.experiment import Experiment, FleetOptions, JobResult, Usage, run_experiment
 from redpeft.runs.pages import Inline, Link, number
 from redpeft.runs.plots import plot_grid
+from redpeft.runs.progress import sort_score
+from redpeft.runs.reports import PAGE, other_scores, write_report
 from redpeft.runs.runner import summarise
-from redpeft.runs.tally import goodness
+from redpeft.training.recipe import Recipe, dotted_fields, load_recipe, parse_override
+from redpeft.training.train import check_recipe
 
 RECORD, PICTURE = "sweep.json", "grid.png"
-HALVED = "With halving most jobs were stopped early: they count with what they reached; best is the best job's point."
+HALVED = (
+    "With halving most jobs were stopped early and count with the scores that they had then; best is the point of the "
+    "best job."
+)
+OTHER_OPTIONS = {"seed": "--seeds", "seeds": "--seeds", "output": "--out"}
+
+
+class Point(NamedTuple):
+    """One combination of values, and the name of its folder."""
+
+    name: str
+    values: dict[str, Any]
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Values by dotted key of `key=value,value,...`. UserError for another form, a key twice, seeds or the output."""
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        name, _, listed = text.partition("=")
+        key, values = parse_override(f"{name.strip() or '-'}=[{listed}]")
+        if key == "-" or not isinstance(values, list) or not values:
+            raise UserError(f"--grid takes a field and its values, such as lr=3e-3,1e-2, not {text!r}")
+        if key in OTHER_OPTIONS:
+            raise UserError(f"--grid {key}: use {OTHER_OPTIONS[key]} instead")
+        if key in grid:
+            raise UserError(f"--grid {key} is given twice; put its values into one list, such as {key}=1,2,3")
+        grid[key] = values
+    return grid
+
+
+def parse_seeds(text: str) -> list[int]:
+    """0 to N - 1 for "N"; those named for "a,b,c" ("a," names one). UserError for something else."""
+    try:
+        numbers = [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        numbers = []
+    if "," not in text and numbers:
+        numbers = list(range(numbers[0]))
+    if not numbers or min(numbers) < 0:
+        raise UserError(f"--seeds takes a number of seeds such as 5, or a list such as 1,2,3, not {text!r}")
+    return list(dict.fromkeys(numbers))
+
+
+def points_of(grid: Mapping[str, Sequence[Any]]) -> list[Point]:
+    """All combinations of values. UserError where two would have the same folder name."""
+    points: dict[str, Point] = {}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{key}={_folder_name(value)}" for key, value in point.items())
+        if points.setdefault(name, Point(name, point)).values != point:
+            raise UserError(f"--grid: two values would need the same folder {name}: use a sweep for each")
+    return list(points.values())
+
+
+def jobs_of_grid(
+    recipe: str | None, overrides: Sequence[str], points: Sequence[Point], seeds: Sequence[int] | None, out: Path
+) -> list[Job]:
+    """The jobs in `out`/<point>/seed-<n>: the first seed of every point, then the second, and so on.
+
+    `seeds`: by default the recipe's own. Raises `UserError` for fields that no recipe has, and for values that are
+    wrong whatever the data is.
+    """
+    fields = dotted_fields(recipe, overrides)
+    recipes = [load_recipe(None, {**fields, **point.values}) for point in points]
+    for each in recipes:
+        check_recipe(each)
+    return [
+        Job(_with_seed(each, seed), out / point.name / f"seed-{seed}")
+        for seed in seeds or recipes[0].seeds or [recipes[0].seed]
+        for point, each in zip(points, recipes, strict=True)
+    ]
+
+
+def _with_seed(recipe: Recipe, seed: int) -> Recipe:
+    return recipe.model_copy(update={"seed": seed, "seeds": None, "output": None})
+
+
+def _folder_name(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-")
 
 
 @dataclass(frozen=True)
-class Score:
-    """A grid point over its seeds: mean and standard deviation (None for one seed) by its metric."""
+class PointScore:
+    """The scores of a grid point by its metric: mean and standard deviation over its seeds (None for one seed)."""
 
     point: Point
     seeds: list[int]
@@ -38,11 +122,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep gave. `best` is the point with the best mean on the validation split."""
+    """The results of a sweep. `best` is the point with the best mean on the validation split."""
 
-    scores: list[Score]
+    scores: list[PointScore]
     best: str | None
-    rows: list[Row]
+    results: list[JobResult]
     data: Mapping[str, Any]
     page: Path
 
@@ -53,56 +137,47 @@ def run_sweep(
     grid: Mapping[str, Sequence[Any]],
     out: Path,
     seeds: Sequence[int] | None = None,
-    halving: bool = False,
-    slots: int | None = None,
-    tokens: int | None = None,
-    ray: bool = False,
-    tell: Report | None = None,
+    options: FleetOptions | None = None,
+    report: Report | None = None,
 ) -> Sweep:
     """Train every point of the grid with every seed, in fleets where a fleet can, and write the report.
 
     The same call goes on with what was interrupted; more values or seeds join what is there. With `halving` all points
-    and seeds compete as one group. Raises as `run_batch`, and `UserError` for a grid that is wrong.
+    and seeds compete as one group. Raises as `run_experiment`, and `UserError` for a grid that is wrong.
     """
+    options = options or FleetOptions()
     points = points_of(grid)
     jobs = jobs_of_grid(recipe, overrides, points, seeds, out)
-    identity = {"command": "sweep", "grid": sorted(grid), "halving": halving}
+    identity = {"command": "sweep", "grid": sorted(grid), "halving": options.halving}
     groups = {job.folder: "sweep" for job in jobs}
-    batch = Batch(out, RECORD, identity, jobs, groups, halving, slots, tokens, ray)
+    experiment = Experiment(out, RECORD, identity, jobs, groups, options)
     found: dict[str, Any] = {}
 
-    def write(batch: Batch, rows: list[Row], totals: Totals) -> None:
-        scores = [_score(point, rows) for point in points]
-        found.update(scores=scores, best=_best_job(rows) if halving else _best(scores))
+    def write(results: list[JobResult], usage: Usage) -> None:
+        scores = [_score(point, results) for point in points]
+        found.update(scores=scores, best=_best_job(results) if options.halving else _best(scores))
         picture = _plot(scores, out / PICTURE)
         first: list[pages.Block] = [_grid(found["scores"], found["best"])]
-        first += [pages.Paragraph([HALVED])] if halving else []
+        first += [pages.Paragraph([HALVED])] if options.halving else []
         first += [pages.Picture(picture.name, picture.stem)] if picture else []
-        found["data"] = write_report(batch, rows, totals, first, _as_data(**found))
+        found["data"] = write_report(experiment, results, usage, first, _as_data(**found))
 
-    rows, _ = run_batch(batch, write, tell)
-    return Sweep(rows=rows, page=out / PAGE, **found)
+    results, _ = run_experiment(experiment, write, report)
+    return Sweep(results=results, page=out / PAGE, **found)
 
 
 def sweep_table(sweep: Sweep) -> Table:
     """The grid, for a terminal."""
-    grid = _grid(sweep.scores, sweep.best)
-    table = Table()
-    for index, name in enumerate(grid.head):
-        table.add_column(name, justify="right" if index else "left")
-    for row in grid.rows:
-        table.add_row(*(pages.plain(cell) for cell in row))
-    return table
+    return pages.to_table(_grid(sweep.scores, sweep.best))
 
 
-def _grid(scores: Iterable[Score], best: str | None) -> pages.Grid:
+def _grid(scores: Iterable[PointScore], best: str | None) -> pages.Grid:
     head = ["point", "metric", "validation", "test", "other scores", "seeds", "failed", ""]
     rows: list[list[Inline]] = [
         [
             [Link(score.point.name, score.point.name)],
             [score.metric or "-"],
-            [number(*_figures(score.validation))],
-            [number(*_figures(score.test))],
+            *([number(mean, 4, deviation)] for mean, deviation in (score.validation, score.test)),
             [score.others],
             [str(len(score.seeds))],
             [str(score.failed)],
@@ -113,43 +188,38 @@ def _grid(scores: Iterable[Score], best: str | None) -> pages.Grid:
     return pages.Grid(head, rows)
 
 
-def _figures(score: tuple[float | None, float | None]) -> tuple[float | None, int, float | None]:
-    mean, deviation = score
-    return mean, 4, deviation
-
-
-def _score(point: Point, rows: Iterable[Row]) -> Score:
-    mine = [row for row in rows if row.folder.parent.name == point.name]
-    done = [row.result for row in mine if row.result]
-    failed = sum(row.error is not None for row in mine)
+def _score(point: Point, results: Iterable[JobResult]) -> PointScore:
+    own = [each for each in results if each.folder.parent.name == point.name]
+    done = [each.result for each in own if each.result]
+    failed = sum(each.error is not None for each in own)
     if not done:
-        return Score(point, [], failed)
+        return PointScore(point, [], failed)
     summary = summarise(done)
     metric = summary["metric"]
     spreads = [(summary[split] or {}).get(metric) or {} for split in ("validation", "test")]
     validation, test = ((spread.get("mean"), spread.get("standard_deviation")) for spread in spreads)
-    return Score(point, summary["seeds"], failed, metric, validation, test, other_scores(summary))
+    return PointScore(point, summary["seeds"], failed, metric, validation, test, other_scores(summary))
 
 
-def _best(scores: Iterable[Score]) -> str | None:
-    """Of points without failures, if there are any; None where they have several metrics."""
+def _best(scores: Iterable[PointScore]) -> str | None:
+    """The best point, among those without failures if there are any; None where points have several metrics."""
     done = [score for score in scores if score.metric and score.validation[0] is not None]
     if len({score.metric for score in done}) != 1:
         return None
     whole = [score for score in done if not score.failed] or done
-    return max(whole, key=lambda score: goodness(score.metric or "", score.validation[0] or 0.0)).point.name
+    return max(whole, key=lambda score: sort_score(score.metric or "", score.validation[0] or 0.0)).point.name
 
 
-def _best_job(rows: Iterable[Row]) -> str | None:
-    """The point of the best job: with halving, points have not trained for as long as each other."""
-    done = [(row, row.result["metric"], score) for row in rows if row.result and (score := row.score("validation"))]
-    if len({metric for _, metric, _ in done}) != 1:
+def _best_job(results: Iterable[JobResult]) -> str | None:
+    """The point of the best job: with halving, points have trained for different times, so means say little."""
+    scores = [(each, score) for each in results if (score := each.score("validation"))]
+    if len({each.metric for each, _ in scores}) != 1:
         return None
-    return max(done, key=lambda each: goodness(*each[1:]))[0].folder.parent.name
+    return max(scores, key=lambda found: sort_score(found[0].metric, found[1]))[0].folder.parent.name
 
 
-def _plot(scores: Sequence[Score], path: Path) -> Path | None:
-    """Against the first key whose values are numbers."""
+def _plot(scores: Sequence[PointScore], path: Path) -> Path | None:
+    """The scores over the first key whose values are numbers; None where there is no such key, or several metrics."""
     done = [score for score in scores if score.validation[0] is not None]
     keys = scores[0].point.values
     numeric = [key for key in keys if all(type(score.point.values[key]) in (int, float) for score in scores)]
@@ -163,7 +233,7 @@ def _plot(scores: Sequence[Score], path: Path) -> Path | None:
     return plot_grid(curves, numeric[0], f"validation {done[0].metric}", path)
 
 
-def _as_data(scores: Iterable[Score], best: str | None) -> dict[str, Any]:
+def _as_data(scores: Iterable[PointScore], best: str | None) -> dict[str, Any]:
     names = ("mean", "standard_deviation")
     points = [
         {

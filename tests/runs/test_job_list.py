@@ -5,7 +5,7 @@ import json
 import pytest
 
 from redpeft.errors import UserError
-from redpeft.runs.job_files import Entry, jobs_of_entries, read_entries
+from redpeft.runs.job_list import JobEntry, jobs_of_entries, read_entries
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def test_a_line_is_a_job(jobs_file):
         {"data.path": "b.csv", "name": "b", "group": "g"},
     )
     assert read_entries(path) == [
-        Entry("job-1", {"data.path": "a.csv", "data.label": "l", "learning_rate": 0.1}, f"{path}, line 1"),
-        Entry("b", {"data.path": "b.csv"}, f"{path}, line 3", "g"),
+        JobEntry("job-1", {"data.path": "a.csv", "data.label": "l", "learning_rate": 0.1}, f"{path}, line 1"),
+        JobEntry("b", {"data.path": "b.csv"}, f"{path}, line 3", "g"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Jobs from a file with one in each line, or from a folder with the data of each."""
+"""`redpeft fleet`: the jobs of a list, or one for each data file or data set in a folder, trained in fleets."""
 
 from __future__ import annotations
 
@@ -9,19 +9,59 @@ from typing import Any
 
 from redpeft.console import log_main
 from redpeft.errors import UserError
-from redpeft.fleet.queue import Job
+from redpeft.fleet.queue import Job, Report
 from redpeft.fleet.template_model import why_alone
+from redpeft.runs.experiment import Experiment, FleetOptions, JobResult, Usage, run_experiment
+from redpeft.runs.reports import PAGE, write_report
 from redpeft.tasks.data import splits_in
 from redpeft.tasks.files import READERS, extension, parse_lines, read_text, stem
 from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe, with_full_names
 from redpeft.training.train import check_recipe
 
+RECORD = "summary.json"
 NOT_HERE = {"seeds": "a line for each seed, with `seed`", "output": "the folder is --out, and `name` the one in it"}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A job as it is asked for: what is its own of a recipe, and where that is said, for errors."""
+class FleetRun:
+    """The results of the jobs, also as data, and the report's page."""
+
+    results: list[JobResult]
+    usage: Usage
+    data: Mapping[str, Any]
+    page: Path
+
+
+def run_fleet(
+    source: Path,
+    out: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    options: FleetOptions | None = None,
+    report: Report | None = None,
+) -> FleetRun:
+    """Train the jobs that `source` lists (JSON lines), or one for each data file or data set in it (a folder), each
+    in a run folder in `out`, and write the report.
+
+    The same call goes on with what was interrupted; jobs that were added to `source` join the others. Raises as
+    `run_experiment`, `read_entries` and `jobs_of_entries`.
+    """
+    options = options or FleetOptions()
+    jobs, groups = jobs_of_entries(read_entries(source), recipe, overrides, out)
+    identity = {"command": "fleet", "source": str(source.resolve()), "halving": options.halving}
+    experiment = Experiment(out, RECORD, identity, jobs, groups, options)
+    data: dict[str, Any] = {}
+
+    def write(results: list[JobResult], usage: Usage) -> None:
+        data.update(write_report(experiment, results, usage))
+
+    results, usage = run_experiment(experiment, write, report)
+    return FleetRun(results, usage, data, out / PAGE)
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """A job of the list: its own fields of a recipe, and the place where it stands, for errors."""
 
     name: str
     fields: dict[str, Any]
@@ -29,7 +69,7 @@ class Entry:
     group: Hashable = None
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_entries(path: Path) -> list[JobEntry]:
     """The jobs of a JSON lines file or of a folder of data, each with a name of its own. `UserError` for none of
     these, and for what is wrong in them, with the line."""
     if path.is_dir():
@@ -53,7 +93,7 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def jobs_of_entries(
-    entries: Sequence[Entry], recipe: str | None, overrides: Sequence[str], out: Path
+    entries: Sequence[JobEntry], recipe: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[list[Job], dict[Path, Hashable]]:
     """The jobs in `out`/<name>, and the group of each that has one. `recipe` and `overrides` say what the entries
     do not.
@@ -67,7 +107,7 @@ def jobs_of_entries(
     return jobs, groups
 
 
-def _recipe(entry: Entry, shared: Mapping[str, Any]) -> Recipe:
+def _recipe(entry: JobEntry, shared: Mapping[str, Any]) -> Recipe:
     try:
         recipe = load_recipe(None, {**shared, **entry.fields}).alone()
         check_recipe(recipe)
@@ -78,7 +118,7 @@ def _recipe(entry: Entry, shared: Mapping[str, Any]) -> Recipe:
         raise UserError(f"{entry.where}: {error}") from None
 
 
-def _from_line(path: Path, number: int, row: Any) -> Entry:
+def _from_line(path: Path, number: int, row: Any) -> JobEntry:
     where = f"{path}, line {number}"
     if not isinstance(row, dict):
         raise UserError(f"{where}: a job must be an object of recipe fields, not {str(row)[:40]!r}")
@@ -93,10 +133,10 @@ def _from_line(path: Path, number: int, row: Any) -> Entry:
         raise UserError(f"{where}: name must be a folder name, not {name!r}")
     if not isinstance(group, str | int | None):
         raise UserError(f"{where}: group must be a text, not {group!r}")
-    return Entry(name, fields, where, group)
+    return JobEntry(name, fields, where, group)
 
 
-def _from_folder(folder: Path) -> Iterator[Entry]:
+def _from_folder(folder: Path) -> Iterator[JobEntry]:
     """One entry for each data file, and for each folder with the splits of one data set."""
     if "train" in (splits := splits_in(folder)):
         raise UserError(
@@ -107,15 +147,15 @@ def _from_folder(folder: Path) -> Iterator[Entry]:
         if path.name.startswith("."):
             continue
         if path.is_dir() and splits_in(path):
-            yield Entry(path.name, data, str(path))
+            yield JobEntry(path.name, data, str(path))
         elif path.is_dir():
             log_main(f"{path} is left out: it holds no train, validation or test file")
         elif extension(path) in READERS:
-            yield Entry(stem(path), data, str(path))
+            yield JobEntry(stem(path), data, str(path))
 
 
-def _check_names(entries: Iterable[Entry]) -> list[Entry]:
-    seen: dict[str, Entry] = {}
+def _check_names(entries: Iterable[JobEntry]) -> list[JobEntry]:
+    seen: dict[str, JobEntry] = {}
     for entry in entries:
         if entry.name in seen:
             raise UserError(f"{entry.where}: the name {entry.name!r} is that of {seen[entry.name].where} too")

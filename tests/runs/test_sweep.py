@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from redpeft.errors import UserError
-from redpeft.runs.grid import Point, jobs_of_grid, parse_grid, parse_seeds, points_of
+from redpeft.runs.sweep import Point, jobs_of_grid, parse_grid, parse_seeds, points_of
 
 
 def test_values_are_read_as_in_a_recipe():
@@ -23,8 +23,8 @@ def test_values_are_read_as_in_a_recipe():
         (["lr="], "--grid takes a field and its values"),
         (["=1,2"], "--grid takes a field and its values"),
         (["lr=[1,2"], "--grid takes a field and its values"),
-        (["seed=1,2"], "--grid seed: leave that to --seeds"),
-        (["output=a,b"], "--grid output: leave that to --out"),
+        (["seed=1,2"], "--grid seed: use --seeds instead"),
+        (["output=a,b"], "--grid output: use --out instead"),
         (["lr=1", "learning_rate=2"], "--grid learning_rate is given twice"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Batches and their reports, with jobs that train nothing."""
+"""Experiments and their reports, with jobs that train nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from redpeft.errors import RunError, Stopped
 from redpeft.fleet.fleet import MustTrainAlone
-from redpeft.runs import batch, batch_report
+from redpeft.runs import experiment, reports
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_an_interrupt_leaves_a_report_on_what_is_done(fake_fleets, call, sweep, 
 
 def test_the_time_before_a_kill_is_not_forgotten(fake_fleets, call, sweep, tmp_path, monkeypatch):
     """Nothing is written after a kill: what was done is noted on the way."""
-    monkeypatch.setattr(batch, "NOTE", -1.0)
+    monkeypatch.setattr(experiment, "SAVE_EVERY", -1.0)
     fake_fleets(by_rate)
     with monkeypatch.context() as killed:
         killed.setattr("redpeft.runs.sweep.write_report", lambda *_: {})
@@ -216,7 +216,7 @@ def test_the_report_of_a_fleet(fake_fleets, call, fleet, tmp_path):
 
 def test_a_long_table_is_cut_on_a_terminal_alone(fake_fleets, call, fleet, tmp_path, monkeypatch):
     fake_fleets(lambda recipe: 0.5)
-    monkeypatch.setattr(batch_report, "MOST", 2)
+    monkeypatch.setattr(reports, "SHOWN_JOBS", 2)
     code, out, _ = call(*fleet({}, {}, {}, {}, {}))
     assert code == 0
     assert "job-2" in out
@@ -286,7 +286,7 @@ def test_what_a_fleet_refuses_by_its_model_is_trained_alone(fake_fleets, call, s
         alone.extend(job.folder.parent.name for job in jobs)
         return [{"folder": str(job.folder), "error": "not tried", "kind": "RunError"} for job in jobs]
 
-    monkeypatch.setattr(batch, "run_jobs", run_jobs)
+    monkeypatch.setattr(experiment, "run_jobs", run_jobs)
     code, _, err = call(*sweep)
     assert (code, alone) == (1, ["learning_rate=0.1"] * 2)
     assert "2 of 6 jobs failed: learning_rate=0.1/seed-0: not tried" in err
