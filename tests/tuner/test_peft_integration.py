@@ -20,7 +20,7 @@ from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, UMT5Config, UMT5ForConditionalGeneration
 
 from redpeft import RedConfig
 from redpeft.errors import UserError
@@ -400,6 +400,36 @@ def test_a_bias_without_a_place_is_said(tiny):
     model = tiny.with_edits(tiny.t5())
     with pytest.warns(UserWarning, match=r"4 layers without a bias now have one \(decoder.block.0.layer.2.DenseReluD"):
         model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("error:.*no longer tied")
+def test_an_lm_head_of_its_own_stays_one(tiny):
+    """UMT5 scales what its head reads where the configuration says that the embeddings are tied."""
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    base = UMT5ForConditionalGeneration(UMT5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
+    base.lm_head.weight = nn.Parameter(torch.randn(100, 32))
+    inputs = {"input_ids": tiny.tokens(), "decoder_input_ids": tiny.tokens(seed=1)}
+    model = tiny.with_edits(base, use_bias=False)
+    edited, tied = model(**inputs).logits, base.config.tie_word_embeddings
+    merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings == tied
+    torch.testing.assert_close(merged(**inputs).logits, edited, atol=1e-4, rtol=1e-5)
+
+
+def test_layers_that_shared_their_weights_are_merged_each_by_its_own_edit(tiny):
+    """As in Zamba, whose checkpoints have the weights of such layers once."""
+    base = tiny.gpt2()
+    first, second = (block.mlp.c_proj for block in base.transformer.h)
+    second.weight = first.weight
+    model = tiny.with_edits(base)
+    edited = model(tiny.tokens()).logits
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert tiny.layers(model)[0].weight is tiny.layers(model)[1].weight
+    with pytest.warns(UserWarning, match=r"2 layers no longer share their weights .*h.0.mlp.c_proj, .*may load with"):
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tiny.tokens()).logits, edited, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("error:.*now have one")

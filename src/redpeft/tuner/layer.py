@@ -173,14 +173,19 @@ class RedLayer(nn.Module, BaseTunerLayer):
 
     # Merging. PEFT calls it merge; a merged layer is a folded one.
 
-    def why_not_mergeable(self) -> str | None:
-        """What keeps the edit from being folded into the base layer's weights, or None."""
+    def check_mergeable(self) -> None:
+        """Raise `UserError` where the edit cannot be folded into the base layer's weights."""
         base = self.get_base_layer()
         if not isinstance(base, (nn.Linear, Conv1D)):
-            return f"{type(base).__name__} is not a linear layer"
-        if type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS:
-            return f"the weights of {type(base).__name__} are quantised or sharded"
-        return None
+            reason = f"{type(base).__name__} is not a linear layer"
+        elif type(base.weight) is not nn.Parameter or base.weight.dtype not in FLOATS:
+            reason = f"the weights of {type(base).__name__} are quantised or sharded"
+        else:
+            return
+        raise UserError(
+            f"this model cannot be merged: {reason} (at {self.site}). Keep the adapter unmerged, which costs one pass "
+            "over each edited output, or merge into the unquantised model"
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the adapters (the active ones by default) into the base layer's weight and bias.
@@ -194,22 +199,25 @@ class RedLayer(nn.Module, BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.redpeft_edit]
         if not names:
             return
-        reason = self.why_not_mergeable()
-        if reason:
-            raise UserError(f"cannot merge at {self.site}: {reason}; keep the adapter unmerged (its cost is one pass)")
-        base = self.get_base_layer()
-        own = (self.original_weight, self.original_bias) if self.merged else (base.weight, base.bias)
-        weight, bias = self._folded(*own, names=[*self.merged_adapters, *names])
+        self.check_mergeable()
+        base, originals = self.get_base_layer(), self.originals
+        weight, bias = self._folded(*originals, names=[*self.merged_adapters, *names])
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise UserError(
                 f"{self.site}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 f"broken, or goes beyond the range of {weight.dtype}"
             )
-        for name, original in zip(("original_weight", "original_bias"), own, strict=True):
+        for name, original in zip(("original_weight", "original_bias"), originals, strict=True):
             self.register_buffer(name, original, persistent=False)
         base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
         base.bias = None if bias is None else nn.Parameter(bias, requires_grad=base.weight.requires_grad)
         self.merged_adapters = [*self.merged_adapters, *names]
+
+    @property
+    def originals(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The base layer's weight and bias as they are without the adapters, merged or not."""
+        base = self.get_base_layer()
+        return (self.original_weight, self.original_bias) if self.merged else (base.weight, base.bias)
 
     @torch.no_grad()
     def _folded(

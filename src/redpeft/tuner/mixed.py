@@ -86,9 +86,9 @@ class EditTable:
         slots = [slot for slot, name in enumerate(adapters) if name in edits]
         if slots:
             used = [edits[adapters[slot]] for slot in slots]
-            offsets, biases, units = map(
-                torch.stack, zip(*((edit.offset, edit.bias, edit.unit) for edit in used), strict=True)
-            )
+            offsets = torch.stack([edit.offset for edit in used])
+            biases = torch.stack([edit.bias for edit in used])
+            units = torch.stack([edit.unit for edit in used])
             origins = rows.new_tensor([[edit.origin] for edit in used])
             rows[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
         for slot in slots:  # a table by `effective` alone would be twice the small operations

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,7 +40,7 @@ from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
 from redpeft.tuner.rates import watch_rate
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
-from redpeft.tuner.units import add_hook
+from redpeft.tuner.units import add_hook, remove_hook
 
 logger = logging.getLogger(__name__)
 
@@ -77,18 +78,19 @@ class RedModel(BaseTuner):
         edits = {
             name: layer.redpeft_edit[adapter_name] for name, layer in layers if adapter_name in layer.redpeft_edit
         }
-        if config.format == 1:  # transformers only logs that a file had no values for an edit
-            for edit in edits.values():
-                nn.init.constant_(edit.offset, torch.nan)
-            model.register_forward_pre_hook(_refuse_missing_values)
-        automatic = config.unit == "auto" and not config.unit_measured
+        automatic = config.unit == "auto"
+        imported = was_saved and config.scale_origin == 0 and automatic and not config.unit_measured
         for edit in edits.values():
-            if was_saved and automatic and config.scale_origin == 0:  # an imported checkpoint
+            if imported:
                 edit.training_origin = 1.0
-        if config.unit == "auto" and not config.inference_mode:
-            add_hook(model)
-            for edit in edits.values():
+            if config.format == 1:
+                nn.init.constant_(edit.offset, torch.nan)  # until the file's values are loaded
+            if automatic and not config.inference_mode:
                 watch_rate(edit)
+        if config.format == 1:
+            model.register_forward_pre_hook(refuse_missing_values)
+        if automatic and not config.inference_mode:
+            add_hook(model)
         # Full names, also where PEFT was given endings: loading goes by these.
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
         allow_fast_path(model, False)
@@ -136,20 +138,20 @@ class RedModel(BaseTuner):
         """An adapter file with keys missing or left over is an error, where PEFT would warn or say nothing."""
         state_dict = {plain_name(key): tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        for name in ORIGINS:  # an edit takes either, and PEFT finds the one that it has
-            for key in [key for key in remapped if key.endswith(f".redpeft_edit.{name}")]:
-                site = key.removesuffix(name)
-                remapped[f"{site}{adapter_name}.{name}"] = remapped.pop(key)
+        for key in list(remapped):  # an edit takes either name of its scale, and PEFT finds the one that it has
+            site, _, name = key.rpartition(".")
+            if name in ORIGINS and site.endswith(".redpeft_edit"):
+                remapped[f"{site}.{adapter_name}.{name}"] = remapped.pop(key)
         known = {_either_scale(key) for key in model.state_dict()}
         given = {_either_scale(key): key for key in remapped}
         given = {same if same in known else same.removeprefix(_PEFT_PREFIX): key for same, key in given.items()}
-        edits = {  # of a layer that stands in several places, its edit in the first one: so it is saved
+        expected = [  # of a layer that stands in several places, its edit in the first one: so it is saved
             f"{name}.redpeft_edit.{adapter_name}.{key}"
             for name, layer in red_layers(model).items()
             if adapter_name in layer.redpeft_edit
             for key in layer.redpeft_edit[adapter_name].state_dict()
-        }
-        missing = sorted(key for key in edits if _either_scale(key) not in given)
+        ]
+        missing = sorted(key for key in expected if _either_scale(key) not in given)
         left_over = sorted(key for same, key in given.items() if same not in known)
         if missing or left_over:
             raise UserError(
@@ -253,8 +255,8 @@ class RedModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in red_layers(self.model).values():
             layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
-        for name, module in _head_modules(self.model, adapter_name).items():
-            module.load_state_dict({key: new_head[f"{name}.{key}"] for key in module.state_dict()})
+        for key, tensor in _head(self.model, adapter_name).items():
+            tensor.copy_(new_head[key])
 
     def _check_known(self, adapters: Sequence[str]) -> None:
         unknown = [name for name in adapters if name not in self.peft_config]
@@ -302,14 +304,8 @@ class RedModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        reasons = {layer.why_not_mergeable(): name for name, layer in red_layers(self.model).items()}
-        reasons.pop(None, None)
-        if reasons:
-            reason, name = next(iter(reasons.items()))
-            raise UserError(
-                f"this model cannot be merged: {reason} (at {name}). Keep the adapter unmerged, which costs one pass "
-                "over each edited output, or merge into the unquantised model"
-            )
+        for layer in red_layers(self.model).values():
+            layer.check_mergeable()
 
     def _merged_heads(self, adapter_names: list[str] | None, head: str | None) -> dict[str, nn.Module]:
         """By the names of the modules to save: what the model has there once these adapters are merged too."""
@@ -353,25 +349,48 @@ class RedModel(BaseTuner):
 
         Its head is theirs, or the base's own if they have none; where they bring different heads, `head` names the
         adapter whose head to keep. Layers without a bias get one where the adapters need it, and the configuration the
-        switch that says so (Llama: `mlp_bias=True`, which adds biases of zeros beside); a warning where it has none,
-        since a checkpoint of such a model loads without these biases. Raises `UserError` as `merge_adapter` does; the
-        adapted model still works then.
+        switch that says so (Llama: `mlp_bias=True`, which adds biases of zeros beside). A warning where a checkpoint
+        would not load as this model: no such switch, or layers that share their weights (Zamba). Raises `UserError` as
+        `merge_adapter` does; the adapted model still works then.
         """
         heads = self._merged_heads(adapter_names, head)
         bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
-        without = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
+        without_bias = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
         super().merge_adapter(adapter_names, safe_merge)
+        shared = self._shared_sites()
         self._put_heads(heads)
+        # PEFT turns this off where the base's own embeddings are two tensors already, and UMT5's forward reads it.
+        model_config: Any = getattr(self.model, "config", None)
+        tied = not heads and getattr(model_config, "tie_word_embeddings", False)
+        if tied:
+            model_config.tie_word_embeddings = False
         model = super().merge_and_unload(progressbar, adapter_names=[])
-        got = sorted(name for name in without if model.get_submodule(name).bias is not None)
-        if got and not (isinstance(model, PreTrainedModel) and add_biases(model, got)):
+        if tied:
+            model_config.tie_word_embeddings = tied
+        with_bias = sorted(name for name in without_bias if model.get_submodule(name).bias is not None)
+        if with_bias and not (isinstance(model, PreTrainedModel) and add_biases(model, with_bias)):
             warnings.warn(
-                f"{len(got)} layers without a bias now have one ({some(got)}): the model in memory is right, but its "
-                "configuration has no place for them, so a checkpoint of it loads without these biases. `redpeft "
-                "fold` writes a checkpoint that is right, or says why there is none",
+                f"{len(with_bias)} layers without a bias now have one ({some(with_bias)}): the model in memory is "
+                "right, but its configuration has no place for them, so a checkpoint of it loads without these "
+                "biases. `redpeft fold` writes a checkpoint that is right, or says why there is none",
+                stacklevel=2,
+            )
+        if shared:
+            warnings.warn(
+                f"{len(shared)} layers no longer share their weights with others ({some(shared)}): the model in "
+                "memory is right, but a checkpoint of it may load with shared weights",
                 stacklevel=2,
             )
         return model
+
+    def _shared_sites(self) -> list[str]:
+        """The sites whose weight, as it is without the adapter, is another module's too."""
+        uses = Counter(
+            id(tensor)
+            for module in self.model.modules()
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        )
+        return [name for name, layer in red_layers(self.model).items() if uses[id(layer.originals[0])] > 1]
 
     def unload(self) -> nn.Module:
         """The base model as it was: unmerged, and with its own head, where PEFT leaves the active adapter's in."""
@@ -425,22 +444,18 @@ def _wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
-def _head_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
-    """An adapter's copies of the modules to save."""
+def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's copies of the modules to save."""
     return {
-        name: wrapper.modules_to_save[adapter]
+        f"{name}.{key}": tensor
         for name, wrapper in _wrappers(model).items()
         if adapter in wrapper.modules_to_save
+        for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
     }
 
 
-def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    heads = _head_modules(model, adapter).items()
-    return {f"{name}.{key}": tensor for name, module in heads for key, tensor in module.state_dict().items()}
-
-
 @torch.compiler.disable
-def _refuse_missing_values(model: nn.Module, args: Any) -> None:
+def refuse_missing_values(model: nn.Module, args: Any) -> None:
     """A hook before the forward passes of a model with an adapter of version 1, which removes itself. Raises
     `UserError` while an edit has no values."""
     for layer in red_layers(model).values():
@@ -450,8 +465,7 @@ def _refuse_missing_values(model: nn.Module, args: Any) -> None:
                     "this adapter's configuration is of format 1 and its values were never loaded: load the folder "
                     "with PeftModel.from_pretrained, and save it again to convert it"
                 )
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _refuse_missing_values]:
-        del model._forward_pre_hooks[key]
+    remove_hook(model, refuse_missing_values)
 
 
 def _either_scale(key: str) -> str:

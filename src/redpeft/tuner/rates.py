@@ -1,7 +1,10 @@
-"""A word where an optimiser would learn almost nothing: trainers' default rates are made for whole models.
+"""Warns when an optimiser would learn almost nothing: trainers' default rates are made for whole models.
 
 A step of Adam moves an edit by about the learning rate, of 1 or of a unit. At the default of Trainer, 5e-5, a hundred
 steps move a scale by a thousandth; a rate of 3e-2 suits RED.
+
+There is no warning for a deep copy of a model, whose parameters are others, nor with DeepSpeed, whose optimisers hold
+flattened copies of the parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ _handle: RemovableHandle | None = None
 
 
 def watch_rate(edit: Edit) -> None:
-    """Look at the rate of the first optimiser step of an edit whose unit is automatic."""
+    """Check the rate at the first step of an optimiser that holds this edit."""
     global _handle
     _edits.add(edit)
     if _handle is None:
@@ -37,9 +40,9 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         return
     _edits.clear()
     if _handle is not None and next(reversed(_global_optimizer_pre_hooks)) == _handle.id:
-        _handle.remove()  # torch walks through the hooks: with others behind it, it stays and finds nothing
+        _handle.remove()  # torch is iterating over the hooks: it may remove the last one alone; others stay, and idle
         _handle = None
-    rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # not what a warm-up begins with
+    rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # a warm-up's `lr` begins at 0
     if "adam" in type(optimizer).__name__.lower() and 0 < rate < LOW:
         warnings.warn(
             f"a learning rate of {rate:g} teaches RED almost nothing: its edits learn at about {USUAL:g} "

@@ -69,6 +69,13 @@ def add_hook(base: nn.Module) -> None:
         base.register_forward_pre_hook(measure_before_training, with_kwargs=True)
 
 
+def remove_hook(base: nn.Module, hook: Callable[..., None]) -> None:
+    """Remove a hook before the forward passes. Found by itself and not by a handle, which copies of a model lack."""
+    for key in [key for key, each in base._forward_pre_hooks.items() if each is hook]:
+        del base._forward_pre_hooks[key]
+        base._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
 @torch.compiler.disable
 def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     """A hook before the forward passes of a base model with RED, which removes itself when nothing is left to measure.
@@ -104,9 +111,7 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
             )
         _set_units(base, pending, sizes, trained=True)
     if not any(edit.express_pending for layer in layers for edit in layer.edits):
-        # Found by itself and not by a handle, which copies of a model do not have.
-        for key in [key for key, hook in base._forward_pre_hooks.items() if hook is measure_before_training]:
-            del base._forward_pre_hooks[key], base._forward_pre_hooks_with_kwargs[key]
+        remove_hook(base, measure_before_training)
 
 
 @torch.no_grad()
