@@ -15,7 +15,6 @@ NEW = "0.19"  # the first PEFT that lets a tuner look at the keys of files
 
 # name: (why it is overridden, its parameters in PEFT, the first PEFT that has it)
 TUNER = {
-    "_prepare_adapter_config": ("sites are found by structure, not by a table", "peft_config, model_config", ""),
     "_check_target_module_exists": ("full names are no endings", "peft_config, key", ""),
     "_create_and_replace": (
         "PEFT's is abstract: what a site is wrapped in",

@@ -72,7 +72,8 @@ class Edit(nn.Module):
 
     Attributes:
         strength: (1,), how strongly the edit acts; None stands for 1. Neither learned nor saved.
-        training_origin: what the scale is counted from once it is trained; `express` goes over to it.
+        training_origin: what the scale is counted from in training: `express` changes to it. Not the origin at first
+            for imported adapters, whose scales are stored bit for bit.
     """
 
     bias: torch.Tensor
@@ -151,7 +152,7 @@ class Edit(nn.Module):
         return self.unit_pending or self.origin != self.training_origin
 
     def forward(self, hidden: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
-        """(..., width) -> (..., width), in hidden's dtype. Of a sum that is edited, one part goes without the bias."""
+        """(..., width) -> (..., width), in hidden's dtype. `with_bias`: False for one of two parts of a sum."""
         scale, bias = self.effective
         return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))
 
@@ -181,14 +182,14 @@ class Edit(nn.Module):
             return
         if _is_managed(self.offset):
             raise UserError(
-                "an adapter that was trained elsewhere cannot begin to learn in a model that is sharded already: "
-                "call redpeft.calibrate(model) before the model is wrapped"
+                "an imported adapter cannot start to train in a model that is sharded already: call "
+                "redpeft.calibrate(model) before the model is wrapped"
             )
         self.offset.add_(self.origin - self.training_origin)
         self._rename_scale(self.training_origin)
 
     def _rename_scale(self, origin: float) -> None:
-        """Give the scale's vector the name that goes with another origin, in its place: optimisers go by the order."""
+        """Rename the scale's vector for another origin, in the same position: optimisers go by the order."""
         old, new = self.scale_name, name_of_scale(origin)
         vectors = self._parameters if old in self._parameters else self._buffers
         renamed = {new if name == old else name: vector for name, vector in vectors.items()}
@@ -197,8 +198,8 @@ class Edit(nn.Module):
         self.scale_name = new
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Values whose scale is counted from another origin than this one's are converted. Where it is the origin that
-        training goes over to, this edit goes over to it instead: the values were trained since."""
+        """Convert values whose scale is counted from another origin than this edit's. If that is `training_origin`,
+        they come from later training: then this edit changes its own origin instead."""
         own, given = self.scale_name, next((name for name in ORIGINS if prefix + name in state_dict), None)
         if given is not None and given != own:
             if ORIGINS[given] == self.training_origin:

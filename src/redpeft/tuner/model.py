@@ -113,9 +113,6 @@ class RedModel(BaseTuner):
             )
         config.resolve(base_fingerprint=config.base_fingerprint or found)
 
-    def _prepare_adapter_config(self, peft_config: RedConfig, model_config: dict) -> RedConfig:
-        return peft_config
-
     @staticmethod
     def _check_target_module_exists(config: RedConfig, key: str) -> Any:
         if config.resolved and config.layers_to_transform is not None:

@@ -150,13 +150,13 @@ Sizes = dict[RedLayer, list[float]]  # of each of the site's outputs in a forwar
 
 
 def _measure_on_example(base: nn.Module, layers: Sequence[RedLayer], model: nn.Module) -> Sizes:
-    """The typical sizes on example inputs. `model` is the one to call where FSDP has spread the weights. Raises
-    `UserError`, the beginning of a sentence, where there are no such inputs or the model does not take them."""
+    """`_measure` on example inputs. `model` is the one to call where FSDP has sharded the weights. Raises `UserError`,
+    the beginning of a sentence, where there are no such inputs or the model does not take them."""
     module: nn.Module = base
     if isinstance(base, PreTrainedModel) and set(layers) <= set(base.base_model.modules()):
         module = base.base_model  # without a head, which may ask for more than inputs
     sharded = model is not base and any(hasattr(weight, "placements") for weight in base.parameters())
-    # In a hook before the forward of `base`, to call it would be to compile it.
+    # This may run in a hook of `base`: a call of `base` itself would compile a compiled model for this pass too.
     run: Callable[..., Any] = model if sharded else base.forward if module is base else module
     try:
         device, _ = device_and_dtype(layers[0].get_base_layer())
@@ -172,7 +172,7 @@ def _measure(
     base: nn.Module, layers: Sequence[RedLayer], run: Callable[[], Any], masks: Sequence[torch.Tensor] = ()
 ) -> Sizes:
     """The typical sizes of the base layers' outputs in one forward pass, without edits and in evaluation mode. Modes
-    and random numbers are afterwards as they were."""
+    and random numbers are as before afterwards. `masks`: (batch, positions), 0 for padding."""
     sizes: Sizes = {layer: [] for layer in layers}
     first_part: dict[RedLayer, torch.Tensor] = {}  # of a sum of two outputs
 
@@ -206,8 +206,7 @@ def _measure(
 
 
 def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, trained: bool = False) -> None:
-    """Where learning begins: biases are counted in the measured units, and the scales of adapters that were
-    trained elsewhere from 1."""
+    """Count the biases of pending edits in the measured units, and the scales of imported adapters from 1."""
     typical = median(size for layer in layers for size in sizes[layer])
     for layer in layers:
         unit = median(sizes[layer] or [typical])
@@ -224,7 +223,7 @@ def _layers(model: nn.Module) -> list[RedLayer]:
 
 
 def _pending_edits(layer: RedLayer, trained: bool = False) -> list[Edit]:
-    """The active edits of a site that are yet to begin; `trained`: of those that are trained."""
+    """The active edits of a site that need `express` before training; `trained`: only those that are trained."""
     return [edit for edit in layer.active_edits if edit.express_pending and (edit.trainable or not trained)]
 
 
