@@ -42,7 +42,7 @@ from redpeft.demo import find_encoder
 from redpeft.fleet import Fleet, Rates
 from redpeft.fleet.queue import Job
 from redpeft.runs.runner import run_fleets
-from redpeft.tasks import read_file
+from redpeft.tasks.files import read_file
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
 

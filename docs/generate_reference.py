@@ -72,13 +72,13 @@ def config_fields() -> str:
 
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
-    from redpeft import adapters, tasks
+    from redpeft import adapters
     from redpeft.adapters import card, compose, expression, listing, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.evaluation import generate, language_model, lm_harness
     from redpeft.reproduce import command, plan
     from redpeft.runs import job_list, on_ray, runner, sweep
-    from redpeft.tasks import e2e_files, e2e_metrics, files
+    from redpeft.tasks import data, e2e, files, metrics
     from redpeft.training import model, predict, recipe, train
 
     shown = {
@@ -106,10 +106,10 @@ def signatures() -> str:
         "redpeft.runs.on_ray": [on_ray.run_on_ray],
         "redpeft.reproduce.command": [command.reproduce, command.show_plan],
         "redpeft.reproduce.plan": [plan.Request],
-        "redpeft.tasks": [tasks.read_data],
+        "redpeft.tasks.data": [data.read_data],
         "redpeft.tasks.files": [files.read_file],
-        "redpeft.tasks.e2e_metrics": [e2e_metrics.score, e2e_metrics.nist],
-        "redpeft.tasks.e2e_files": [e2e_files.score_files],
+        "redpeft.tasks.metrics": [metrics.score_texts, metrics.nist],
+        "redpeft.tasks.e2e": [e2e.score_files],
         "redpeft.evaluation.generate": [generate.generate],
         "redpeft.evaluation.language_model": [language_model.open_language_model, language_model.Decoding],
         "redpeft.evaluation.lm_harness": [lm_harness.evaluate_adapters, lm_harness.parse_tasks],

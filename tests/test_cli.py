@@ -20,7 +20,7 @@ from transformers import AutoModel
 from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.runs import reports
-from redpeft.tasks import read_file
+from redpeft.tasks.files import read_file
 from redpeft.training import trainer
 from redpeft.training.recipe import load_recipe
 
@@ -724,7 +724,7 @@ def test_a_wrong_call_of_fold_is_one_line(redpeft, adapter, tmp_path, arguments,
 
 
 def test_data_to_text_from_training_to_scores(redpeft, tmp_path, tiny_gpt2_folder, e2e_folder, monkeypatch, caplog):
-    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    monkeypatch.setattr("redpeft.tasks.metrics.has_java", lambda: False)
     call = ["train", "task=e2e", f"base={tiny_gpt2_folder}", f"data={e2e_folder}", "max_steps=3", "batch_size=8"]
     code, out, err = redpeft(*call, "--out", tmp_path / "run", "--json")
     assert code == 0, err
@@ -752,7 +752,7 @@ def test_data_to_text_from_training_to_scores(redpeft, tmp_path, tiny_gpt2_folde
 
 
 def test_score_prints_a_table(redpeft, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    monkeypatch.setattr("redpeft.tasks.metrics.has_java", lambda: False)
     (tmp_path / "label.txt").write_text("Zizzi is a pub by the river.\nA pub by the river is Zizzi.\n\nCotto.\n\n")
     (tmp_path / "pred.txt").write_text("Zizzi is a pub by the river.\nCotto.\n")
     files = ["--references", tmp_path / "label.txt", "--predictions", tmp_path / "pred.txt"]

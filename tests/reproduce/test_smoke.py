@@ -9,7 +9,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 
 from redpeft.reproduce.plan import recipe_for
 from redpeft.reproduce.smoke import make_model
-from redpeft.tasks import ClassificationTask
+from redpeft.tasks.classification import ClassificationTask
 from redpeft.training.model import apply_method, head_modules
 
 COLUMNS = {"text": "sentence", "label": "label"}

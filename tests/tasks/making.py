@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig
+from redpeft.tasks.base import DataConfig
 
 
 def make(columns: dict, source: str = "train.csv", features: Any = None) -> Dataset:

@@ -11,7 +11,9 @@ from datasets import ClassLabel, Features, Sequence, Value
 from transformers import AutoTokenizer, EvalPrediction
 
 from redpeft.errors import UserError
-from redpeft.tasks import TASKS, ClassificationTask, DataConfig, read_splits, task_from_dict
+from redpeft.tasks.base import TASKS, DataConfig, task_from_dict
+from redpeft.tasks.classification import ClassificationTask
+from redpeft.tasks.data import read_splits
 
 TEXTS = ["the film is good", "the film is awful", "a very bad shop", "great"]
 

@@ -8,9 +8,9 @@ from writing import ROWS, write_rows
 from redpeft.errors import UserError
 from redpeft.storage import is_local
 from redpeft.tasks import data as data_module
-from redpeft.tasks import read_data
+from redpeft.tasks.base import DataConfig
 from redpeft.tasks.columns import ROW, where
-from redpeft.tasks.data import DataConfig, read_evaluation, read_splits
+from redpeft.tasks.data import read_data, read_evaluation, read_splits
 
 
 def test_folder_with_splits_under_their_usual_names(tmp_path):

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, E2ETask, read_data, read_splits, task_from_dict
-from redpeft.tasks.e2e import MR_TOKENS, REFERENCE_TOKENS
+from redpeft.tasks.base import DataConfig, task_from_dict
+from redpeft.tasks.data import read_data, read_splits
+from redpeft.tasks.e2e import MR_TOKENS, REFERENCE_TOKENS, E2ETask
 
 ROWS = {
     "mr": ["name[Cotto]", "name[Aromi], area[riverside]", "name[Cotto]"],
@@ -190,7 +191,7 @@ def test_each_mr_is_asked_once_in_the_order_of_the_file():
 
 
 def test_answers_are_scored_against_all_texts_of_their_mr(monkeypatch):
-    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    monkeypatch.setattr("redpeft.tasks.metrics.has_java", lambda: False)
     task, dataset = task_of(ROWS), make(ROWS)
     scores = task.score_answers([" There is\nCotto.\n\nAnd more", "Aromi, in the riverside area."], dataset)
     assert scores["bleu"] == pytest.approx(100)

@@ -6,9 +6,8 @@ import pytest
 from writing import write, write_rows
 
 from redpeft.errors import UserError
-from redpeft.tasks import read_file
-from redpeft.tasks.e2e import E2ETask
-from redpeft.tasks.e2e_files import read_predictions, read_references, score_files
+from redpeft.tasks.e2e import E2ETask, read_predictions, read_references, score_files
+from redpeft.tasks.files import read_file
 
 ROWS = [
     {"mr": "name[Cotto]", "ref": "Cotto is a pub."},

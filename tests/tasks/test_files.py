@@ -15,8 +15,9 @@ from datasets import Dataset, DatasetDict
 from writing import ROWS, write, write_rows
 
 from redpeft.errors import UserError
+from redpeft.tasks.base import DataConfig
 from redpeft.tasks.columns import ROW, column_names, where
-from redpeft.tasks.data import DataConfig, read_splits
+from redpeft.tasks.data import read_splits
 from redpeft.tasks.files import COMPRESSED, read_file
 
 

@@ -9,9 +9,9 @@ import pytest
 from datasets import Dataset
 
 from redpeft.errors import UserError
-from redpeft.tasks import read_data
-from redpeft.tasks.data import DataConfig, read_splits
-from redpeft.tasks.glue import GLUE, glue_splits
+from redpeft.tasks.base import DataConfig
+from redpeft.tasks.data import read_data, read_splits
+from redpeft.tasks.rows import GLUE, glue_splits
 
 # GLUE's public validation sets, and what the paper makes of them: rows, validation, test.
 SIZES = {

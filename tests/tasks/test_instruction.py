@@ -12,7 +12,9 @@ from transformers import AutoTokenizer
 
 from redpeft.errors import UserError
 from redpeft.models import pad_prompts
-from redpeft.tasks import DataConfig, InstructionTask, read_data, read_splits, task_from_dict
+from redpeft.tasks.base import DataConfig, task_from_dict
+from redpeft.tasks.data import read_data, read_splits
+from redpeft.tasks.instruction import InstructionTask
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

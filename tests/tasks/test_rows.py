@@ -8,8 +8,10 @@ import pytest
 from writing import ROWS, write_rows
 
 from redpeft.errors import UserError
-from redpeft.tasks import ClassificationTask, DataConfig, read_data
+from redpeft.tasks.base import DataConfig
+from redpeft.tasks.classification import ClassificationTask
 from redpeft.tasks.columns import ROW, where
+from redpeft.tasks.data import read_data
 from redpeft.tasks.rows import choose_rows
 
 

@@ -13,7 +13,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, EvalPrediction
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, TextToTextTask, read_data, task_from_dict
+from redpeft.tasks.base import DataConfig, task_from_dict
+from redpeft.tasks.data import read_data
+from redpeft.tasks.text_to_text import TextToTextTask
 
 SINGLE = {"sentence": ["a good film", "a bad film", "awful"], "label": ["good", "bad", "bad"]}
 PAIRS = {"sentence1": ["one", "two"], "sentence2": ["three", "four"], "label": [0, 1]}

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 from redpeft.errors import UserError
-from redpeft.tasks import DataConfig, TokenClassificationTask, read_splits, task_from_dict
+from redpeft.tasks.base import DataConfig, task_from_dict
+from redpeft.tasks.data import read_splits
+from redpeft.tasks.token_classification import TokenClassificationTask
 
 ROWS = {
     "tokens": [["the", "film", "zorro", "is", "good"], ["ann", "lee", "!"]],

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from transformers.generation.utils import GenerationMixin
 
 from redpeft.errors import UserError
-from redpeft.tasks import E2ETask, read_file
-from redpeft.tasks.e2e_metrics import score
+from redpeft.tasks.e2e import E2ETask
+from redpeft.tasks.files import read_file
+from redpeft.tasks.metrics import score_texts
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
 from redpeft.training.trainer import decode_tokens
@@ -23,7 +24,7 @@ OFFICIAL = {"bleu", "nist", "meteor", "rouge_l", "cider"}
 @pytest.fixture(autouse=True)
 def no_java(monkeypatch):
     """The scores that need Java have their own tests."""
-    monkeypatch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+    monkeypatch.setattr("redpeft.tasks.metrics.has_java", lambda: False)
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def e2e(make_recipe, e2e_folder, tiny_gpt2_folder, tmp_path_factory):
     changes = {"task": "e2e", "base": str(tiny_gpt2_folder), "data": str(e2e_folder), "method": "full"}
     recipe = make_recipe(**changes, epochs=30, batch_size=4, learning_rate=3e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("redpeft.tasks.e2e_metrics.has_java", lambda: False)
+        patch.setattr("redpeft.tasks.metrics.has_java", lambda: False)
         return folder, train(recipe, folder)
 
 
@@ -92,7 +93,7 @@ def test_evaluate_scores_what_predict_answers(e2e, e2e_folder):
     assert scores == {name: result["test"][name] for name in OFFICIAL}
     dataset = read_file(e2e_folder / "testset_w_refs.csv")
     texts = [answer["text"] for answer in predict(run, list(dataset))]
-    official = score(texts, E2ETask(E2ETask.find_columns(dataset)).references(dataset))
+    official = score_texts(texts, E2ETask(E2ETask.find_columns(dataset)).references(dataset))
     assert scores == official
 
 
@@ -142,7 +143,7 @@ def test_pieces_of_a_batch_weigh_by_their_tokens(make_recipe, e2e_folder, tiny_g
 
 
 def test_packages_are_asked_for_before_the_work(make_recipe, e2e, e2e_folder, tiny_gpt2_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.tasks.e2e_metrics.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("redpeft.tasks.metrics.importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("loaded the model"))
     recipe = make_recipe(task="e2e", base=str(tiny_gpt2_folder), data=str(e2e_folder))
     with pytest.raises(UserError, match=r"pip install redpeft\[e2e\]"):

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from redpeft.tasks import TASKS, read_splits
+from redpeft.tasks.base import TASKS
+from redpeft.tasks.data import read_splits
 from redpeft.training.model import apply_method, load_base
 from redpeft.training.recipe import load_recipe
 from redpeft.training.trainer import make_trainer

@@ -7,8 +7,8 @@ import torch
 from datasets import DatasetDict
 
 from redpeft.errors import UserError
-from redpeft.tasks import read_file
 from redpeft.tasks.columns import ROW
+from redpeft.tasks.files import read_file
 from redpeft.training.baselines import METHODS
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train

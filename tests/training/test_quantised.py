@@ -20,7 +20,8 @@ from transformers import (
 
 from redpeft import cli
 from redpeft.errors import UserError
-from redpeft.tasks import TASKS, read_splits
+from redpeft.tasks.base import TASKS
+from redpeft.tasks.data import read_splits
 from redpeft.training.model import load_base
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train

@@ -122,6 +122,10 @@ def test_sites_may_be_listed_with_commas():
         (["method=lora", "init_from=somewhere"], "method must be red, not lora"),
         (["packing=true"], "packing is for the task instruction"),
         (["learn_prompt=true"], "learn_prompt is for the task instruction"),
+        (
+            ["task=e2e", "problem_type=regression"],
+            "problem_type is for the task classification and text-to-text, not e2e",
+        ),
         (["task=instruction", "data.template=chat"], "data.template: Input should be 'auto' or 'plain', not 'chat'"),
         (["gradient_accumulation=5"], "batch_size 32 is not divisible by gradient_accumulation 5"),
         (["base.load_in=3bit"], "base.load_in: .*'8bit', '4bit' or 'int8_weight_only', not '3bit'"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from redpeft.tasks import ClassificationTask
+from redpeft.tasks.classification import ClassificationTask
 from redpeft.training.recipe import load_recipe
 from redpeft.training.trainer import EpochOrder, arguments
 

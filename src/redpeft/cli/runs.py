@@ -53,13 +53,14 @@ def train(
 ) -> CommandOutput:
     """Train an adapter. The same command again resumes the run, or shows its result when it is finished."""
     path, overrides = recipe_and_fields("train", arguments)
-    from redpeft.runs.reports import closing_lines
-    from redpeft.runs.runner import run_recipe
     from redpeft.training.recipe import load_recipe
 
     overrides += [f"output={out}"] if out else []
     overrides += [f"seeds=[{seeds}]"] if seeds else []
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides)  # a wrong recipe is refused before torch is imported
+    from redpeft.runs.reports import closing_lines
+    from redpeft.runs.runner import run_recipe
+
     result = run_recipe(recipe, recipe.run_folder())
     best = "" if "seeds" in result else f", best epoch ({rounded(result['best_epoch'])})"
     scores = {f"validation{best}": result["validation"], **({"test": result["test"]} if result["test"] else {})}
@@ -140,7 +141,7 @@ def score(
     ],
 ) -> CommandOutput:
     """Score generated texts with a benchmark's official metrics."""
-    from redpeft.tasks.e2e_files import score_files
+    from redpeft.tasks.e2e import score_files
 
     scores = score_files(references, predictions)
     data = {"benchmark": benchmark, "references": references, "predictions": predictions, "scores": scores}

@@ -40,8 +40,7 @@ from redpeft.models import (
     require_folder,
 )
 from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
-from redpeft.tasks import InstructionTask
-from redpeft.tasks.instruction import Chat
+from redpeft.tasks.instruction import Chat, InstructionTask
 from redpeft.training.callbacks import bars_on_terminals_only
 from redpeft.training.predict import open_run
 

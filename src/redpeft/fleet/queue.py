@@ -14,9 +14,9 @@ from datasets import Dataset
 
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.fleet.memory import NoRoom
-from redpeft.fleet.template_model import kind_of, shape_of
+from redpeft.fleet.template_model import kind_of
 from redpeft.storage import RESULT
-from redpeft.tasks import Task
+from redpeft.tasks.base import Task
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import check_recipe, read_task
 
@@ -170,7 +170,7 @@ class LoadedJob:
 
     @property
     def kind(self) -> Hashable:
-        return kind_of(self.job.recipe), shape_of(self.task)
+        return kind_of(self.job.recipe), self.task.shape
 
 
 class JobLoader:

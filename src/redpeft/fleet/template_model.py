@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from redpeft.models import choose_precision, draw_weights, leave_unpacked
-from redpeft.tasks import TASKS, Task
+from redpeft.tasks.base import TASKS, Task
 from redpeft.training.model import build_learner
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import TrainingRun, prepare
@@ -41,16 +41,11 @@ def kind_of(recipe: Recipe) -> Hashable:
     return (*shared, recipe.gradient_checkpointing, *options)
 
 
-def shape_of(task: Task) -> Hashable:
-    """Jobs of one kind share a fleet where their heads have one shape and their losses one form."""
-    return getattr(task, "problem_type", None), len(getattr(task, "label_names", ()))
-
-
 class TemplateModel:
     """The model of jobs of one kind and shape, with RED and heads on it. `recipe` and `task` are any one's of them."""
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        self.kind = kind_of(recipe), shape_of(task)
+        self.kind = kind_of(recipe), task.shape
         self.learner = build_learner(recipe, task)
         self.model = self.learner.model
         self._base = self.model.get_base_model()

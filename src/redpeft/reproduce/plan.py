@@ -15,7 +15,7 @@ from redpeft.fleet.queue import Job
 from redpeft.reproduce.published import Table, nearest
 from redpeft.reproduce.smoke import SMOKE, make_data, make_model
 from redpeft.runs import experiment
-from redpeft.tasks.glue import GLUE
+from redpeft.tasks.rows import GLUE
 from redpeft.training.recipe import Recipe, full_name, load_recipe, parse_override, read_yaml
 
 IDENTITY = "reproduce.json"

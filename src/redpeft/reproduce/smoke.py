@@ -25,7 +25,7 @@ from transformers import (
 from redpeft.evaluation.language_model import Decoding
 from redpeft.evaluation.lm_harness import HarnessTask
 from redpeft.reproduce.external_scores import Scoring
-from redpeft.tasks.glue import GLUE, HELD_OUT
+from redpeft.tasks.rows import GLUE, HELD_OUT
 
 SMOKE: dict[str, Any] = {
     "epochs": 1,

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from redpeft.models import load_pretrained
 from redpeft.reproduce.plan import TableRun
-from redpeft.tasks import TASKS
+from redpeft.tasks.base import TASKS
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import read_task, train
 

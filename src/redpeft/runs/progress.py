@@ -22,7 +22,7 @@ from rich.table import Table
 from redpeft.console import Progress, counted, log_main
 from redpeft.fleet.queue import Report
 from redpeft.runs.pages import number
-from redpeft.tasks.metrics import LOWER_IS_BETTER
+from redpeft.tasks.base import LOWER_IS_BETTER
 from redpeft.training.callbacks import no_bars
 
 REFRESH = 2  # times a second

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,8 +23,8 @@ from redpeft.errors import UserError
 from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
+from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import (
     LIST,
     SEPARATORS,
@@ -44,27 +44,12 @@ from redpeft.tasks.labels import (
 logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-METRICS = {
-    SINGLE: ["accuracy", "f1_macro", "matthews"],
-    MULTI: ["f1_micro", "f1_macro", "exact_match"],
-    REGRESSION: ["pearson", "spearman", "mse"],
-}
 SCORES = {MULTI: metrics.score_label_sets, REGRESSION: metrics.score_values}
-TEXT_PAIRS = [
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-]
-TEXTS = ["sentence", "text", "content", "review", "message", "utterance", "tweet", "comment", "body", "question"]
-NUMBERING = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}
 FLAGS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
 
 
 @dataclass
-class ClassificationTask:
+class ClassificationTask(Task):
     """What a text is to be labelled with, and how that is scored.
 
     Attributes:
@@ -80,13 +65,11 @@ class ClassificationTask:
     label_names: list[str]
     metric: str
     label_separator: str | None = None
-    generation: ClassVar[dict[str, Any] | None] = None
-    unanswered: ClassVar[None] = None
-    score_answers: ClassVar[None] = None
-    own_limits: ClassVar[str] = ""
-    group: ClassVar[str] = "text"
     name: ClassVar[str] = "classification"
     task_type: ClassVar[str] = "SEQ_CLS"
+    group: ClassVar[str] = "text"
+    recipe_fields: ClassVar[Collection[str]] = ("problem_type",)
+    default_columns: ClassVar[Mapping[str, str]] = {"text": "text", "label": "label"}
 
     @classmethod
     def from_splits(
@@ -104,13 +87,13 @@ class ClassificationTask:
             UserError: a column that is missing, a row without text or label, one class only or one for each row, a
                 label that training lacks, labels that contradict the problem type.
         """
-        if problem_type is not None and problem_type not in METRICS:
-            raise UserError(f"unknown problem type {problem_type!r}; there are {', '.join(METRICS)}")
+        if problem_type not in (None, SINGLE, MULTI, REGRESSION):
+            raise UserError(f"unknown problem type {problem_type!r}; there are {SINGLE}, {MULTI}, {REGRESSION}")
         train = splits["train"]
         columns = cls.find_columns(train, data)
         raw = _label_values(train, columns["label"])
         kind, separator = _problem_type(train, columns["label"], raw, data.label_separator, problem_type)
-        task = cls(columns, kind, [], metrics.choose_metric(metric, METRICS[kind]), separator)
+        task = cls(columns, kind, [], metrics.choose_metric(metric, kind), separator)
         if kind != REGRESSION:
             task.label_names = task._names(train, raw)
         _check_variety(train, columns["label"], raw[0], task.labels(train), kind)
@@ -127,15 +110,21 @@ class ClassificationTask:
         label = data.label or cols.find_column(train, cols.LABEL_COLUMNS, without=named)
         texts = named or _guess_texts(train, _as_list(label))
         if label is None:
-            others = [name for name in cols.column_names(train) if name not in texts and name.lower() not in NUMBERING]
+            others = [
+                name
+                for name in cols.column_names(train)
+                if name not in texts and name.lower() not in cols.NUMBER_COLUMNS
+            ]
             label = cols.choose_column(train, others[0] if len(others) == 1 else None, [], "label")
         cols.require_columns(train, [*texts, *_as_list(label)])
         return {**dict(zip(("text", "text_pair"), texts, strict=False)), "label": label}
 
-    @property
-    def greater_is_better(self) -> bool:
-        """Whether a larger `metric` is better."""
-        return self.metric not in metrics.LOWER_IS_BETTER
+    @classmethod
+    def without_run(cls, labels: Sequence[str]) -> ClassificationTask:
+        """One label a row, or a number for a head of one row."""
+        if len(labels) == 1:
+            return cls(dict(cls.default_columns), REGRESSION, [], "pearson")
+        return cls(dict(cls.default_columns), SINGLE, list(labels), "accuracy")
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, an empty text, or a label that is missing or unknown."""
@@ -161,6 +150,14 @@ class ClassificationTask:
                     f"{cols.where(dataset, index)}: {len(row)} labels, but this task takes one label a row"
                 )
         return [row[0] for row in rows]
+
+    @property
+    def head_labels(self) -> list[str]:
+        return self.label_names
+
+    @property
+    def shape(self) -> Hashable:
+        return self.problem_type, len(self.label_names)
 
     def groups(self, dataset: Dataset) -> list[tuple[str, ...]]:
         """Each row's text, or pair of texts."""
@@ -247,15 +244,6 @@ class ClassificationTask:
             return [{"labels": [name for name, p in row.items() if p > 0.5], "probabilities": row} for row in rows]
         return [{"label": max(row, key=row.__getitem__), "probabilities": row} for row in rows]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"task": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ClassificationTask:
-        """The task that `to_dict` described."""
-        return cls(**{key: value for key, value in values.items() if key != "task"})
-
     def _names(self, train: Dataset, raw: list) -> list[str]:
         """The labels of the training rows in the order of their ids."""
         column = self.columns["label"]
@@ -308,11 +296,11 @@ class ClassificationTask:
 
 def _guess_texts(train: Dataset, labels: list) -> list[str]:
     """A pair of columns with well-known names, else one such column, else the column with the longest texts."""
-    for pair in TEXT_PAIRS:
+    for pair in cols.TEXT_PAIRS:
         found = [column for name in pair if (column := cols.find_column(train, [name], without=labels))]
         if len(found) == 2:
             return found
-    if column := cols.find_column(train, TEXTS, without=labels):
+    if column := cols.find_column(train, cols.TEXT_COLUMNS, without=labels):
         return [column]
     strings = [name for name in cols.text_columns(train) if name not in labels]
     strings.sort(key=lambda name: sum(len(text or "") for text in cols.values(train, name)), reverse=True)

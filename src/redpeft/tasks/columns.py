@@ -20,8 +20,51 @@ ROW = "__row__"
 CUT = "__cut__"
 """A column of encoded rows: whether the row was longer than it may be."""
 
+# --- guesses --------------------------------------------------------------------------------------------------------
+#
+# What columns are called that nobody names, in lower case; the first that is there is taken.
+
 LABEL_COLUMNS = ["label", "labels", "class", "category", "intent", "target", "sentiment", "topic"]
 LABEL_COLUMNS += ["score", "rating", "stars"]
+TEXT_PAIRS = [
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+]
+TEXT_COLUMNS = [
+    "sentence",
+    "text",
+    "content",
+    "review",
+    "message",
+    "utterance",
+    "tweet",
+    "comment",
+    "body",
+    "question",
+]
+NUMBER_COLUMNS = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}  # which only number the rows
+WORD_COLUMNS = ["tokens", "words"]
+TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
+MESSAGE_COLUMNS = ["messages", "conversation", "chat"]
+PROMPT_PAIRS = [
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
+    ("question", "answer"),
+    ("input", "output"),
+]
+MEANING_COLUMNS = ["mr", "meaning_representation"]
+REFERENCE_COLUMNS = ["ref", "reference", "human_reference", "target"]
+DOCUMENT_COLUMNS = ["document_id", "doc_id", "docid", "document", "doc"]  # which say from which document a row is
+
+
+# --- columns --------------------------------------------------------------------------------------------------------
 
 
 class Missing(UserError):

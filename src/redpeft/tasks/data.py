@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redpeft.errors import UserError, first_line
 from redpeft.storage import is_local
-from redpeft.tasks.columns import LABEL_COLUMNS, find_column, is_missing, source, values
+from redpeft.tasks.base import TASKS, DataConfig, Task
+from redpeft.tasks.columns import LABEL_COLUMNS, Missing, find_column, is_missing, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
-from redpeft.tasks.glue import glue_splits
 from redpeft.tasks.labels import label_name
+from redpeft.tasks.rows import choose_rows, glue_splits, leave_out_missing
 
 logger = logging.getLogger(__name__)
 
@@ -26,109 +26,32 @@ SPLIT_NAMES = {
 """Names of the files of a split: the usual ones, and those of GLUE, the E2E challenge and UltraFeedback."""
 
 
-class DataConfig(BaseModel):
-    """Where the data is and what its columns mean. Columns that are not named are guessed and shown."""
+def read_data(kind: str, data: DataConfig, seed: int = 0, **options: Any) -> tuple[Task, dict[str, Dataset]]:
+    """The task that `data` is for, and its splits "train", "validation" and, where there is one, "test".
 
-    model_config = ConfigDict(extra="forbid")
+    The task (its columns, problem type and labels) comes from all training rows, before a validation split or a limit
+    takes some away.
 
-    path: str | None = Field(
-        None,
-        description="A data set's name on the Hugging Face Hub, a folder (train, validation and test files, a folder "
-        "of texts for each class, or what save_to_disk wrote), or one file of training rows (.csv, .tsv, .jsonl, "
-        ".json, .parquet, .xlsx).",
-    )
-    config_name: str | None = Field(
-        None,
-        description="The Hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; for a folder, one inside it.",
-    )
-    train: str | None = Field(None, description="File of training rows; overrides those of `path`.")
-    validation: str | None = Field(None, description="File of validation rows; overrides those of `path`.")
-    test: str | None = Field(None, description="File of test rows; overrides those of `path`.")
-    header: Literal["first", "none"] | None = Field(
-        None,
-        description="Tables (.csv, .tsv, .xlsx): first: the first row holds the column names. none: there are no "
-        "names, and the columns are called column_1, column_2, ... Default: the first row holds the names, and one "
-        "that looks like data is an error.",
-    )
-    protocol: Literal["glue", "glue-t5"] | None = Field(
-        None,
-        description="Make GLUE's test split as the RED paper does, from the public validation set by the seed, since "
-        "GLUE's own test labels are not public. glue-t5 is its variant for T5. config_name names the task, or else "
-        "the last part of the path.",
-    )
-    text: str | None = Field(None, description="Classification: the text's column.")
-    text_pair: str | None = Field(None, description="Classification of pairs: the second text's column.")
-    label: str | list[str] | None = Field(
-        None,
-        description="Classification: the label's column. Several labels a row: a column of lists, or the names of "
-        "several columns of 0 and 1, or texts with a separator. Regression: a column of numbers.",
-    )
-    label_separator: str | None = Field(
-        None,
-        min_length=1,
-        description="Classification: what separates several labels in one text, such as '|'. list: they are a list in "
-        "brackets. none: each text is one label. Default: inferred from parts that recur, and shown.",
-    )
-    drop_missing: bool = Field(
-        False, description="Leave out rows without a text or a label. Otherwise they are errors."
-    )
-    tokens: str | None = Field(None, description="Token classification: the column with each row's list of words.")
-    tags: str | None = Field(None, description="Token classification: the column with each word's tag.")
-    prefix: str | None = Field(
-        None,
-        description="Text to text: a prefix such as 'mrpc'. Each text then follows its column's name, as in T5's "
-        "training. Default: the texts alone.",
-    )
-    prompt: str | None = Field(
-        None, description="Instruction: the prompt's column. E2E: the meaning representation's."
-    )
-    response: str | None = Field(None, description="Instruction: the response's column. E2E: the text's.")
-    messages: str | None = Field(
-        None, description="Instruction: the column with a chat, a list of {'role': ..., 'content': ...}."
-    )
-    template: Literal["auto", "plain"] = Field(
-        "auto",
-        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain if "
-        "there is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
-    )
-    validation_fraction: float = Field(
-        0.1,
-        gt=0,
-        lt=1,
-        description="Share of the training rows that become the validation split if there is none.",
-    )
-    group: str | None = Field(
-        None,
-        description="The column that says which rows belong together, such as a document or a customer. They are not "
-        "separated by a limit, or by a validation split taken from the training rows. Default: rows with the same "
-        "question belong together, or rows of one document if there is a column document_id or doc_id.",
-    )
-    max_train_rows: int | None = Field(
-        None, ge=1, description="Train on at most this many rows, in whole groups, drawn by the seed."
-    )
-    max_eval_rows: int | None = Field(
-        None, ge=1, description="Validate and test on at most this many rows each, in whole groups, drawn by the seed."
-    )
-
-    @field_validator("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", mode="before")
-    @classmethod
-    def _column_by_number(cls, value: Any) -> Any:
-        """A column that is called 2019 is a number to YAML."""
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> DataConfig:
-        if not (self.path or self.train):
-            raise ValueError("no data: give `path` or `train`")
-        return self
+    Raises:
+        UserError: data that is missing, empty, unreadable, or wrong for this task.
+    """
+    splits = read_splits(data, seed)
+    if data.drop_missing:
+        columns = TASKS[kind].find_columns(splits["train"], data)
+        splits = {name: leave_out_missing(split, columns) for name, split in splits.items()}
+    try:
+        task = TASKS[kind].from_splits(splits, data, **options)
+    except Missing as error:
+        raise UserError(f"{error}; data.drop_missing=true leaves such rows out") from None
+    return task, choose_rows(splits, task, data, seed)
 
 
 def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     """The splits "train" and, where they are there, "validation" and "test", with all their rows.
 
     The test split of a folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes
-    them); `protocol` makes one as `redpeft.tasks.glue` says, drawn by the seed. A split's `info.description` says
-    where it comes from.
+    them); `protocol` makes one as `glue_splits` says, drawn by the seed. A split's `info.description` says where it
+    comes from.
 
     Raises:
         UserError: data that is missing, empty or unreadable.

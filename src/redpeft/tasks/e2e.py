@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,16 +16,16 @@ from transformers.data.data_collator import pad_without_fast_tokenizer_warning
 from redpeft.errors import UserError
 from redpeft.models import ensure_pad_token, load_decoder, pad_prompts
 from redpeft.tasks import columns as cols
+from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.data import DataConfig
-from redpeft.tasks.e2e_metrics import require_scorers, score
-from redpeft.tasks.metrics import IGNORED, choose_metric
+from redpeft.tasks.files import READERS, existing, extension, read_file, read_text
+from redpeft.tasks.metrics import IGNORED, choose_metric, require_scorers, score_texts
 
 MR_TOKENS, REFERENCE_TOKENS = 64, 100  # as published, each with the end token behind it
 
 
 @dataclass
-class E2ETask:
+class E2ETask(Task):
     """A text for a meaning representation (MR), learned as `MR <eos> text <eos>` with the loss on what follows the MR.
 
     The best epoch is the one with the least validation loss, as in the authors' script: the official scores would need
@@ -38,8 +38,10 @@ class E2ETask:
 
     columns: dict[str, str]
     metric: str = "loss"
-    greater_is_better: ClassVar[bool] = False
-    compute_metrics: ClassVar[None] = None
+    name: ClassVar[str] = "e2e"
+    task_type: ClassVar[str] = "CAUSAL_LM"
+    group: ClassVar[str] = "meaning representation"
+    default_columns: ClassVar[Mapping[str, str]] = {"prompt": "mr", "response": "ref"}
     generation: ClassVar[dict[str, Any] | None] = {
         "num_beams": 10,
         "length_penalty": 0.9,
@@ -47,12 +49,7 @@ class E2ETask:
         "do_sample": False,
         "max_new_tokens": REFERENCE_TOKENS,  # no longer one was learned
     }
-    confusion: ClassVar[None] = None
     own_limits: ClassVar[str] = f", an MR of {MR_TOKENS} or a text of {REFERENCE_TOKENS} tokens"
-    group: ClassVar[str] = "meaning representation"
-    strata: ClassVar[None] = None
-    name: ClassVar[str] = "e2e"
-    task_type: ClassVar[str] = "CAUSAL_LM"
 
     @classmethod
     def from_splits(cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None) -> E2ETask:
@@ -61,7 +58,7 @@ class E2ETask:
         Raises:
             UserError: a column that is missing, an empty MR or text; with a test split, a missing package for scores.
         """
-        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, ["loss"]))
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, "texts"))
         for split in splits.values():
             task.check(split)
         if "test" in splits:
@@ -72,10 +69,9 @@ class E2ETask:
     def find_columns(cls, dataset: Dataset, data: DataConfig | None = None) -> dict[str, str]:
         """The columns that `data` names, or those that the public files have. UserError where they are not there."""
         prompt, response = (data.prompt, data.response) if data else (None, None)
-        references = ["ref", "reference", "human_reference", "target"]
         return {
-            "prompt": cols.choose_column(dataset, prompt, ["mr", "meaning_representation"], "prompt"),
-            "response": cols.choose_column(dataset, response, references, "response"),
+            "prompt": cols.choose_column(dataset, prompt, cols.MEANING_COLUMNS, "prompt"),
+            "response": cols.choose_column(dataset, response, cols.REFERENCE_COLUMNS, "response"),
         }
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
@@ -156,7 +152,7 @@ class E2ETask:
         return partial(_pad, tokenizer)
 
     def questions(self, dataset: Dataset) -> Dataset:
-        """The first row of each distinct MR: those whose answers `score_answers` scores. UserError as `score` does."""
+        """The first row of each distinct MR. UserError where a package for scores is missing."""
         require_scorers()
         return dataset.select(self.unanswered(dataset, set()))
 
@@ -177,23 +173,14 @@ class E2ETask:
         return list(groups.values())
 
     def score_answers(self, texts: Collection[str], dataset: Dataset) -> dict[str, float | None]:
-        """The official scores (`e2e_metrics.score`) of one generated text a distinct MR, as `questions` has them."""
-        return score([row["text"] for row in self.decode(list(texts))], self.references(dataset))
+        """The official scores (`metrics.score_texts`) of one generated text a distinct MR, as `questions` has them."""
+        return score_texts([row["text"] for row in self.decode(list(texts))], self.references(dataset))
 
     def decode(
         self, predictions: list[str], dataset: Dataset | None = None, encoded: Dataset | None = None
     ) -> list[dict[str, str]]:
         """Generated texts as {"text"}, each up to the first empty line and on one line, as published."""
         return [{"text": " ".join(text.strip().split("\n\n")[0].split())} for text in predictions]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"task": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> E2ETask:
-        """The task that `to_dict` described."""
-        return cls(**{key: value for key, value in values.items() if key != "task"})
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -> BatchEncoding:
@@ -205,3 +192,59 @@ def _pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -
     width = batch["input_ids"].shape[1]
     batch["labels"] = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in rows])
     return batch
+
+
+# --- files of predictions and references, for `redpeft score e2e` ---------------------------------------------------
+
+
+def score_files(references: str | Path, predictions: str | Path) -> dict[str, float | None]:
+    """The scores of `metrics.score_texts` of a file of predictions, one a group of references, in order.
+
+    Raises:
+        UserError: a file that is missing, empty or not UTF-8, an empty line, or files of different lengths.
+    """
+    require_scorers()
+    texts, groups = read_predictions(predictions), read_references(references)
+    if len(texts) != len(groups):
+        raise UserError(
+            f"{predictions} holds {len(texts)} predictions and {references} the references of {len(groups)} meaning "
+            "representations: one prediction for each is needed, in their order"
+        )
+    return score_texts(texts, groups)
+
+
+def read_predictions(path: str | Path) -> list[str]:
+    """One text a line, or the texts of rows as `redpeft predict` writes them (.jsonl), which may be empty."""
+    if extension(existing(path)) not in READERS:
+        return _lines(path)
+    rows = read_file(path)
+    cols.require_columns(rows, ["text"])
+    texts = cols.values(rows, "text")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{cols.where(rows, index)}: column 'text' holds {text!r}, which is not text")
+    return texts
+
+
+def read_references(path: str | Path) -> list[list[str]]:
+    """Groups of lines with an empty line after each, or a table of meaning representations and references, where the
+    references of one meaning representation make a group, in the order of its first row."""
+    if extension(existing(path)) in READERS:
+        rows = read_file(path)
+        task = E2ETask(E2ETask.find_columns(rows))
+        task.check(rows)
+        return task.references(rows)
+    text = "\n".join(_lines(path, separators=True))
+    return [group.split("\n") for group in text.split("\n\n")]
+
+
+def _lines(path: str | Path, separators: bool = False) -> list[str]:
+    """A file's lines without space around them. An empty one is an error, or with `separators` the second of two."""
+    text = read_text(existing(path))
+    if not text.strip():
+        raise UserError(f"{path} is empty: it holds no rows")
+    lines = [line.strip() for line in (text.rstrip() if separators else text.removesuffix("\n")).split("\n")]
+    for number, (before, line) in enumerate(zip(["", *lines], lines, strict=False), start=1):
+        if not line and not (separators and before):
+            raise UserError(f"{path}, line {number}: the line is empty")
+    return lines

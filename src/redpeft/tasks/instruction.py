@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from redpeft.errors import UserError, first_line
 from redpeft.models import ensure_pad_token, load_decoder
 from redpeft.tasks import columns as cols
+from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.data import DataConfig
 from redpeft.tasks.metrics import choose_metric
 
 logger = logging.getLogger(__name__)
@@ -27,21 +28,12 @@ PLAIN_TURNS = {"system": "{}\n\n", "user": "Human: {}\n\n", "assistant": "Assist
 The space after `Assistant:` belongs to the response, where tokenizers join it to the first word.
 """
 
-PROMPT_COLUMNS = [
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("instruction", "completion"),
-    ("question", "answer"),
-    ("input", "output"),
-]
 
 Chat = list[dict[str, str]]
 
 
 @dataclass
-class InstructionTask:
+class InstructionTask(Task):
     """What a model is to answer. The loss counts the response alone; a chat's every answer is one row.
 
     Attributes:
@@ -53,17 +45,14 @@ class InstructionTask:
     columns: dict[str, str]
     metric: str = "loss"
     template: Literal["auto", "plain"] = "auto"
-    greater_is_better: ClassVar[bool] = False
-    compute_metrics: ClassVar[None] = None  # Trainer's own eval_loss; gathering logits over a vocabulary costs memory
-    generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
-    unanswered: ClassVar[None] = None
-    score_answers: ClassVar[None] = None
-    confusion: ClassVar[None] = None
-    own_limits: ClassVar[str] = ""
-    group: ClassVar[str] = "prompt"
-    strata: ClassVar[None] = None
     name: ClassVar[str] = "instruction"
     task_type: ClassVar[str] = "CAUSAL_LM"
+    group: ClassVar[str] = "prompt"
+    recipe_fields: ClassVar[Collection[str]] = ("packing", "learn_prompt")
+    by_trl: ClassVar[bool] = True
+    default_columns: ClassVar[Mapping[str, str]] = {"prompt": "prompt", "response": "response"}
+    generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
+    # no compute_metrics: Trainer has an eval_loss of its own, and gathering logits over a vocabulary costs memory
 
     @classmethod
     def from_splits(
@@ -74,7 +63,7 @@ class InstructionTask:
         Raises:
             UserError: a column that is missing, an empty prompt or response, a chat without an answer.
         """
-        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, ["loss"]), data.template)
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, "texts"), data.template)
         for split in splits.values():
             task.check(split)
         return task
@@ -83,11 +72,11 @@ class InstructionTask:
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
         if data.messages or not (data.prompt or data.response):
-            messages = data.messages or cols.find_column(train, ["messages", "conversation", "chat"])
+            messages = data.messages or cols.find_column(train, cols.MESSAGE_COLUMNS)
             if messages:
                 cols.require_columns(train, [messages])
                 return {"messages": messages}
-        pairs = [pair for pair in PROMPT_COLUMNS if all(cols.find_column(train, [name]) for name in pair)]
+        pairs = [pair for pair in cols.PROMPT_PAIRS if all(cols.find_column(train, [name]) for name in pair)]
         found = {
             "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
             "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
@@ -110,10 +99,6 @@ class InstructionTask:
         """Each row's prompt; of a chat what stands before its first answer."""
         chats = (self._pairs(row, with_labels=True)[0][0] for row in dataset)
         return [json.dumps(chat) for chat in chats]
-
-    def describe(self, dataset: Dataset) -> list[str]:
-        """Nothing: the columns say it all."""
-        return []
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to answer: objects with the prompt or a chat, or strings, which are prompts. `first` numbers them."""
@@ -209,15 +194,6 @@ class InstructionTask:
     ) -> list[dict[str, str]]:
         """Generated texts as {"text"}."""
         return [{"text": text.strip()} for text in predictions]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"task": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> InstructionTask:
-        """The task that `to_dict` described."""
-        return cls(**{key: value for key, value in values.items() if key != "task"})
 
     def _is_plain(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         return self.template == "plain" or not tokenizer.chat_template

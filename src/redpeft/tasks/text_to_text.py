@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +22,8 @@ from redpeft.errors import UserError
 from redpeft.models import ensure_pad_token, load_pretrained
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
+from redpeft.tasks.base import DataConfig
 from redpeft.tasks.classification import MULTI, REGRESSION, ClassificationTask
-from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import label_ids
 
 LABEL_TOKENS = 32
@@ -51,6 +52,7 @@ class TextToTextTask(ClassificationTask):
     }
     name: ClassVar[str] = "text-to-text"
     task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
+    default_columns: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def from_splits(

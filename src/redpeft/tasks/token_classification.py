@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,19 +22,18 @@ from redpeft.errors import UserError
 from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
+from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.data import DataConfig
 from redpeft.tasks.labels import count_names, find_labels, label_ids, label_name, sort_label_names
 from redpeft.tasks.metrics import IGNORED
 
 logger = logging.getLogger(__name__)
 
 TAG_IDS = "__tag_ids__"
-TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
 
 
 @dataclass
-class TokenClassificationTask:
+class TokenClassificationTask(Task):
     """Which tags words get, and how that is scored.
 
     Attributes:
@@ -45,15 +45,10 @@ class TokenClassificationTask:
     columns: dict[str, str]
     label_names: list[str]
     metric: str
-    generation: ClassVar[dict[str, Any] | None] = None
-    unanswered: ClassVar[None] = None
-    score_answers: ClassVar[None] = None
-    confusion: ClassVar[None] = None
-    own_limits: ClassVar[str] = ""
-    group: ClassVar[str] = "words"
-    strata: ClassVar[None] = None
     name: ClassVar[str] = "token-classification"
     task_type: ClassVar[str] = "TOKEN_CLS"
+    group: ClassVar[str] = "words"
+    default_columns: ClassVar[Mapping[str, str]] = {"tokens": "tokens", "tags": "tags"}
 
     @classmethod
     def from_splits(
@@ -74,10 +69,8 @@ class TokenClassificationTask:
                 f"{cols.source(train)}: every word has the tag {min(tags)!r}, so there is nothing to learn"
             )
         names = sort_label_names(tags, feature)
-        offered = ["accuracy", "f1_macro"]
-        if metrics.marks_entities(names):
-            offered = ["f1", "precision", "recall", *offered]
-        task = cls(found, names, metrics.choose_metric(metric, offered))
+        kind = "entities" if metrics.marks_entities(names) else "tags"
+        task = cls(found, names, metrics.choose_metric(metric, kind))
         for split in splits.values():
             task.check(split)
         return task
@@ -86,14 +79,17 @@ class TokenClassificationTask:
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
         return {
-            "tokens": cols.choose_column(train, data.tokens, ["tokens", "words"], "tokens"),
-            "tags": cols.choose_column(train, data.tags, TAG_COLUMNS, "tags"),
+            "tokens": cols.choose_column(train, data.tokens, cols.WORD_COLUMNS, "tokens"),
+            "tags": cols.choose_column(train, data.tags, cols.TAG_COLUMNS, "tags"),
         }
 
+    @classmethod
+    def without_run(cls, labels: Sequence[str]) -> TokenClassificationTask:
+        return cls(dict(cls.default_columns), list(labels), "accuracy")
+
     @property
-    def greater_is_better(self) -> bool:
-        """Whether a larger `metric` is better: all of this task's are."""
-        return True
+    def head_labels(self) -> list[str]:
+        return self.label_names
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises UserError for a missing column, a row without words, or tags that are missing, too few or unknown."""
@@ -202,15 +198,6 @@ class TokenClassificationTask:
                     tags[place] = self.label_names[tag]
             rows.append({"tokens": words, "tags": tags})
         return rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {"task": self.name, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TokenClassificationTask:
-        """The task that `to_dict` described."""
-        return cls(**{key: value for key, value in values.items() if key != "task"})
 
     def _names(self, ids: np.ndarray) -> list[str]:
         return [self.label_names[index] for index in ids]

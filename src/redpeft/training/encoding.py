@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from redpeft.errors import UserError
 from redpeft.models import Limit, input_limit, known_tokens, positions
-from redpeft.tasks import Task
 from redpeft.tasks import columns as cols
+from redpeft.tasks.base import Task
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.recipe import Recipe
 

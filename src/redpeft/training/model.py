@@ -36,7 +36,7 @@ from redpeft.models import (
     tokenizer_digest,
 )
 from redpeft.storage import ADAPTER, MODEL, TRAINED, find_adapter, replaced_folder
-from redpeft.tasks import TASKS, Task
+from redpeft.tasks.base import TASKS, Task
 from redpeft.training.baselines import METHODS
 from redpeft.training.recipe import Recipe
 

@@ -19,8 +19,10 @@ from redpeft.console import Progress, log_main
 from redpeft.errors import UserError
 from redpeft.models import autocast, choose_precision, load_config, pad_prompts, require_folder
 from redpeft.storage import CONFIG_NAME, RECIPE, RESULT, TASK, read_json
-from redpeft.tasks import leave_out_missing, read_evaluation, task_from_dict
+from redpeft.tasks.base import TASKS, task_from_dict
 from redpeft.tasks.columns import ROW, values, where, with_columns
+from redpeft.tasks.data import read_evaluation
+from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.model import load_trained
@@ -58,15 +60,7 @@ class FinishedRun:
         return model.eval(), tokenizer
 
 
-TASK_OF = {"SEQ_CLS": "classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "instruction"}
 METHOD_OF = {"REDPEFT": "red", "LORA": "lora", "IA3": "ia3"}
-# what columns are called that nobody names
-COLUMNS = {
-    "classification": {"text": "text", "label": "label"},
-    "token-classification": {"tokens": "tokens", "tags": "tags"},
-    "instruction": {"prompt": "prompt", "response": "response"},
-    "e2e": {"prompt": "mr", "response": "ref"},
-}
 
 
 def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> FinishedRun:
@@ -107,19 +101,19 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Fi
     if (folder / TASK).is_file():
         task = task_from_dict(read_json(folder / TASK))
     else:
-        name = name or TASK_OF.get(config.get("task_type") or "")
-        if name not in COLUMNS:
-            raise UserError(f"{folder} does not say what it was trained for: give --task, one of {', '.join(COLUMNS)}")
-        labels = _labels(folder, name, str(model))
-        task = task_from_dict({"task": name, "columns": COLUMNS[name], "metric": "loss", **labels})
+        usable = {each: TASKS[each] for each in TASKS if TASKS[each].default_columns}
+        kind = config.get("task_type")
+        name = name or next((each for each in usable if usable[each].task_type == kind), None)
+        if name not in usable:
+            raise UserError(f"{folder} does not say what it was trained for: give --task, one of {', '.join(usable)}")
+        has_head = usable[name].task_type.endswith("_CLS")
+        task = usable[name].without_run(_labels(folder, str(model)) if has_head else [])
     fields = {"base.model": str(model), "data.path": str(folder), "task": task.name}
     return FinishedRun(folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}), task)
 
 
-def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
+def _labels(folder: Path, model: str) -> list[str]:
     """A classifier's labels: as many as its head has rows, with the base's names for them if it has as many."""
-    if not task.endswith("classification"):
-        return {}
     own = (".redpeft_", ".lora_", ".ia3_")
     heads = [tensor for name, tensor in read_tensors(folder).items() if not any(part in name for part in own)]
     if not heads:
@@ -129,12 +123,7 @@ def _labels(folder: Path, task: str, model: str) -> dict[str, Any]:
     count = min(len(tensor) for tensor in heads)
     require_folder(model)
     known = getattr(load_config(model), "id2label", None) or {}
-    names = [known[index] for index in range(count)] if len(known) == count else [str(index) for index in range(count)]
-    if task == "token-classification":
-        return {"label_names": names, "metric": "accuracy"}
-    if count == 1:
-        return {"label_names": [], "problem_type": "regression", "metric": "pearson"}
-    return {"label_names": names, "problem_type": "single_label_classification", "metric": "accuracy"}
+    return [known[index] for index in range(count)] if len(known) == count else [str(index) for index in range(count)]
 
 
 def load_run(folder: str | Path, base: str | Path | None = None) -> FinishedRun:
@@ -180,7 +169,7 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
         if run.task.confusion is None:
             return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
         found = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
-        names, counts = run.task.label_names, run.task.confusion(as_scored(run.task, run.tokenizer, found))
+        names, counts = list(run.task.head_labels), run.task.confusion(as_scored(run.task, run.tokenizer, found))
         matrix = {
             "true": names,
             "predicted": [*names, *[None] * (len(counts) - len(names))],

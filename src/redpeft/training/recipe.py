@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from redpeft.errors import UserError
 from redpeft.storage import CHECKPOINTS, LOCK, RECIPE, RESULT, TASK, read_result, write_atomically
-from redpeft.tasks.data import DataConfig
+from redpeft.tasks.base import TASKS, DataConfig
 from redpeft.training.baselines import DEFAULT_RATES, METHODS
 
 HEADER = """\
@@ -25,9 +25,10 @@ HEADER = """\
 
 
 if TYPE_CHECKING:
+    TaskName = str
     MethodName = str
 else:
-    MethodName = Literal[tuple(METHODS)]
+    TaskName, MethodName = Literal[tuple(TASKS)], Literal[tuple(METHODS)]
 
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
@@ -56,7 +57,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     base: Base = Field(description="The base model: a folder or a name on the Hugging Face Hub, or these fields.")
-    task: Literal["classification", "token-classification", "instruction", "e2e", "text-to-text"] = Field(
+    task: TaskName = Field(
         "classification",
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
@@ -181,10 +182,11 @@ class Recipe(BaseModel):
             raise ValueError(f"init_from continues a RED adapter, so method must be red, not {self.method}")
         if self.init_from is not None and self.method_options:
             raise ValueError("init_from brings its own method_options; leave them out")
-        for name in ("packing", "learn_prompt"):
-            if getattr(self, name) and self.task != "instruction":
-                raise ValueError(f"{name} is for the task instruction, not {self.task}")
-        if self.head == "last" and not self.task.endswith("classification"):
+        for name in ("packing", "learn_prompt", "problem_type"):
+            if getattr(self, name) and name not in TASKS[self.task].recipe_fields:
+                able = " and ".join(task for task in TASKS if name in TASKS[task].recipe_fields)
+                raise ValueError(f"{name} is for the task {able}, not {self.task}")
+        if self.head == "last" and not TASKS[self.task].task_type.endswith("_CLS"):
             raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
         method = METHODS[self.method]
         if self.packing and not method.packed:
@@ -394,12 +396,18 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 def _nearest(key: str) -> str | None:
     """The full name of the field that is most like a key, by its own last name, in full or by a short name."""
-    options = dict.fromkeys(name for method in METHODS.values() for name in method.option_names)
-    full = [*_field_names(Recipe), *(f"method_options.{name}" for name in options)]
-    names = {name.rpartition(".")[2]: name for name in reversed(full)} | {name: name for name in full} | SHORT
     last = key.rpartition(".")[2]
-    near = [last] if last in names else difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return names[near[0]] if near else None
+
+    def search(full: Sequence[str], cutoff: float) -> str | None:
+        names = {name.rpartition(".")[2]: name for name in reversed(full)} | {name: name for name in full} | SHORT
+        near = [last] if last in names else difflib.get_close_matches(key, names, n=1, cutoff=cutoff)
+        return names[near[0]] if near else None
+
+    fields = _field_names(Recipe)
+    if found := search(fields, 0.8):  # without the import of PEFT, which has the options of its methods
+        return found
+    options = dict.fromkeys(name for method in METHODS.values() for name in method.option_names)
+    return search([*fields, *(f"method_options.{name}" for name in options)], 0.5)
 
 
 def _field_names(model: Any, prefix: str = "") -> list[str]:

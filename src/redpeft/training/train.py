@@ -41,8 +41,9 @@ from redpeft.storage import (
     to_json,
     write_atomically,
 )
-from redpeft.tasks import Task, read_data
+from redpeft.tasks.base import Task
 from redpeft.tasks.columns import unread_columns
+from redpeft.tasks.data import read_data
 from redpeft.training.callbacks import TIMES, attach, bars_on_terminals_only, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.model import Learner, build_learner, check_options, head_parameters, save_model
@@ -206,7 +207,7 @@ def _check_labels(task: Task, init_from: str) -> None:
     """
     saved = find_run(init_from) / TASK
     if not saved.is_file():
-        if getattr(task, "label_names", None):
+        if task.head_labels:
             log_main(
                 f"{init_from} is not in a run folder: its head is assumed to have this data's labels, in their order"
             )
@@ -283,6 +284,6 @@ def _write_card(run: TrainingRun, result: dict[str, Any]) -> None:
             run.folder / ADAPTER,
             task=run.recipe.task,
             metrics=metrics,
-            labels=getattr(run.task, "label_names", None),
+            labels=list(run.task.head_labels) or None,
             recipe=run.recipe.model_dump(mode="json"),
         )

@@ -30,7 +30,7 @@ from redpeft import calibrate
 from redpeft.errors import RunError, UserError
 from redpeft.models import autocast, choose_precision, input_limit, positions
 from redpeft.storage import CHECKPOINTS, last_checkpoint
-from redpeft.tasks import TASKS, Task
+from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import values
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.encoding import encode_questions
@@ -111,8 +111,9 @@ def check_reporters(recipe: Recipe) -> None:
 
 def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     """The Trainer with what a run adds, its arguments' class, and arguments of its own."""
-    if recipe.task != "instruction":
-        generation = TASKS[recipe.task].generation
+    task = TASKS[recipe.task]
+    if not task.by_trl:
+        generation = task.generation
         if generation is None:
             return type("RunTrainer", (RunTrainer, Trainer), {}), TrainingArguments, {}
         run_trainer = type("RunGeneratingTrainer", (RunTrainer, GeneratingTrainer), {"generation": generation})
@@ -120,7 +121,7 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError:
-        raise UserError("the task instruction needs TRL: pip install redpeft[trl]") from None
+        raise UserError(f"the task {task.name} needs TRL: pip install redpeft[trl]") from None
     extra = {
         "max_length": recipe.max_length,
         "packing": recipe.packing,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redpeft.errors import RunError, UserError
-from redpeft.tasks import e2e_metrics
-from redpeft.tasks.e2e_files import score_files
-from redpeft.tasks.e2e_metrics import NO_JAVA, has_java, nist, score
+from redpeft.tasks import metrics
+from redpeft.tasks.e2e import score_files
+from redpeft.tasks.metrics import NO_JAVA, has_java, nist, score_texts
 
 needs_java = pytest.mark.skipif(not has_java(), reason="no Java here, which METEOR, ROUGE-L and CIDEr need")
 PREDICTIONS = ["Zizzi is a cheap pub near the river.", "There is a family friendly place called Cotto."]
@@ -23,7 +23,7 @@ REFERENCES = [
 
 @pytest.fixture
 def no_java(monkeypatch):
-    monkeypatch.setattr(e2e_metrics, "has_java", lambda: False)
+    monkeypatch.setattr(metrics, "has_java", lambda: False)
 
 
 def naive_nist(hypotheses, references, longest=5):
@@ -96,17 +96,17 @@ def test_nist_counts_five_words_at_most():
 
 
 def test_bleu_and_nist_without_java(no_java, caplog):
-    scores = score(PREDICTIONS, REFERENCES)
+    scores = score_texts(PREDICTIONS, REFERENCES)
     assert list(scores) == ["bleu", "nist", "meteor", "rouge_l", "cider"]
     assert [scores[name] for name in ("meteor", "rouge_l", "cider")] == [None] * 3
     assert 0 < scores["bleu"] < 100
     assert caplog.messages == [NO_JAVA]
     assert "\n" not in NO_JAVA
-    upper = score([text.upper() for text in PREDICTIONS], [[text.upper() for text in g] for g in REFERENCES])
+    upper = score_texts([text.upper() for text in PREDICTIONS], [[text.upper() for text in g] for g in REFERENCES])
     assert upper == scores  # lower case
-    firsts = score([group[-1] for group in REFERENCES], REFERENCES)
+    firsts = score_texts([group[-1] for group in REFERENCES], REFERENCES)
     assert firsts["bleu"] == pytest.approx(100)  # a match with any of the references, however many there are
-    spaced = score(["Zizzi is a cheap pub near the river .", PREDICTIONS[1]], REFERENCES)
+    spaced = score_texts(["Zizzi is a cheap pub near the river .", PREDICTIONS[1]], REFERENCES)
     assert spaced == scores  # 13a: punctuation is a token
 
 
@@ -126,14 +126,14 @@ def test_a_missing_package_is_named(monkeypatch, missing):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(UserError) as caught:
-        score(PREDICTIONS, REFERENCES)
+        score_texts(PREDICTIONS, REFERENCES)
     assert str(caught.value) == f"the scores of E2E need {missing}: pip install redpeft[e2e]"
 
 
 @pytest.mark.parametrize(("predictions", "references"), [([], []), (PREDICTIONS, REFERENCES[:1]), ([], REFERENCES)])
 def test_one_prediction_for_each(predictions, references):
     with pytest.raises(UserError, match=f"^{len(predictions)} predictions for {len(references)} meaning representat"):
-        score(predictions, references)
+        score_texts(predictions, references)
 
 
 @needs_java
@@ -141,11 +141,13 @@ def test_texts_that_could_upset_the_java_programs():
     """Their input is one text a line, and METEOR's texts are separated by a sign."""
     whole = [["", *REFERENCES[1], "Café Zizzi, naïve “€5” 寿司"], REFERENCES[0]]
     broken = [[text.replace(" ", "\u2028").replace("a\u2028", "a\r\n ||| \n") for text in group] for group in whole]
-    tokens = e2e_metrics._penn_tokens(whole)
-    assert e2e_metrics._penn_tokens(broken) == tokens
+    tokens = metrics._penn_tokens(whole)
+    assert metrics._penn_tokens(broken) == tokens
     assert [len(group) for group in tokens.values()] == [5, 2]
     assert tokens[0][0] == ""
-    scores = score([*PREDICTIONS, "", "...", "Café “€5” 寿司 |||"], [*REFERENCES, *REFERENCES, ["Café ||| Cotto."]])
+    scores = score_texts(
+        [*PREDICTIONS, "", "...", "Café “€5” 寿司 |||"], [*REFERENCES, *REFERENCES, ["Café ||| Cotto."]]
+    )
     assert all(0 < value < 100 for value in scores.values())
 
 
@@ -164,7 +166,7 @@ def test_a_failure_of_java_is_one_line(tmp_path, monkeypatch, behaviour):
     stub.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="^pycocoevalcap did not compute METEOR, ROUGE-L and CIDEr: ") as caught:
-        score(PREDICTIONS, REFERENCES)
+        score_texts(PREDICTIONS, REFERENCES)
     assert "\n" not in str(caught.value)
 
 
@@ -174,10 +176,10 @@ def test_a_folder_that_pycocoevalcap_may_not_write_into(monkeypatch):
     def fail(*_):
         raise PermissionError(13, "Permission denied", "tmp")
 
-    monkeypatch.setattr(e2e_metrics, "has_java", lambda: True)
+    monkeypatch.setattr(metrics, "has_java", lambda: True)
     monkeypatch.setattr(PTBTokenizer, "tokenize", fail)
     with pytest.raises(RunError, match="CIDEr: .*Permission denied"):
-        score(PREDICTIONS, REFERENCES)
+        score_texts(PREDICTIONS, REFERENCES)
 
 
 PUBLISHED = {"bleu": 65.00, "nist": 8.393, "meteor": 45.03, "rouge_l": 67.61, "cider": 2.233}

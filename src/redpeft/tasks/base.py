@@ -1,0 +1,301 @@
+"""What a task is: what is learned from rows, and how it is scored.
+
+A new task is a subclass of `Task` in a module of its own, and an entry in `TASKS`. Training, fleets and evaluation ask
+a task for what differs and have no case for any. This module imports neither torch nor datasets, so that a recipe can
+be read quickly.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from redpeft.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOWER_IS_BETTER = {"mse", "loss"}
+"""Of the metrics by which a task chooses its best epoch; of all others a higher value is better."""
+
+
+class DataConfig(BaseModel):
+    """Where the data is and what its columns mean. Columns that are not named are guessed and shown."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str | None = Field(
+        None,
+        description="A data set's name on the Hugging Face Hub, a folder (train, validation and test files, a folder "
+        "of texts for each class, or what save_to_disk wrote), or one file of training rows (.csv, .tsv, .jsonl, "
+        ".json, .parquet, .xlsx).",
+    )
+    config_name: str | None = Field(
+        None,
+        description="The Hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; for a folder, one inside it.",
+    )
+    train: str | None = Field(None, description="File of training rows; overrides those of `path`.")
+    validation: str | None = Field(None, description="File of validation rows; overrides those of `path`.")
+    test: str | None = Field(None, description="File of test rows; overrides those of `path`.")
+    header: Literal["first", "none"] | None = Field(
+        None,
+        description="Tables (.csv, .tsv, .xlsx): first: the first row holds the column names. none: there are no "
+        "names, and the columns are called column_1, column_2, ... Default: the first row holds the names, and one "
+        "that looks like data is an error.",
+    )
+    protocol: Literal["glue", "glue-t5"] | None = Field(
+        None,
+        description="Make GLUE's test split as the RED paper does, from the public validation set by the seed, since "
+        "GLUE's own test labels are not public. glue-t5 is its variant for T5. config_name names the task, or else "
+        "the last part of the path.",
+    )
+    text: str | None = Field(None, description="Classification: the text's column.")
+    text_pair: str | None = Field(None, description="Classification of pairs: the second text's column.")
+    label: str | list[str] | None = Field(
+        None,
+        description="Classification: the label's column. Several labels a row: a column of lists, or the names of "
+        "several columns of 0 and 1, or texts with a separator. Regression: a column of numbers.",
+    )
+    label_separator: str | None = Field(
+        None,
+        min_length=1,
+        description="Classification: what separates several labels in one text, such as '|'. list: they are a list in "
+        "brackets. none: each text is one label. Default: inferred from parts that recur, and shown.",
+    )
+    drop_missing: bool = Field(
+        False, description="Leave out rows without a text or a label. Otherwise they are errors."
+    )
+    tokens: str | None = Field(None, description="Token classification: the column with each row's list of words.")
+    tags: str | None = Field(None, description="Token classification: the column with each word's tag.")
+    prefix: str | None = Field(
+        None,
+        description="Text to text: a prefix such as 'mrpc'. Each text then follows its column's name, as in T5's "
+        "training. Default: the texts alone.",
+    )
+    prompt: str | None = Field(
+        None, description="Instruction: the prompt's column. E2E: the meaning representation's."
+    )
+    response: str | None = Field(None, description="Instruction: the response's column. E2E: the text's.")
+    messages: str | None = Field(
+        None, description="Instruction: the column with a chat, a list of {'role': ..., 'content': ...}."
+    )
+    template: Literal["auto", "plain"] = Field(
+        "auto",
+        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain if "
+        "there is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
+    )
+    validation_fraction: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the training rows that become the validation split if there is none.",
+    )
+    group: str | None = Field(
+        None,
+        description="The column that says which rows belong together, such as a document or a customer. They are not "
+        "separated by a limit, or by a validation split taken from the training rows. Default: rows with the same "
+        "question belong together, or rows of one document if there is a column document_id or doc_id.",
+    )
+    max_train_rows: int | None = Field(
+        None, ge=1, description="Train on at most this many rows, in whole groups, drawn by the seed."
+    )
+    max_eval_rows: int | None = Field(
+        None, ge=1, description="Validate and test on at most this many rows each, in whole groups, drawn by the seed."
+    )
+
+    @field_validator("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", mode="before")
+    @classmethod
+    def _column_by_number(cls, value: Any) -> Any:
+        """A column that is called 2019 is a number to YAML."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> DataConfig:
+        if not (self.path or self.train):
+            raise ValueError("no data: give `path` or `train`")
+        return self
+
+
+class Task(ABC):
+    """A task with its columns and labels, as it is saved in task.json. Subclasses are dataclasses.
+
+    Attributes:
+        name: as a recipe calls it.
+        task_type: PEFT's name of this kind of task. "SEQ_CLS" and "TOKEN_CLS" have a head, which is always trained.
+        group: what rows have in common that ask the same, such as "prompt": validation rows share it with no training
+            row.
+        recipe_fields: fields of a recipe that only some tasks have, and this one has.
+        by_trl: whether TRL's `SFTTrainer` trains it, which brings its own collator.
+        default_columns: what the columns of rows to answer are called for an adapter without its run; {} where such an
+            adapter cannot be used.
+        generation: None where the answer is made of logits. Otherwise the arguments of `generate`; `compute_metrics`
+            and `decode` then get texts.
+        own_limits: for people: at which lengths the task cuts rows whatever the model reads.
+        columns: the names of the task's columns in the data.
+        metric: what chooses the best epoch.
+    """
+
+    name: ClassVar[str]
+    task_type: ClassVar[str]
+    group: ClassVar[str]
+    recipe_fields: ClassVar[Collection[str]] = ()
+    by_trl: ClassVar[bool] = False
+    default_columns: ClassVar[Mapping[str, str]] = {}
+    generation: ClassVar[dict[str, Any] | None] = None
+    own_limits: ClassVar[str] = ""
+    columns: dict[str, Any]
+    metric: str
+
+    # --- from data ---
+
+    @classmethod
+    @abstractmethod
+    def from_splits(cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None) -> Task:
+        """The task of this data: columns that are not named are guessed, and every row is checked. A task with more
+        `recipe_fields` takes these too, where they are given.
+
+        Raises:
+            UserError: data that is wrong for this task.
+        """
+
+    @classmethod
+    @abstractmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, Any]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+
+    @classmethod
+    def without_run(cls, labels: Sequence[str]) -> Task:
+        """The task of an adapter without its run. `labels`: a name for each row of its head, if there is one."""
+        return cls(columns=dict(cls.default_columns), metric="loss")  # type: ignore[call-arg]
+
+    @abstractmethod
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises UserError for a missing column, or a row that is wrong."""
+
+    @abstractmethod
+    def groups(self, dataset: Dataset) -> Sequence[Hashable]:
+        """A key for each row, the same for rows that ask the same."""
+
+    @property
+    def strata(self) -> Callable[[Dataset], list[int]] | None:
+        """Gives the class of each row of a dataset, by which a validation split is balanced; None without classes."""
+        return None
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """Lines for people, such as the labels and their counts."""
+        return []
+
+    @property
+    def head_labels(self) -> Sequence[str]:
+        """A name for each output of the task's head; none without a head, or for a number."""
+        return ()
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for tasks of one kind whose models have one shape and one loss."""
+        return len(self.head_labels)
+
+    # --- to train and to score ---
+
+    @abstractmethod
+    def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
+        """The base model with the task's head. `kwargs` go to `from_pretrained`."""
+
+    @abstractmethod
+    def encode(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
+    ) -> Dataset:
+        """Rows in tokens, cut at `max_length`: "input_ids", ..., "labels", and `columns.CUT`, which rows were cut."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """Makes a batch of encoded rows; None where TRL brings its own."""
+
+    compute_metrics: ClassVar[Any] = None
+    """None: the loss alone. Otherwise a function of an `EvalPrediction` that gives the scores, `metric` among them."""
+
+    @property
+    def confusion(self) -> Callable[[Any], Any] | None:
+        """A function of an `EvalPrediction` that counts rows by their label and the one predicted; None without
+        classes."""
+        return None
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether a larger `metric` is better."""
+        return self.metric not in LOWER_IS_BETTER
+
+    # --- to answer ---
+
+    @abstractmethod
+    def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
+        """Rows to answer: objects with the task's columns, or texts where one is enough. `first` numbers them."""
+
+    @abstractmethod
+    def decode(self, predictions: Any, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
+        """Logits or generated texts as answers, one JSON-able dict a row."""
+
+    unanswered: ClassVar[Any] = None
+    """None, or a function of a dataset and the set of keys answered so far that gives the rows to answer, where rows
+    that ask the same get one answer."""
+
+    score_answers: ClassVar[Any] = None
+    """None, or a function of texts and a dataset that scores them as answers to `questions(dataset)`, beside the loss:
+    at the end of training on the test split, and in `redpeft evaluate`."""
+
+    def questions(self, dataset: Dataset) -> Dataset:
+        """The rows whose answers `score_answers` scores."""
+        return dataset
+
+    # --- on disk ---
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `task_from_dict` reads it back."""
+        return {"task": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+
+class _Tasks(Mapping[str, type[Task]]):
+    """The tasks by name. The module of one is imported when it is asked for."""
+
+    _places: ClassVar[dict[str, str]] = {
+        "classification": "redpeft.tasks.classification:ClassificationTask",
+        "token-classification": "redpeft.tasks.token_classification:TokenClassificationTask",
+        "instruction": "redpeft.tasks.instruction:InstructionTask",
+        "e2e": "redpeft.tasks.e2e:E2ETask",
+        "text-to-text": "redpeft.tasks.text_to_text:TextToTextTask",
+    }
+
+    def __getitem__(self, name: str) -> type[Task]:
+        return resolve_name(self._places[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+TASKS = _Tasks()
+
+
+def task_from_dict(values: dict) -> Task:
+    """The task that `to_dict` described.
+
+    Raises:
+        UserError: `values` is not the description of a task.
+    """
+    kind = values.get("task") if isinstance(values, dict) else None
+    if kind is None or kind not in TASKS:
+        raise UserError(f"not a saved task: 'task' is {kind!r}, and the tasks are {', '.join(TASKS)}")
+    return TASKS[kind](**{key: value for key, value in values.items() if key != "task"})
