@@ -283,6 +283,14 @@ def test_layers_that_are_called_by_themselves_are_not_trained_without_a_unit():
     sites(model)[0](torch.randn(2, 32))
 
 
+def test_a_new_adapter_on_a_model_in_evaluation_does_not_stand_in_its_way():
+    model = get_peft_model(llama(torch.float32).eval(), RedConfig())
+    model(torch.randint(0, 60, (2, 8)))
+    assert units(model) == [1, 1]
+    model.train()(torch.randint(0, 60, (2, 8)))
+    assert 1 not in units(model)
+
+
 class Other(torch.nn.Module):
     """A model whose inputs nobody can guess; `spare` is for other batches."""
 
