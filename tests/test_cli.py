@@ -683,7 +683,7 @@ def test_fold_writes_a_checkpoint_and_says_how_exact_it_is(redpeft, adapter, tin
     assert code == 0, err
     found = json.loads(out)
     assert (found["architecture"], found["dtype"], found["adapter"]) == ("BertModel", "float32", None)
-    assert [site["form"] for site in found["sites"]] == ["weight and bias"] * 2
+    assert [site["placement"] for site in found["sites"]] == ["weight and bias"] * 2
     assert all(site["error"] < 1e-6 and site["vanished"] == 0 for site in found["sites"])
     folded, base = AutoModel.from_pretrained(tmp_path / "folded"), AutoModel.from_pretrained(tiny_encoder_folder)
     weight = "encoder.layer.1.output.dense.weight"
@@ -703,14 +703,14 @@ def test_fold_shows_its_plan_for_a_model_or_an_adapter(redpeft, adapter, tiny_en
     assert "a bias by attention_bias=True, mlp_bias=True" in out
     assert "A plain checkpoint carries all of it." in out
     code, out, _ = redpeft("fold", adapter("one"), "--plan", tiny_encoder_folder, "--json")
-    assert json.loads(out)["forms"] == dict.fromkeys(SITES, "weight and bias")
+    assert json.loads(out)["placements"] == dict.fromkeys(SITES, "weight and bias")
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["ADAPTER"], "give an adapter and --out, or --plan MODEL"),
-        (["ADAPTER", "--out", "OUT", "--base", "nowhere"], "no such model folder"),
+        (["ADAPTER", "--out", "OUT", "--base", "nowhere"], "no folder and no model on the Hub has this name"),
         (["ADAPTER", "--out", "OUT", "--as", "llama"], "BertModel is not known to be Llama by another name"),
     ],
 )

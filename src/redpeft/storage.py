@@ -300,13 +300,14 @@ def is_below(path: Path, root: Path) -> bool:
 
 
 def is_local(path: str) -> bool:
-    """Whether a name that may be a hub's is meant as a path: it exists, or looks like nothing that the hub has."""
+    """Whether a name that may be one on the Hub is meant as a path: it exists or looks like a file's, or it cannot be
+    a name on the Hub."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(path)
+    except HFValidationError:
+        return True
     parts = Path(path).parts
-    return (
-        Path(path).expanduser().exists()
-        or path.startswith((".", "/", "~"))
-        or "\\" in path
-        or len(parts) > 2
-        or re.search(r"\.[A-Za-z]{2,8}\d?$", path) is not None
-        or (len(parts) == 2 and Path(parts[0]).is_dir())
-    )
+    looks_like_file = re.search(r"\.[A-Za-z]{2,8}\d?$", path) is not None
+    return Path(path).expanduser().exists() or looks_like_file or (len(parts) == 2 and Path(parts[0]).is_dir())

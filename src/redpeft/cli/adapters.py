@@ -74,16 +74,16 @@ def fold(
 ) -> CommandOutput:
     """Fold an adapter into its base model's weights: a plain checkpoint that needs no redpeft."""
     from redpeft.adapters import read_adapter
-    from redpeft.adapters.fold import fold, preview_fold, tables
+    from redpeft.adapters.fold import fold, preview_fold, preview_table, result_table
     from redpeft.storage import find_adapter
 
     if plan:
         preview = preview_fold(plan, sites.split(","), read_adapter(find_adapter(adapter)) if adapter else None)
-        return CommandOutput(dataclasses.asdict(preview), [tables.preview_table(preview, plan), *preview.notes])
+        return CommandOutput(dataclasses.asdict(preview), [preview_table(preview, plan), *preview.notes])
     if adapter is None or out is None:
         raise UserError("give an adapter and --out, or --plan MODEL")
     result = fold(adapter, out, base, dtype=dtype, llama=as_ == "llama", bundle=format_ == "bundle")
-    return CommandOutput(result.summary(), [tables.result_table(result), *result.notes, f"Checkpoint: {out}"])
+    return CommandOutput(result.summary(), [result_table(result), *result.notes, f"Checkpoint: {out}"])
 
 
 @command("redpeft compose 'runs/formal:0.7 + runs/brief:0.3' --out adapters/both")

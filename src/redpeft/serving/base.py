@@ -16,9 +16,7 @@ from huggingface_hub import snapshot_download
 from transformers import PretrainedConfig, PreTrainedModel
 
 from redpeft.adapters import Adapter
-from redpeft.adapters.fold.base import checkpoint_fingerprint
-from redpeft.adapters.fold.checkpoint import Checkpoint
-from redpeft.adapters.fold.names import Names
+from redpeft.adapters.checkpoint import Checkpoint, KeyMap, checkpoint_fingerprint
 from redpeft.errors import UserError, first_line
 from redpeft.models import checkpoint_class, fingerprint_difference, on_meta, output_width
 from redpeft.tuner.sites import find_sites
@@ -58,9 +56,9 @@ class ServedBase:
         return self._known[key]
 
     @cached_property
-    def _files(self) -> tuple[PreTrainedModel, Checkpoint, Names]:
+    def _files(self) -> tuple[PreTrainedModel, Checkpoint, KeyMap]:
         model, checkpoint = empty_model(self.config), Checkpoint(self._folder())
-        return model, checkpoint, Names(checkpoint.keys, model)
+        return model, checkpoint, KeyMap(checkpoint.keys, model)
 
     def _folder(self) -> Path:
         folder = Path(self.name)

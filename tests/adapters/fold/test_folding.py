@@ -180,7 +180,7 @@ def test_a_mixture_of_experts_keeps_the_edits_of_its_blocks(tmp_path):
     with pytest.raises(UserError, match=r"no place for the edits of model\.layers\.0\.mlp"):
         fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
     result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base", bundle=True)
-    forms = {site.site.rpartition(".")[2]: site.form for site in result.sites}
+    forms = {site.site.rpartition(".")[2]: site.placement for site in result.sites}
     assert forms == {"mlp": "stays an edit", "o_proj": "weight; its bias stays an edit"}
     assert relative(logits(load_folded(result), token_ids()), expected) <= EXACT
 
@@ -460,7 +460,7 @@ def test_another_base_of_the_same_shape(folders):
 def test_a_base_of_another_width(folders):
     config = tiny_config("bert", hidden_size=32)
     BertForSequenceClassification(config).save_pretrained(folders / "other")
-    refused(folders, "width 32 there, and 64 in the adapter|fits no", base=folders / "other")
+    refused(folders, "width 32 there, and 64 in the adapter|does not fit Bert", base=folders / "other")
 
 
 def test_a_base_of_another_architecture(folders):
@@ -501,7 +501,7 @@ def test_a_truncated_base(folders):
 
 
 def test_no_such_base(folders):
-    refused(folders, "no such", base=folders / "nowhere")
+    refused(folders, "no folder and no model on the Hub has this name", base=folders / "nowhere")
 
 
 def test_a_folder_that_is_there_is_left_alone(folders):
@@ -562,7 +562,7 @@ def test_biases_fold_into_a_quantised_checkpoint_and_its_weights_stay(four_bits,
     adapted.save_pretrained(tmp_path / "adapter")
     expected = logits(adapted, token_ids())
     result = fold(tmp_path / "adapter", tmp_path / "out", tmp_path / "base")
-    assert {site.form for site in result.sites} == {"weight and bias"}
+    assert {site.placement for site in result.sites} == {"weight and bias"}
     base, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
     assert base.keys() == out.keys()
     changed = {key for key in base if not torch.equal(base[key], out[key])}

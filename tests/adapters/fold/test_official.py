@@ -54,4 +54,4 @@ def test_the_released_llama_edits_need_biases_alone(tmp_path):
     assert all(torch.equal(edit.scale, torch.ones(4096)) for edit in adapter.edits.values())
     found = preview_fold(str(tmp_path / "base"), adapter=adapter)
     assert found.changes == {"mlp_bias": True}
-    assert list(found.forms.values()) == ["weight, and a bias by mlp_bias=True"] * 32
+    assert list(found.placements.values()) == ["weight, and a bias by mlp_bias=True"] * 32

@@ -1,50 +1,43 @@
-"""Fold an adapter into a plain transformers checkpoint: plan, survey, write.
+"""Fold an adapter into a plain transformers checkpoint: plan where each edit goes, fold the layers, write the files.
 
-No model is built, and one shard of the base is in memory at a time.
+No model is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from rich.table import Table
 from transformers import PreTrainedModel
 
 from redpeft.adapters.card import write_folded_card
+from redpeft.adapters.checkpoint import Checkpoint, KeyMap, checkpoint_fingerprint, is_quantised, local_folder
 from redpeft.adapters.files import Adapter, EffectiveEdit, read_adapter, write_adapter
-from redpeft.adapters.fold.base import checkpoint_fingerprint
-from redpeft.adapters.fold.checkpoint import Checkpoint, local_folder
-from redpeft.adapters.fold.exactness import WARN_ABOVE
-from redpeft.adapters.fold.llama import as_llama
-from redpeft.adapters.fold.names import Names
-from redpeft.adapters.fold.outline import outline
-from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Parts, Plan, is_quantised, plan_fold
-from redpeft.adapters.fold.survey import FoldedSite, survey
-from redpeft.adapters.fold.ties import FLAG, untied
-from redpeft.adapters.fold.write import changes, write_rest, write_weights
+from redpeft.adapters.fold.layers import WARN_ABOVE, FoldedSite, FoldSpec, fold_sites
+from redpeft.adapters.fold.plan import LEFT, FoldPreview, Plan, empty_adapted_model, plan_adapter, why_not_llama
+from redpeft.adapters.fold.write import find_changes, write_other_files, write_weights
+from redpeft.adapters.inspect import place
 from redpeft.errors import UserError, some
 from redpeft.models import (
     DTYPE_ARGUMENT,
     DTYPES,
     FLOATS,
-    empty_model,
     fingerprint_difference,
     load_config,
     loading_report,
-    on_meta,
     output_width,
 )
 from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder
-from redpeft.tuner.sites import find_sites
 
 
 @dataclass(frozen=True)
 class FoldResult:
-    """A folded checkpoint. `adapter` is the folder of the edits that are left beside it, in a bundle."""
+    """A folded checkpoint. `changes`: of the configuration; `adapter`: the folder with the edits that are left, in a
+    bundle."""
 
     out: Path
     architecture: str
@@ -52,12 +45,26 @@ class FoldResult:
     changes: dict[str, Any]
     sites: list[FoldedSite]
     adapter: Path | None
-    notes: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """A warning where the dtype rounds away much of the edit."""
+        poor = [site.site for site in self.sites if site.exactness and site.exactness.is_poor]
+        if not poor:
+            return []
+        other = "fp32" if self.dtype == torch.float16 else "fp32 or fp16"
+        return [
+            f"Warning: at {len(poor)} of {len(self.sites)} sites {self.dtype} rounds away more than {WARN_ABOVE:.0%} "
+            f"of the edit or of its scales ({some(poor)}): fold to {other} (--dtype), or write a bundle"
+        ]
 
     def summary(self) -> dict[str, Any]:
-        """What can be written as JSON: no tensors."""
-        sites = [{"site": s.site, "form": s.form, **(asdict(s.exactness) if s.exactness else {})} for s in self.sites]
-        return {**vars(self), "dtype": str(self.dtype).removeprefix("torch."), "sites": sites}
+        """The same without tensors, for JSON."""
+        sites = [
+            {"site": site.site, "placement": site.placement, **(asdict(site.exactness) if site.exactness else {})}
+            for site in self.sites
+        ]
+        return {**vars(self), "dtype": _name(self.dtype), "sites": sites, "notes": self.notes}
 
 
 def fold(
@@ -72,43 +79,42 @@ def fold(
     """Fold an adapter (or a run's) into its base model's weights and write a checkpoint that needs no redpeft.
 
     The arithmetic is fp32, rounded once to `dtype` ("fp32", "bf16", "fp16"; the base's own by default). `llama` writes
-    the model as Llama where that is the same function. `bundle` leaves what has no place in a stock checkpoint, or
-    would be rounded away, as an adapter beside it.
+    the model as Llama where both are the same function. `bundle` keeps an edit that has no place in a stock
+    checkpoint, or would be rounded away, as an adapter beside it.
 
     Raises `UserError` for whatever `read_adapter` refuses, another base model, a base without safetensors, an `out`
-    that is there, and an edit that has no place in a stock checkpoint or overflows `dtype`; nothing is written then.
+    that exists, and an edit that has no place in a stock checkpoint or overflows `dtype`; nothing is written then.
     """
     adapter, out = read_adapter(find_adapter(path)), Path(out)
-    folder = _base_folder(adapter, base)
-    checkpoint = Checkpoint(folder)
-    original = outline(adapter, load_config(str(folder)), find_run(path))
+    checkpoint = Checkpoint(_base_folder(adapter, base))
+    original = empty_adapted_model(adapter, load_config(str(checkpoint.folder)), find_run(path))
     plan = plan_adapter(adapter, original, llama)
     if plan.left and not bundle:
         raise UserError(_no_place(plan, original))
-    names = Names(checkpoint.keys, plan.model)
-    _check_base(adapter, original, checkpoint, names)
-    stored = _dtype(dtype, checkpoint, names, plan)
-    sites = survey(adapter, plan, checkpoint, names, stored, bundle)
-    if all(site.form == LEFT for site in sites):
+    keys = KeyMap(checkpoint.keys, plan.model)
+    _check_base(adapter, original, checkpoint, keys)
+
+    stored = _stored_dtype(dtype, checkpoint, keys, plan)
+    spec = FoldSpec(adapter, checkpoint, keys, plan, stored, convert=dtype is not None, bundle=bundle)
+    sites = fold_sites(spec)
+    if all(site.placement == LEFT for site in sites):
         raise UserError(
-            f"nothing of {adapter.folder} can be folded into {folder}: ship the base model and the adapter"
+            f"nothing of {adapter.folder} can be folded into {checkpoint.folder}: ship the base model and the adapter"
         )
-    filled = {f"{site.site}.bias" for site in sites if site.bias is not None}
-    zeros = plan.model.state_dict().keys() - original.state_dict().keys() - filled
-    made = changes(sites, plan, zeros, names, stored)
     left = {site.site: site.left for site in sites if site.left is not None}
+
     with new_folder(out) as temporary:
         setattr(plan.model.config, DTYPE_ARGUMENT, stored)
-        used = _used(names, plan.model, folder)
-        write_weights(temporary, checkpoint, made, used, plan.model, adapter.head, stored, convert=dtype is not None)
-        write_rest(temporary, folder, adapter, plan.model)
+        write_weights(temporary, spec, find_changes(spec, sites, original))
+        write_other_files(temporary, checkpoint.folder, adapter, plan.model)
         _check_loads(temporary, plan.model)
         if left:
             _write_left(temporary, out, adapter, left)
         architecture = type(plan.model).__name__
-        write_folded_card(temporary, str(base or folder), architecture, plan.changes, len(sites), list(left))
-    left_in = out / ADAPTER if left else None
-    return FoldResult(out, architecture, stored, plan.changes, sites, left_in, _notes(sites, stored))
+        write_folded_card(
+            temporary, str(base or checkpoint.folder), architecture, plan.changes, len(sites), list(left)
+        )
+    return FoldResult(out, architecture, stored, plan.changes, sites, out / ADAPTER if left else None)
 
 
 def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
@@ -125,78 +131,9 @@ def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
         ) from error
 
 
-def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, EffectiveEdit]) -> None:
-    """What stays an edit, as an adapter whose base is the folded checkpoint. PEFT wants the head in both."""
-    config = {
-        **adapter.config,
-        "base_model_name_or_path": str(final),
-        "revision": None,
-        "base_fingerprint": None,
-        "use_scale": any(bool((edit.scale != 1).any()) for edit in left.values()),
-    }
-    write_adapter(replace(adapter, folder=folder / ADAPTER, config=config, edits=left))
-
-
-@dataclass(frozen=True)
-class FoldPreview:
-    """What folding would write for a model. `forms` goes by site; `not_llama` is None where --as llama would do."""
-
-    architecture: str
-    forms: dict[str, str]
-    changes: dict[str, Any]
-    not_llama: str | None
-
-    @property
-    def notes(self) -> list[str]:
-        """What to choose, in words."""
-        if not any(form in (BIAS_LEFT, LEFT) for form in self.forms.values()):
-            return ["A plain checkpoint carries all of it."]
-        return [
-            "Needs --format bundle: what stays an edit is an adapter beside the checkpoint.",
-            f"--as llama: no, {self.not_llama}"
-            if self.not_llama
-            else "--as llama: the same function, written as Llama.",
-        ]
-
-
-def preview_fold(model: str, sites: str | Sequence[str] = "ffn", adapter: Adapter | None = None) -> FoldPreview:
-    """What becomes of an adapter's edits on `model`, or of whole edits at `sites`. Reads no weights."""
-    if adapter is None:
-        original = empty_model(model)
-        plan = plan_fold(original, {site.name: Parts() for site in find_sites(original, sites)})
-    else:
-        original = outline(adapter, load_config(model), adapter.folder)
-        plan = plan_adapter(adapter, original, llama=False)
-    return FoldPreview(type(original).__name__, plan.forms, plan.changes, _not_llama(original))
-
-
-def plan_adapter(adapter: Adapter, original: PreTrainedModel, llama: bool) -> Plan:
-    """The plan for an adapter of `original`, written as Llama where `llama` says so. UserError: it does not fit."""
-    sites = {
-        site: Parts(bool((edit.scale != 1).any()), bool((edit.bias != 0).any()))
-        for site, edit in adapter.edits.items()
-    }
-    if llama:
-        name, config = as_llama(original.config, type(original).__name__)
-        plan = plan_fold(on_meta(getattr(transformers, name), config), sites)
-        plan = replace(plan, changes={"model_type": config.model_type, **plan.changes})
-    else:
-        plan = plan_fold(original, sites)
-    model, names = untied(plan.model, adapter.head)
-    return replace(plan, model=model, changes={**plan.changes, FLAG: False}, untied=names) if names else plan
-
-
-def _not_llama(model: PreTrainedModel) -> str | None:
-    try:
-        as_llama(model.config, type(model).__name__)
-    except UserError as error:
-        return str(error)
-    return None
-
-
 def _no_place(plan: Plan, original: PreTrainedModel) -> str:
-    llama = "write it as Llama, which is the same function (--as llama), " if _not_llama(original) is None else ""
-    whole = [site for site, form in plan.forms.items() if form == LEFT]
+    llama = "write it as Llama, which is the same function (--as llama), " if why_not_llama(original) is None else ""
+    whole = [site for site, placement in plan.placements.items() if placement == LEFT]
     what = f"{'the edits' if whole else 'the biases'} of {some(whole or plan.left)}"
     return (
         f"a stock {type(plan.model).__name__} has no place for {what}: {llama}write a bundle (--format bundle), which "
@@ -204,7 +141,7 @@ def _no_place(plan: Plan, original: PreTrainedModel) -> str:
     )
 
 
-def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpoint, names: Names) -> None:
+def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpoint, keys: KeyMap) -> None:
     """Refuse another base model than the adapter was trained on: other widths, or other weights."""
     for site, edit in adapter.edits.items():
         width = output_width(original.get_submodule(site), original)
@@ -216,30 +153,22 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
     saved = adapter.config.get("base_fingerprint")
     if not saved:
         return
-    found = checkpoint_fingerprint({site: site for site in adapter.edits}, original, checkpoint, names)
+    found = checkpoint_fingerprint({site: site for site in adapter.edits}, original, checkpoint, keys)
     if differs := fingerprint_difference(saved, found):
         raise UserError(f"{adapter.folder} is for another base model than {checkpoint.folder}: {differs}")
 
 
-def _dtype(dtype: str | None, checkpoint: Checkpoint, names: Names, plan: Plan) -> torch.dtype:
-    """What new and folded tensors are stored in: as asked for, or as those of the first site are."""
-    site = next(iter(plan.forms))
+def _stored_dtype(asked: str | None, checkpoint: Checkpoint, keys: KeyMap, plan: Plan) -> torch.dtype:
+    """The dtype of new and folded tensors: the one asked for, or that of the first site's tensors."""
+    site = next(iter(plan.placements))
     quantised = is_quantised(plan.model.config, site)
-    if plan.forms[site] == LEFT or quantised:
-        keys = [key for key, name in names.own.items() if name in (f"{site}.weight", f"{site}.bias")]
+    if plan.placements[site] == LEFT or quantised:
+        found = [key for key, name in keys.in_model.items() if name in (f"{site}.weight", f"{site}.bias")]
     else:
-        keys = [names.find(f"{site}.weight")]
-    found = [checkpoint.read(key).dtype for key in keys or list(checkpoint.keys)[:1]]
-    own = next((one for one in found if one in FLOATS), torch.float32)
-    return own if dtype is None or quantised else DTYPES[dtype]
-
-
-def _used(names: Names, model: PreTrainedModel, folder: Path) -> dict[str, str]:
-    """The names without those of tensors that the model of the checkpoint does not have (of another head)."""
-    if getattr(model.config, "quantization_config", None):
-        return names.written
-    unexpected = set(loading_report(model, folder)["unexpected_keys"])
-    return {key: name for key, name in names.written.items() if not {key, name, names.own[key]} & unexpected}
+        found = [keys.key_of(f"{site}.weight")]
+    dtypes = [checkpoint.read(key).dtype for key in found or list(checkpoint.keys)[:1]]
+    own = next((dtype for dtype in dtypes if dtype in FLOATS), torch.float32)
+    return own if asked is None or quantised else DTYPES[asked]
 
 
 def _check_loads(folder: Path, model: PreTrainedModel) -> None:
@@ -253,12 +182,60 @@ def _check_loads(folder: Path, model: PreTrainedModel) -> None:
         )
 
 
-def _notes(sites: list[FoldedSite], dtype: torch.dtype) -> list[str]:
-    poor = [site for site in sites if site.exactness and site.exactness.is_poor]
-    if not poor:
-        return []
-    other = "fp32" if dtype == torch.float16 else "fp32 or fp16"
-    return [
-        f"Warning: at {len(poor)} of {len(sites)} sites {dtype} rounds away more than {WARN_ABOVE:.0%} of the edit or "
-        f"of its scales ({some([site.site for site in poor])}): fold to {other} (--dtype), or write a bundle"
-    ]
+def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, EffectiveEdit]) -> None:
+    """Write the edits that are left as an adapter of the folded checkpoint. PEFT needs the head in both."""
+    config = {
+        **adapter.config,
+        "base_model_name_or_path": str(final),
+        "revision": None,
+        "base_fingerprint": None,
+        "use_scale": any(bool((edit.scale != 1).any()) for edit in left.values()),
+    }
+    write_adapter(replace(adapter, folder=folder / ADAPTER, config=config, edits=left))
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def result_table(result: FoldResult) -> Table:
+    """A row for each place in the layers and each placement, with the largest rounding there: as shares of the output
+    and of the edit's effect, and the share of scales without effect."""
+    table = Table(title=f"{result.architecture}, {_name(result.dtype)}")
+    table.add_column("module", overflow="fold")
+    table.add_column("sites", justify="right")
+    table.add_column("folded into")
+    for name in ("rounding / output", "rounding / edit", "scales vanished"):
+        table.add_column(name, justify="right")
+    for (where, placement), sites in _grouped((site.site, site.placement, site) for site in result.sites).items():
+        known = [site.exactness for site in sites if site.exactness]
+        worst = ["-", "-", "-"]
+        if known:
+            worst = [
+                f"{max(one.error for one in known):.1e}",
+                f"{max(one.lost for one in known):.1e}",
+                f"{max(one.vanished for one in known):.1%}",
+            ]
+        table.add_row(where, str(len(sites)), placement, *worst)
+    return table
+
+
+def preview_table(preview: FoldPreview, model: str) -> Table:
+    """A row for each place in the layers and each placement."""
+    table = Table(title=f"{model} ({preview.architecture})")
+    for name in ("module", "sites", "folded into"):
+        table.add_column(name, overflow="fold")
+    rows = _grouped((site, placement, site) for site, placement in preview.placements.items())
+    for (where, placement), sites in rows.items():
+        table.add_row(where, str(len(sites)), placement)
+    return table
+
+
+def _grouped(rows: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], list[Any]]:
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for site, placement, row in rows:
+        groups.setdefault((place(site), placement), []).append(row)
+    return groups
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,7 @@
-"""Write the folded checkpoint: the base's files one after another, with the tensors of edited layers changed."""
+"""Write the folded checkpoint: the base's files one after another, with the tensors of edited layers changed.
+
+One file of the base is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
+from redpeft.adapters.checkpoint import INDEX, companions
 from redpeft.adapters.files import Adapter
-from redpeft.adapters.fold.checkpoint import INDEX, Checkpoint, companions
-from redpeft.adapters.fold.names import Names
-from redpeft.adapters.fold.plan import Plan
-from redpeft.adapters.fold.survey import FoldedSite, rows
+from redpeft.adapters.fold.layers import FoldedSite, FoldSpec, as_rows
 from redpeft.errors import UserError
-from redpeft.models import FLOATS, ensure_pad_token, load_tokenizer
+from redpeft.models import FLOATS, ensure_pad_token, loading_report
 from redpeft.tuner.edit import fold_edit
 
 
@@ -28,8 +29,8 @@ from redpeft.tuner.edit import fold_edit
 class Changes:
     """What happens to the base's tensors, by their keys in its checkpoint.
 
-    `added` are new tensors, by the key beside which they are written and their own names; `copied` are the names that
-    a tensor of the base gets beside its own.
+    `scaled`: weights whose rows are scaled; `replaced`: biases with new values; `copied`: the further names that a
+    tensor of the base gets; `added`: new tensors by name, by the key of the tensor beside which they are written.
     """
 
     scaled: dict[str, FoldedSite] = field(default_factory=dict)
@@ -37,62 +38,57 @@ class Changes:
     copied: dict[str, list[str]] = field(default_factory=dict)
     added: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
-    def add(self, beside: str, name: str, tensor: torch.Tensor) -> None:
-        self.added.setdefault(beside, {})[name] = tensor
 
-
-def changes(sites: list[FoldedSite], plan: Plan, zeros: set[str], names: Names, dtype: torch.dtype) -> Changes:
-    """What to change in the base's checkpoint. `zeros`: biases of its model that are new and that no edit fills."""
-    found, state = Changes(), plan.model.state_dict()
-    for group in plan.untied:
-        there = [key for key, name in names.written.items() if name in group]
-        found.copied[there[0]] = [name for name in group if name not in map(names.written.get, there)]
+def find_changes(spec: FoldSpec, sites: list[FoldedSite], original: PreTrainedModel) -> Changes:
+    """What to change in the base's checkpoint. `original`: the base's model, without the biases that the plan adds."""
+    found, written, state = Changes(), spec.keys.written, spec.plan.model.state_dict()
+    for group in spec.plan.untied:
+        there = [key for key, name in written.items() if name in group]
+        found.copied[there[0]] = [name for name in group if name not in map(written.get, there)]
+    new_biases = {}  # by name, with the key of the layer's weight
     for site in sites:
         if site.key is not None and site.scale is not None:
             found.scaled[site.key] = site
         if site.key is not None and site.bias is not None:
-            key = site.key.removesuffix("weight") + "bias"
-            if key in names.written:
-                found.replaced[key] = site.bias
+            if site.bias_key in written:
+                found.replaced[site.bias_key] = site.bias
             else:
-                found.add(site.key, names.written[site.key].removesuffix("weight") + "bias", site.bias)
-    for name in sorted(zeros):
-        key = names.find(name.removesuffix("bias") + "weight")
-        found.add(key, names.written[key].removesuffix("weight") + "bias", torch.zeros(state[name].shape, dtype=dtype))
+                new_biases[f"{site.site}.bias"] = site.key, site.bias
+    filled = {f"{site.site}.bias" for site in sites if site.bias is not None}
+    for name in sorted(state.keys() - original.state_dict().keys() - filled):  # the switch adds more than is edited
+        zeros = torch.zeros(state[name].shape, dtype=spec.dtype)
+        new_biases[name] = spec.keys.key_of(name.removesuffix("bias") + "weight"), zeros
+    for key, bias in new_biases.values():
+        found.added.setdefault(key, {})[written[key].removesuffix("weight") + "bias"] = bias
     return found
 
 
-def write_weights(
-    folder: Path,
-    checkpoint: Checkpoint,
-    changes: Changes,
-    names: Mapping[str, str],
-    model: PreTrainedModel,
-    head: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-    convert: bool,
-) -> None:
-    """Write the base's tensors under their new `names`, those without a name left out, with those of the head in their
-    places or after the last.
+def write_weights(folder: Path, spec: FoldSpec, changes: Changes) -> None:
+    """Write the base's tensors under the names of the new checkpoint, split into files as the base's are.
 
-    Files are split as the base's are. `dtype` is that of what is new or folded; of all else too with `convert`.
+    Tensors that its model does not have (of another head) are left out. Tensors of the adapter's head replace the
+    base's, or stand after the last one.
     """
+    names, head = _written_names(spec), dict(spec.adapter.head)
     weight_map: dict[str, str] = {}
     total = 0
-    new = dict(head)
-    files = list(checkpoint.files.items())
+    files = list(spec.checkpoint.files.items())
     for file, keys in track(files, "Folding", console=Console(stderr=True), disable=len(files) == 1):
         tensors: dict[str, torch.Tensor] = {}
-        with checkpoint.open(file) as shard:
-            metadata = shard.metadata()  # torchao keeps there what its tensors are
+        with spec.checkpoint.open(file) as shard:
+            metadata = shard.metadata()  # torchao describes its tensors there
             for key in keys:
-                if key in names:
-                    tensor = _changed(key, shard.get_tensor(key), changes, model, dtype, convert).contiguous()
-                    tensors |= {name: tensor.clone() for name in changes.copied.get(key, ()) if name not in head}
-                    tensors[names[key]] = new.pop(names[key]).to(dtype).contiguous() if names[key] in new else tensor
-                    tensors |= changes.added.get(key, {})
+                if key not in names:
+                    continue
+                tensor = _changed(key, shard.get_tensor(key), spec, changes).contiguous()
+                for name in changes.copied.get(key, ()):
+                    if name not in spec.adapter.head:
+                        tensors[name] = tensor.clone()
+                name = names[key]
+                tensors[name] = head.pop(name).to(spec.dtype).contiguous() if name in head else tensor
+                tensors |= changes.added.get(key, {})
         if file == files[-1][0]:
-            tensors |= {name: tensor.to(dtype).contiguous() for name, tensor in new.items()}
+            tensors |= {name: tensor.to(spec.dtype).contiguous() for name, tensor in head.items()}
         if tensors:
             save_file(tensors, folder / file, metadata={**(metadata or {}), "format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -102,37 +98,44 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_rest(folder: Path, base: Path, adapter: Adapter, model: PreTrainedModel) -> None:
-    """The configuration, and what lies beside the weights: tokenizer (the adapter's, if it has one), templates, ..."""
+def _written_names(spec: FoldSpec) -> Mapping[str, str]:
+    keys, model = spec.keys, spec.plan.model
+    if getattr(model.config, "quantization_config", None):
+        return keys.written
+    unexpected = set(loading_report(model, spec.checkpoint.folder)["unexpected_keys"])
+    return {key: name for key, name in keys.written.items() if not {key, name, keys.in_model[key]} & unexpected}
+
+
+def _changed(key: str, tensor: torch.Tensor, spec: FoldSpec, changes: Changes) -> torch.Tensor:
+    if key in changes.replaced:
+        return changes.replaced[key]
+    if key in changes.scaled:
+        site = changes.scaled[key]
+        assert site.scale is not None
+        module = spec.plan.model.get_submodule(site.site)
+        scale = site.scale.to(torch.promote_types(tensor.dtype, torch.float32))
+        folded, _ = fold_edit(as_rows(tensor, module), None, scale, torch.zeros_like(scale))
+        return as_rows(folded, module).to(spec.dtype)
+    if not spec.convert or tensor.dtype not in FLOATS:
+        return tensor
+    converted = tensor.to(spec.dtype)
+    if not converted.isfinite().all() and tensor.isfinite().all():
+        raise UserError(f"{key} of the base model has values beyond the range of {spec.dtype}; fold to bf16 or fp32")
+    return converted
+
+
+def write_other_files(folder: Path, base: Path, adapter: Adapter, model: PreTrainedModel) -> None:
+    """Write the configuration, and copy the files besides the weights: the base's, then the adapter's (a
+    tokenizer)."""
     for source in (base, adapter.folder):
         for path in companions(source):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, folder / path)
     model.config.architectures = [type(model).__name__]
     if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         if tokenizer.pad_token is None:
             ensure_pad_token(tokenizer)  # as in training
             tokenizer.save_pretrained(folder)
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config.save_pretrained(folder)
-
-
-def _changed(
-    key: str, tensor: torch.Tensor, changes: Changes, model: PreTrainedModel, dtype: torch.dtype, convert: bool
-) -> torch.Tensor:
-    if key in changes.replaced:
-        return changes.replaced[key]
-    if key not in changes.scaled:
-        if not convert or tensor.dtype not in FLOATS:
-            return tensor
-        converted = tensor.to(dtype)
-        if not converted.isfinite().all() and tensor.isfinite().all():
-            raise UserError(f"{key} of the base model has values beyond the range of {dtype}; fold to bf16 or fp32")
-        return converted
-    site = changes.scaled[key]
-    assert site.scale is not None
-    module = model.get_submodule(site.site)
-    scale = site.scale.to(torch.promote_types(tensor.dtype, torch.float32))
-    folded, _ = fold_edit(rows(tensor, module), None, scale, torch.zeros_like(scale))
-    return rows(folded, module).to(dtype)
