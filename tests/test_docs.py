@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 import typer
 
+from helpers.versions import TOO_OLD
 from redpeft import cli, demo
 from redpeft.training.baselines import DEFAULT_RATES
 from redpeft.training.recipe import load_recipe
-from versions import TOO_OLD
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

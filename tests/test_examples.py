@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.data import write_rows
 from redpeft.training.baselines import DEFAULT_RATES
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -42,9 +43,9 @@ def tiny_chat_model(tmp_path, tiny_decoder_folder, tiny_chat_tokenizer):
     return folder
 
 
-def write_rows(folder: Path, row: dict) -> Path:
-    folder.mkdir()
-    (folder / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n", encoding="utf-8")
+def twice(folder: Path, row: dict) -> Path:
+    """A data set of one row, twice."""
+    write_rows(folder / "train.jsonl", [row, row])
     return folder
 
 
@@ -81,13 +82,13 @@ def test_trainer(run_example, tiny_encoder_folder, capsys):
 
 def test_sft(run_example, tiny_chat_model, tmp_path):
     roles = [{"role": "user", "content": "Is it open?"}, {"role": "assistant", "content": "Yes, from ten."}]
-    run_example("sft", tiny_chat_model, write_rows(tmp_path / "chats", {"messages": roles}), "out")
+    run_example("sft", tiny_chat_model, twice(tmp_path / "chats", {"messages": roles}), "out")
     assert_moved("out")
 
 
 def test_dpo(run_example, tiny_chat_model, tmp_path):
     row = {"prompt": "Is it open?", "chosen": " Yes, from ten.", "rejected": " Who knows."}
-    run_example("dpo", tiny_chat_model, write_rows(tmp_path / "pairs", row), "out")
+    run_example("dpo", tiny_chat_model, twice(tmp_path / "pairs", row), "out")
     assert_moved("out")
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from .folders import random_tensors, write_folder
+from helpers.adapters import random_tensors, write_folder
 
 
 @pytest.fixture

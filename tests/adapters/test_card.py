@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
+from helpers.adapters import SITES, random_tensors, write_folder
 from redpeft.adapters.card import write_card
 from redpeft.errors import UserError
-
-from .folders import SITES, random_tensors, write_folder
 
 
 def test_card_says_what_how_and_how_well(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from helpers.adapters import SITES, WIDTH, random_tensors, write_folder
 from redpeft import RedConfig, cli
 from redpeft.adapters import Adapter, EffectiveEdit, load_adapter, read_adapter, write_adapter
 from redpeft.adapters.compose import (
@@ -28,8 +29,6 @@ from redpeft.adapters.compose import (
 )
 from redpeft.adapters.expression import compose
 from redpeft.errors import UserError
-
-from .folders import SITES, WIDTH, random_tensors, write_folder
 
 PRINT = {"shapes": "x", "samples": [0.5]}
 

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification
 
+from helpers.adapters import SITES, WIDTH, random_tensors, write_folder
 from redpeft.adapters import (
     Adapter,
     EffectiveEdit,
@@ -20,8 +21,6 @@ from redpeft.adapters import (
 from redpeft.errors import UserError
 from redpeft.models import fingerprint
 from redpeft.storage import find_adapter, save_tensors
-
-from .folders import SITES, WIDTH, random_tensors, write_folder
 
 
 def key(site, part):

@@ -9,10 +9,9 @@ import matplotlib.image
 import torch
 from rich.console import Console
 
+from helpers.adapters import SITES, random_tensors, write_folder
 from redpeft.adapters import read_adapter
 from redpeft.adapters.inspect import compare, comparison_table, plot, summarize, summary_table
-
-from .folders import SITES, random_tensors, write_folder
 
 SCALE = [3.0, -2.0, 1.0, -0.5]
 BIAS = [1.0, -4.0, 0.0, 10.0]

@@ -12,11 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from helpers.adapters import SITES, WIDTH, random_tensors, write_folder, write_run
 from redpeft.adapters import list_adapters
 from redpeft.adapters.listing import ListedAdapter, adapters_table
 from redpeft.errors import UserError
-
-from .folders import SITES, WIDTH, random_tensors, write_folder, write_run
 
 SAMPLES = [0.1234, -2.5, 1e-3]
 

@@ -24,12 +24,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.adapters import SITES, random_tensors, write_folder
 from redpeft import RedConfig
 from redpeft.adapters import load_adapter, read_adapter
 from redpeft.adapters.released import export_released, import_released, import_table
 from redpeft.errors import UserError
-
-from .folders import SITES, random_tensors, write_folder
 
 SMALL = {"vocab_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 ROBERTA = RobertaConfig(**SMALL, hidden_size=16, pad_token_id=1)
@@ -472,7 +471,7 @@ def test_refuses_what_is_not_there(tmp_path):
     for missing in (tmp_path / "nowhere", tmp_path / "base"):
         with pytest.raises(UserError, match=r"no such file: .*; give a delta_vector\.pth"):
             import_released(missing, base, tmp_path / "out")
-    with pytest.raises(UserError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"no folder with a config\.json"):
         import_released(path, str(tmp_path / "nowhere"), tmp_path / "out")
 
 

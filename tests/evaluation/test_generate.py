@@ -5,8 +5,9 @@ import json
 import shutil
 
 import pytest
-from talkers import write_lines, write_red, write_talker
 
+from helpers.data import write_rows
+from helpers.language_models import write_red, write_talker
 from redpeft import cli, console
 from redpeft.errors import RunError, UserError
 from redpeft.evaluation.generate import Journal, generate
@@ -46,7 +47,7 @@ def alpaca(tmp_path):
 
 @pytest.fixture
 def mt(tmp_path):
-    return write_lines(tmp_path / "question.jsonl", MT)
+    return write_rows(tmp_path / "question.jsonl", MT)
 
 
 def alone(talker, *turns):
@@ -351,9 +352,9 @@ def test_the_public_questions(shared_data, talker, tmp_path):
     rows = [json.loads(line) for line in (shared_data / "mt_bench" / "test.jsonl").read_text().splitlines()]
     for row in rows:
         row["turns"] = [row.pop("instruction"), row.pop("follow_up")]
-    questions = FORMATS["mt-bench"].read(write_lines(tmp_path / "question.jsonl", rows))
+    questions = FORMATS["mt-bench"].read(write_rows(tmp_path / "question.jsonl", rows))
     assert [question["question_id"] for question in questions] == list(range(81, 161))
     assert all(len(FORMATS["mt-bench"].turns(question)) == 2 for question in questions)
-    short = write_lines(tmp_path / "short.jsonl", [row for row in rows if sum(map(len, row["turns"])) < 120][:3])
+    short = write_rows(tmp_path / "short.jsonl", [row for row in rows if sum(map(len, row["turns"])) < 120][:3])
     done = generate("mt-bench", str(talker), short, tmp_path / "out.jsonl", decoding=SHORT)
     assert done["questions"] == 3

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from talkers import write_lora, write_prompt, write_red, write_talker
 from transformers import (
     AutoTokenizer,
     LlamaForCausalLM,
@@ -12,6 +11,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
+from helpers.language_models import write_lora, write_prompt, write_red, write_talker
 from redpeft.errors import UserError
 from redpeft.evaluation.language_model import (
     Decoding,
@@ -205,5 +205,7 @@ def test_runs_that_do_not_answer(tmp_path):
     (run / "result.json").write_text("{}")
     task = {"task": "token-classification", "columns": {"tokens": "tokens", "tags": "tags"}, "label_names": ["O"]}
     (run / "task.json").write_text(json.dumps({**task, "metric": "f1"}))
-    with pytest.raises(UserError, match=r"the run in .*labels learned token-classification; answers need a run"):
+    with pytest.raises(
+        UserError, match=r"the run in .*labels was trained for token-classification; answers need a run"
+    ):
         open_language_model(str(run))

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from talkers import write_lines, write_lora, write_red, write_talker
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
+from helpers.data import write_rows
+from helpers.language_models import write_lora, write_red, write_talker
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.evaluation.language_model import attach
@@ -64,9 +65,9 @@ def folder(tiny_decoder_folder, tmp_path_factory) -> Path:
     write_red(folder / "two", base, seed=2)
     write_lora(folder / "lora", base, seed=3)
     (folder / "tasks").mkdir()
-    train = write_lines(folder / "train.jsonl", rows(4, 100))
+    train = write_rows(folder / "train.jsonl", rows(4, 100))
     for name, count in (("tiny_large", 24), ("tiny_small", 6)):
-        test = write_lines(folder / f"{name}.jsonl", rows(count))
+        test = write_rows(folder / f"{name}.jsonl", rows(count))
         (folder / "tasks" / f"{name}.yaml").write_text(CHOICE.format(name=name, train=train, test=test))
     (folder / "tasks" / "tiny_open.yaml").write_text(OPEN.format(test=folder / "tiny_small.jsonl"))
     return folder

@@ -9,21 +9,14 @@ from collections import deque
 import pytest
 import torch
 
-WORDS = {"negative": ["bad", "awful"], "positive": ["good", "great"], "neutral": ["shop", "not"]}
+from helpers.data import sentiment_rows, write_rows
 
 
-def write_data(folder, rows, seed=0, labels=("negative", "positive"), longest=12):
+def write_data(folder, rows, seed=0, **options):
     """A data set whose words tell the class: so many training rows, 8 for validation and 8 for test."""
-    folder.mkdir(parents=True)
     draw = random.Random(seed)
     for split, count in {"train": rows, "validation": 8, "test": 8}.items():
-        lines = []
-        for index in range(count):
-            label = labels[index % len(labels)]
-            words = [draw.choice(["the", "film", "is", "very", "in"]) for _ in range(draw.randint(1, longest))]
-            words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label]))
-            lines.append(json.dumps({"text": " ".join(words), "label": label}))
-        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_rows(folder / f"{split}.jsonl", sentiment_rows(count, draw, **options))
     return folder
 
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 from itertools import dropwhile, takewhile
 
 import pytest
-from fake_runs import asked, fake_run
 
+from helpers.table_runs import asked, fake_run
 from redpeft.reproduce.page import command_line, write_report
 from redpeft.reproduce.plan import Request
 from redpeft.reproduce.published import find_table

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
-from fake_runs import asked, fake_run
 
+from helpers.table_runs import asked, fake_run
 from redpeft.reproduce.plan import Request
 from redpeft.reproduce.published import Column, find_table
 from redpeft.reproduce.report import Cell, average, beside_head, cell, finished_runs, make_report, sampling_error

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 
+from helpers.data import sentiment_rows, write_rows
 from redpeft.cli.command import run_app
-
-WORDS = {"negative": ["bad", "awful"], "positive": ["good", "great"]}
-
-
-def write_rows(path, count, seed=0):
-    """Rows whose words tell the class, as JSON lines."""
-    draw, lines = random.Random(seed), []
-    for index in range(count):
-        label = ("negative", "positive")[index % 2]
-        words = [draw.choice(["the", "film", "is", "very", "in"]) for _ in range(draw.randint(1, 8))]
-        words.insert(draw.randint(0, len(words)), draw.choice(WORDS[label]))
-        lines.append(json.dumps({"text": " ".join(words), "label": label}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
 def rows():
-    return write_rows
+    """Write a file of so many rows whose words tell the class."""
+
+    def write(path, count, seed=0):
+        write_rows(path, sentiment_rows(count, random.Random(seed), longest=8))
+        return path
+
+    return write
 
 
 @pytest.fixture

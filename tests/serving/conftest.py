@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.models import llama, save
 from redpeft.models import fingerprint
 
 from .making import LAYERS, SITES, TOKENS, WIDTH, adapter
@@ -21,25 +22,14 @@ os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tiny_chat_tokenizer) -> Path:
     """A saved LlamaForCausalLM with weights large enough that its answers differ from prompt to prompt."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_chat_tokenizer),
+    model = llama(
+        tiny_chat_tokenizer,
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=2,
         intermediate_size=256,
-        max_position_embeddings=256,
         initializer_range=0.2,
-        bos_token_id=tiny_chat_tokenizer.bos_token_id,
-        eos_token_id=tiny_chat_tokenizer.eos_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_chat_tokenizer.save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("base"), model, tiny_chat_tokenizer)
 
 
 @pytest.fixture(scope="session")

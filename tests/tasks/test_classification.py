@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import making
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Features, Sequence, Value
 from transformers import AutoTokenizer, EvalPrediction
 
+from helpers import tasks as helper
 from redpeft.errors import UserError
 from redpeft.tasks.base import TASKS, DataConfig, task_from_dict
 from redpeft.tasks.classification import ClassificationTask
@@ -17,9 +17,9 @@ from redpeft.tasks.data import read_splits
 
 TEXTS = ["the film is good", "the film is awful", "a very bad shop", "great"]
 
-make = making.make
-task_of = partial(making.task_of, ClassificationTask)
-error_of = partial(making.error_of, ClassificationTask)
+make = helper.make
+task_of = partial(helper.task_of, ClassificationTask)
+error_of = partial(helper.error_of, ClassificationTask)
 
 
 # --- columns --------------------------------------------------------------------------------------------------------

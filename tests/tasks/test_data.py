@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pydantic import ValidationError
-from writing import ROWS, write_rows
 
+from helpers.data import ROWS, write_rows
 from redpeft.errors import UserError
 from redpeft.storage import is_local
 from redpeft.tasks import data as data_module

@@ -3,11 +3,11 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import making
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from helpers import tasks as helper
 from redpeft.errors import UserError
 from redpeft.tasks.base import DataConfig, task_from_dict
 from redpeft.tasks.data import read_data, read_splits
@@ -18,9 +18,9 @@ ROWS = {
     "ref": ["Cotto is a place.", "Aromi, in the riverside area.", "There is Cotto."],
 }
 
-make = partial(making.make, source="trainset.csv")
-task_of = partial(making.task_of, E2ETask, source="trainset.csv")
-error_of = partial(making.error_of, E2ETask, source="trainset.csv")
+make = partial(helper.make, source="trainset.csv")
+task_of = partial(helper.task_of, E2ETask, source="trainset.csv")
+error_of = partial(helper.error_of, E2ETask, source="trainset.csv")
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from writing import write, write_rows
 
+from helpers.data import write, write_rows
 from redpeft.errors import UserError
 from redpeft.tasks.e2e import E2ETask, read_predictions, read_references, score_files
 from redpeft.tasks.files import read_file

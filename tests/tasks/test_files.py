@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
-from writing import ROWS, write, write_rows
 
+from helpers.data import ROWS, write, write_rows
 from redpeft.errors import UserError
 from redpeft.tasks.base import DataConfig
 from redpeft.tasks.columns import ROW, column_names, where

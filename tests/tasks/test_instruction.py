@@ -4,12 +4,12 @@ import copy
 import json
 from functools import partial
 
-import making
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from helpers import tasks as helper
 from redpeft.errors import UserError
 from redpeft.models import pad_prompts
 from redpeft.tasks.base import DataConfig, task_from_dict
@@ -25,9 +25,9 @@ CHAT = [
 ]
 PAIRS = {"prompt": ["Say yes", "Say no"], "response": ["yes", "no"]}
 
-make = partial(making.make, source="train.jsonl")
-task_of = partial(making.task_of, InstructionTask, source="train.jsonl")
-error_of = partial(making.error_of, InstructionTask, source="train.jsonl")
+make = partial(helper.make, source="train.jsonl")
+task_of = partial(helper.task_of, InstructionTask, source="train.jsonl")
+error_of = partial(helper.error_of, InstructionTask, source="train.jsonl")
 
 
 def parts(encoded, tokenizer) -> list[tuple[str, str]]:

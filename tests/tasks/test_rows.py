@@ -5,8 +5,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from writing import ROWS, write_rows
 
+from helpers.data import ROWS, write_rows
 from redpeft.errors import UserError
 from redpeft.tasks.base import DataConfig
 from redpeft.tasks.classification import ClassificationTask

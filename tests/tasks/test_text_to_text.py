@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from functools import partial
 
-import making
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
@@ -12,6 +11,7 @@ from sklearn.metrics import matthews_corrcoef
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, EvalPrediction
 
+from helpers import tasks as helper
 from redpeft.errors import UserError
 from redpeft.tasks.base import DataConfig, task_from_dict
 from redpeft.tasks.data import read_data
@@ -21,8 +21,8 @@ SINGLE = {"sentence": ["a good film", "a bad film", "awful"], "label": ["good", 
 PAIRS = {"sentence1": ["one", "two"], "sentence2": ["three", "four"], "label": [0, 1]}
 NUMBERS = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": [3.84, 0.0, 5.0]}
 
-make = making.make
-task_of = partial(making.task_of, TextToTextTask)
+make = helper.make
+task_of = partial(helper.task_of, TextToTextTask)
 regression_of = partial(task_of, problem_type="regression")
 
 

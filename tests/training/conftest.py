@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 
 import pytest
 
-
-def write_rows(path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+from helpers.data import sentiment_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -18,13 +15,7 @@ def data_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
     for split, count in {"train": 48, "validation": 16, "test": 16}.items():
-        rows = []
-        for index in range(count):
-            label = index % 2
-            words = [draw.choice(["the", "film", "is", "very", "in"]) for _ in range(draw.randint(1, 12))]
-            words.insert(draw.randint(0, len(words)), draw.choice(["good", "great"] if label else ["bad", "awful"]))
-            rows.append({"text": " ".join(words), "label": ["negative", "positive"][label]})
-        write_rows(folder / f"{split}.jsonl", rows)
+        write_rows(folder / f"{split}.jsonl", sentiment_rows(count, draw))
     return folder
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from learning import learn
 from transformers import (
     AlbertConfig,
     AlbertForSequenceClassification,
@@ -18,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.training import learn
 from redpeft import find_sites
 from redpeft.errors import UserError
 from redpeft.training.model import apply_method, check_options

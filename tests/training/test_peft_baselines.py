@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from learning import learn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -18,6 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from helpers.training import learn
 from redpeft.errors import UserError
 from redpeft.training.model import apply_method, trainable_parameters
 from redpeft.training.recipe import load_recipe

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from helpers.versions import keys_go_through_the_tuner
 from redpeft import RedConfig, find_sites
 from redpeft.adapters import load_adapter, read_adapter
 from redpeft.models import compile_in_place
-from versions import keys_go_through_the_tuner
 
 
 def whole(model: nn.Module) -> nn.Module:

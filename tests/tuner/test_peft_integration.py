@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForSequenceClassification, UMT5Config, UMT5ForConditionalGeneration
 
+from helpers.versions import keys_go_through_the_tuner
 from redpeft import RedConfig
 from redpeft.errors import UserError
-from versions import keys_go_through_the_tuner
 
 TASKS = [
     ("bert_classifier", "SEQ_CLS", "modules_to_save.default"),

@@ -18,9 +18,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parameters_to_vector
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
+from helpers.versions import needs_add_adapter
 from redpeft import RedConfig, calibrate
 from redpeft.errors import UserError
-from versions import needs_add_adapter
 
 SHARED = ["shared_expert.down_proj"]
 

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from redpeft import RedConfig
+
+from .models import llama, save
 
 
 def write_talker(folder: Path, tokenizer_folder: Path, seed: int = 0) -> Path:
     """A Llama with large random weights (outputs far apart) and an end token that is likely enough to come."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-        initializer_range=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
+    large = {"max_position_embeddings": 512, "initializer_range": 0.4, "tie_word_embeddings": False}
+    model = llama(tokenizer, seed, **large)
     with torch.no_grad():
         model.lm_head.weight[tokenizer.eos_token_id] *= 1.3
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save(folder, model, tokenizer)
 
 
 def write_red(folder: Path, base: Path, seed: int) -> Path:
@@ -56,8 +42,3 @@ def write_prompt(folder: Path, base: Path, seed: int) -> Path:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
-
-
-def write_lines(path: Path, rows: list) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path

@@ -1,4 +1,4 @@
-"""Data sets and tasks from columns in memory, for the tests of this room."""
+"""Data sets and tasks from columns in memory."""
 
 from __future__ import annotations
 
