@@ -35,9 +35,9 @@ from redpeft.models import (
 from redpeft.tuner.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
 from redpeft.tuner.config import FORMAT, RedConfig
 from redpeft.tuner.edit import ORIGINS
+from redpeft.tuner.first_step import check_first_step
 from redpeft.tuner.layer import RedLayer
 from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
-from redpeft.tuner.rates import watch_rate
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
 from redpeft.tuner.units import add_hook, remove_hook
@@ -86,7 +86,7 @@ class RedModel(BaseTuner):
             if config.format == 1:
                 nn.init.constant_(edit.offset, torch.nan)  # until the file's values are loaded
             if automatic and not config.inference_mode:
-                watch_rate(edit)
+                check_first_step(edit)
         if config.format == 1:
             model.register_forward_pre_hook(refuse_missing_values)
         if automatic and not config.inference_mode:

@@ -1,4 +1,4 @@
-"""The warning of learning rates at which an edit stays where it is."""
+"""The warnings at an optimiser's first step: rates at which an edit stays where it is, units that are missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapted(tiny):
     return lambda **options: get_peft_model(tiny.llama(), RedConfig(**options))
 
 
-def test_trainers_default_rates_are_told_once(adapted):
+def test_trainers_default_rates_are_warned_of_once(adapted):
     model = adapted()
     [message] = said(model, lr=5e-5, steps=3)
     assert message.startswith("a learning rate of 5e-05 teaches RED almost nothing: its edits learn at about 0.03")
@@ -56,6 +56,20 @@ def test_nothing_is_said_of_other_rates_rules_optimisers_and_models(adapted):
     assert said(nn.Linear(2, 2), lr=1e-5) == []
     assert said(copy.deepcopy(model), lr=3e-2) == []
     assert said(model, lr=1e-5)  # still, after steps that were not its own
+
+
+def test_a_loop_in_evaluation_mode_is_warned_that_units_are_missing(tiny, adapted):
+    def step(model: nn.Module) -> None:
+        model(**tiny.batch()).loss.backward()
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2).step()
+
+    with pytest.warns(
+        UserWarning, match=r"units of RED's biases have not been measured.* call model.train\(\) or red"
+    ):
+        step(adapted())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*units of RED")
+        step(adapted().train())
 
 
 def test_other_hooks_on_steps_run_too(adapted):

@@ -1,7 +1,11 @@
-"""Warns when an optimiser would learn almost nothing: trainers' default rates are made for whole models.
+"""Warns at an optimiser's first step when an edit would not learn as it should.
+
+Trainers' default rates are made for whole models.
 
 A step of Adam moves an edit by about the learning rate, of 1 or of a unit. At the default of Trainer, 5e-5, a hundred
 steps move a scale by a thousandth; a rate of 3e-2 suits RED.
+
+And units are measured in training mode: a loop that never calls `model.train()` would learn biases in units of 1.
 
 There is no warning for a deep copy of a model, whose parameters are others, nor with DeepSpeed, whose optimisers hold
 flattened copies of the parameters.
@@ -24,7 +28,7 @@ _edits: WeakSet[Edit] = WeakSet()
 _handle: RemovableHandle | None = None
 
 
-def watch_rate(edit: Edit) -> None:
+def check_first_step(edit: Edit) -> None:
     """Check the rate at the first step of an optimiser that holds this edit."""
     global _handle
     _edits.add(edit)
@@ -34,10 +38,16 @@ def watch_rate(edit: Edit) -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _handle
-    learned = {id(vector) for edit in _edits for vector in (edit.offset, edit.bias)}
-    groups = [group for group in optimizer.param_groups if any(id(each) in learned for each in group["params"])]
+    edits = {id(vector): edit for edit in _edits for vector in (edit.offset, edit.bias)}
+    groups = [group for group in optimizer.param_groups if any(id(each) in edits for each in group["params"])]
     if not groups:
         return
+    if any(edits[id(each)].unit_pending for group in groups for each in group["params"] if id(each) in edits):
+        warnings.warn(
+            "the units of RED's biases have not been measured, since no forward pass ran in training mode: call "
+            "model.train() or redpeft.calibrate(model) before training",
+            stacklevel=2,
+        )
     _edits.clear()
     if _handle is not None and next(reversed(_global_optimizer_pre_hooks)) == _handle.id:
         _handle.remove()  # torch is iterating over the hooks: it may remove the last one alone; others stay, and idle
