@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from helpers.data import e2e_rows, write_rows
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 
 
 @pytest.fixture(scope="session")
