@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import EvalPrediction, get_scheduler
+from transformers import EvalPrediction, TrainerState, get_scheduler
 from transformers.trainer_pt_utils import nested_concat
 
 from redpeft.errors import RunError
@@ -29,7 +29,9 @@ from redpeft.fleet.fleet import Fleet, SlotState
 from redpeft.fleet.queue import Job
 from redpeft.storage import CHECKPOINTS, append_metrics, save_tensors, write_metrics
 from redpeft.training.model import save_model
+from redpeft.training.recipe import Recipe
 from redpeft.training.train import TrainingRun, best_evaluation, plain_scores
+from redpeft.training.trainer import EVALUATION_ROWS, EpochOrder, metrics_function
 
 CHECKPOINT = "fleet.safetensors"  # in checkpoints/, written after each epoch
 LOSS_LINES = 100  # of a run's metrics.jsonl
@@ -97,20 +99,20 @@ class ActiveJob:
     def __init__(self, job: Job, run: TrainingRun, fleet: Fleet, slot: int, lock: ExitStack) -> None:
         self.job, self.run, self.fleet, self.slot, self.lock = job, run, fleet, slot, lock
         self.request: BatchRequest | None = None  # what it waits for
-        self.state = run.trainer.state
+        self.state = TrainerState()
         self.best: torch.Tensor | None = None
         self.since_best = 0  # evaluations
         self.reported = 0  # of the evaluations
         self.seconds, self.began = 0.0, time.perf_counter()
         self.step_seconds: list[float] = []
         self.losses: list[float] = []  # since the last line of the log
-        trainer, recipe = run.trainer, run.recipe
-        splits = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        splits |= {name: rows for name, rows in run.encoded.items() if name == "test"}
-        self.rows = {name: trainer._remove_unused_columns(rows) for name, rows in splits.items()}
-        self.steps_per_epoch = math.ceil(len(self.rows["train"]) / recipe.batch_size)
+        recipe, train = run.recipe, run.encoded["train"]
+        lengths = [len(ids) for ids in train["input_ids"]] if recipe.group_by_length else None
+        self.order = EpochOrder(len(train), recipe.batch_size, recipe.seed, lengths)
+        self.compute_metrics = metrics_function(run.task, run.learner.tokenizer)
+        self.steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
         self.max_steps = recipe.max_steps or math.ceil(recipe.epochs * self.steps_per_epoch)
-        self.rate_share = _schedule(trainer.args, self.max_steps)
+        self.rate_share = _schedule(recipe, self.max_steps)
         self.scores: dict[str, Any] | None = None
         self._generator: Any = self._loop()
         self._resume()
@@ -142,7 +144,7 @@ class ActiveJob:
         if self.best is not None:
             self.fleet.state.values[self.slot] = self.best.to(self.fleet.device)
         scores = {**best_evaluation(self.state), "test": None}
-        if "test" in self.rows:
+        if "test" in self.run.encoded:
             metrics = yield from self._evaluate("test", "test_")
             scores["test"] = plain_scores(metrics, "test_")
         return scores
@@ -159,7 +161,7 @@ class ActiveJob:
         save_model(self.fleet.model, self.run.learner, self.run.folder)
         step = statistics.median(self.step_seconds) if self.step_seconds else None
         times = {"seconds": round(self._seconds(), 3), "seconds_per_step": step and round(step, 5)}
-        self.run.finish(self.scores, times, plots=False)
+        self.run.finish(self.state, self.scores, times, plots=False)
 
     def save(self) -> None:
         """Write a checkpoint, from which the job goes on when the process dies."""
@@ -193,10 +195,10 @@ class ActiveJob:
     def _batches(self) -> Iterator[list[dict[str, Any]]]:
         """The rest of this epoch."""
         epoch, done = divmod(self.state.global_step, self.steps_per_epoch)
-        order, size = self.run.trainer.order, self.run.recipe.batch_size
-        order.set_epoch(epoch)
-        rows = list(order)[done * size : (done + self.max_steps - self.state.global_step) * size]
-        return _batched(self.rows["train"], rows, size)
+        size = self.run.recipe.batch_size
+        self.order.set_epoch(epoch)
+        rows = list(self.order)[done * size : (done + self.max_steps - self.state.global_step) * size]
+        return _batched(self.run.encoded["train"], rows, size)
 
     def _rates(self) -> Rates:
         recipe, share = self.run.recipe, self.rate_share(self.state.global_step)
@@ -238,17 +240,17 @@ class ActiveJob:
 
     def _evaluate(self, split: str, prefix: str) -> Generator[BatchRequest, BatchResult, dict[str, float]]:
         """The scores of a split, as a Trainer's `evaluate` gives them."""
-        rows, trainer = self.rows[split], self.run.trainer
+        rows, size = self.run.encoded[split], max(self.run.recipe.batch_size, EVALUATION_ROWS)
         losses, logits, labels = [], [], []
-        for batch in _batched(rows, range(len(rows)), trainer.args.per_device_eval_batch_size):
+        for batch in _batched(rows, range(len(rows)), size):
             result = yield BatchRequest(batch, None)
             losses += [result.loss] * len(batch)
-            if trainer.compute_metrics is not None:
+            if self.compute_metrics is not None:
                 logits.append(result.logits)
                 labels.append(result.labels)
         scores = {"loss": statistics.fmean(losses)}
-        if trainer.compute_metrics is not None:
-            scores |= trainer.compute_metrics(EvalPrediction(predictions=_join(logits), label_ids=_join(labels)))
+        if self.compute_metrics is not None:
+            scores |= self.compute_metrics(EvalPrediction(predictions=_join(logits), label_ids=_join(labels)))
         return {f"{prefix}{name}": value for name, value in scores.items()}
 
     def _log(self, entry: dict[str, Any]) -> None:
@@ -270,8 +272,9 @@ def _join(parts: Sequence[Any]) -> Any:
     return reduce(partial(nested_concat, padding_index=-100), parts).numpy()
 
 
-def _schedule(args: Any, steps: int) -> Callable[[int], float]:
+def _schedule(recipe: Recipe, steps: int) -> Callable[[int], float]:
     """step -> the share of the learning rate, by transformers' schedules."""
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler: Any = get_scheduler(args.lr_scheduler_type, optimiser, args.get_warmup_steps(steps), steps)
+    warmup = math.ceil(steps * recipe.warmup) if recipe.warmup < 1 else int(recipe.warmup)
+    scheduler: Any = get_scheduler(recipe.schedule, optimiser, warmup, steps)
     return scheduler.lr_lambdas[0]

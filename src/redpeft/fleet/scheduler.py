@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import Trainer
 
 from redpeft.console import counted
 from redpeft.errors import RunError, Stopped
@@ -18,7 +19,7 @@ from redpeft.fleet.fleet import Fleet
 from redpeft.fleet.job import ActiveJob, BatchRequest, BatchResult
 from redpeft.fleet.memory import plan_memory
 from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
-from redpeft.fleet.template_model import TemplateModel, autocast_dtype
+from redpeft.fleet.template_model import TemplateModel
 from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
 from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
 from redpeft.training.train import TrainingRun
@@ -79,7 +80,7 @@ class Scheduler:
     ) -> None:
         self.loader, self.first, self.control = loader, first, control
         self.template = TemplateModel(first.job.recipe, first.task)
-        self.first_run = self._prepare(first)  # its Trainer brings the model to its device
+        self.first_run = self._prepare(first)
         self.tokens = tokens or (TOKENS_ON_GPU if self.template.device.type != "cpu" else TOKENS)
         self.fleet = self._make_fleet(slots)
         self.jobs: dict[int, ActiveJob] = {}  # by slot; the longest-waiting first
@@ -104,17 +105,24 @@ class Scheduler:
 
     def _make_fleet(self, slots: int | None) -> Fleet:
         """With as many slots as are asked for, or as help; `NoRoom` where they do not fit into memory."""
-        model, trainer = self.template.model, self.first_run.trainer
-        autocast = autocast_dtype(self.first.job.recipe)
-        batch, rows = _full_batch(self.first_run, self.tokens)
+        model, autocast = self.template.model, self.template.autocast
+        batch, rows = self._full_batch()
         probe = Fleet(model, 1, autocast=autocast)
         probe.check_loss(batch)
         plan = plan_memory(probe, batch, rows)
         count = plan.choose(min(self.loader.queue.left(), slots or SLOTS), slots)
         fleet = Fleet(model, count, autocast=autocast)
-        fleet.decay(trainer.get_decay_parameter_names(model))
+        fleet.decay(Trainer.get_decay_parameter_names(cast("Trainer", None), model))
         self.loader.report({"event": "fleet", "slots": count, "tokens": self.tokens, **vars(plan), "plan": str(plan)})
         return fleet
+
+    def _full_batch(self) -> tuple[dict[str, Any], int]:
+        """The longest training row of the first run, repeated until a pass is full: the batch, and its rows."""
+        dataset = self.first_run.encoded["train"]
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        rows = max(self.first.job.recipe.batch_size, self.tokens // lengths[longest])
+        return self.template.collate([dataset[longest]] * rows), rows
 
     def _free_slots(self) -> list[int]:
         return [slot for slot in range(self.fleet.slots) if slot not in self.jobs]
@@ -161,11 +169,11 @@ class Scheduler:
             self._advance(self.jobs[slot], result)
 
     def _compute(self, requests: Mapping[int, BatchRequest]) -> dict[int, BatchResult]:
-        """The results by slot. The rows of all jobs are one batch: they have one tokenizer, and so one way to pad."""
+        """The results by slot, of one pass over the rows of all requests."""
         began = time.perf_counter()
         rows = [row for request in requests.values() for row in request.rows]
         owners = [slot for slot, request in requests.items() for _ in request.rows]
-        batch = _collate(self.jobs[owners[0]].run, rows)
+        batch = self.template.collate(rows)
         rates = {slot: request.rates for slot, request in requests.items() if request.rates is not None}
         logits = labels = None
         if rates:
@@ -218,17 +226,3 @@ class Scheduler:
             active.lock.close()
         jobs = counted(len(self.jobs), "job")
         raise Stopped(f"stopped with {jobs} under way; run the same command again to continue")
-
-
-def _collate(run: TrainingRun, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    batch = run.trainer.data_collator(list(rows))
-    return {key: value for key, value in batch.items() if torch.is_tensor(value)}
-
-
-def _full_batch(run: TrainingRun, tokens: int) -> tuple[dict[str, Any], int]:
-    """The longest training row of a run, repeated until a pass is full: the batch, and how many rows it has."""
-    dataset = run.trainer._remove_unused_columns(run.trainer.train_dataset)
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    rows = max(run.recipe.batch_size, tokens // lengths[longest])
-    return _collate(run, [dataset[longest]] * rows), rows

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from redpeft.models import choose_precision, draw_weights, leave_unpacked
+from redpeft import calibrate
+from redpeft.models import autocast, choose_precision, draw_weights, leave_unpacked
 from redpeft.tasks.base import TASKS, Task
+from redpeft.tasks.metrics import IGNORED
 from redpeft.training.model import build_learner
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import TrainingRun, prepare
+from redpeft.training.trainer import CALIBRATION_ROWS
 
 ADAPTER_NAME = "default"
 
@@ -42,12 +49,15 @@ def kind_of(recipe: Recipe) -> Hashable:
 
 
 class TemplateModel:
-    """The model of jobs of one kind and shape, with RED and heads on it. `recipe` and `task` are any one's of them."""
+    """The model of jobs of one kind, with RED and heads on it, on the device that trains.
+
+    `recipe` and `task` are those of any of the jobs.
+    """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.kind = kind_of(recipe), task.shape
         self.learner = build_learner(recipe, task)
-        self.model = self.learner.model
+        self.model = self.learner.model.to(_training_device())
         self._base = self.model.get_base_model()
         leave_unpacked(self._base)
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
@@ -57,6 +67,8 @@ class TemplateModel:
             if name in trained or name.endswith(".unit")
         }
         self._new = [self._in_model(name) for name in self.learner.new]
+        self._precision = choose_precision(recipe.precision, recipe.base.dtype)
+        self._collator = task.collator(self.learner.tokenizer) or partial(_pad_responses, self.learner.tokenizer)
         if recipe.gradient_checkpointing:
             self._base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -64,17 +76,33 @@ class TemplateModel:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The number format of forward passes: None for fp32."""
+        return torch.bfloat16 if self._precision == "bf16" else None
+
     def prepare(self, recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]) -> TrainingRun:
-        """A run on the model, whose adapter is then as the run begins: identity edits, their units, a new head."""
+        """A run on the model, whose adapter is then as the run begins: identity edits, their units, a new head.
+
+        Its rows have only the columns that `collate` takes.
+        """
         self.model.load_state_dict(self._start, strict=False)
         draw_weights(self.model, self._new, recipe.seed)
-        forward: Any = vars(self._base).get("forward")
-        try:
-            return prepare(recipe, folder, task, splits, self.learner)
-        finally:  # TRL wraps it for each trainer anew
-            vars(self._base).pop("forward", None)
-            if forward is not None:
-                self._base.forward = forward
+        run = prepare(recipe, folder, task, splits, self.learner)
+        known = {*inspect.signature(self._base.forward).parameters, "labels"}
+        known |= set() if recipe.learn_prompt else {"completion_mask"}
+        encoded = {
+            name: rows.select_columns([column for column in rows.column_names if column in known])
+            for name, rows in run.encoded.items()
+        }
+        first = self.collate(list(encoded["train"].take(CALIBRATION_ROWS)))
+        with autocast(self._precision, self.device):
+            calibrate(self.model, {name: tensor.to(self.device) for name, tensor in first.items()})
+        return replace(run, encoded=encoded)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """One batch of rows, also of several jobs: they have one tokenizer, and so one way to pad."""
+        return {key: value for key, value in self._collator(rows).items() if torch.is_tensor(value)}
 
     def _in_model(self, weight: str) -> str:
         """The name that a new weight of the base has in the adapted model, which trains a copy of its module."""
@@ -82,6 +110,21 @@ class TemplateModel:
         return f"base_model.model.{head}.modules_to_save.{ADAPTER_NAME}{weight.removeprefix(head)}"
 
 
-def autocast_dtype(recipe: Recipe) -> torch.dtype | None:
-    """The number format of a fleet's forward passes: None for fp32."""
-    return torch.bfloat16 if choose_precision(recipe.precision, recipe.base.dtype) == "bf16" else None
+def _pad_responses(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of the task instruction as TRL's trainer collates them, padded on the right. Where rows have no
+    "completion_mask", the prompts are learned too."""
+    tokens = [torch.tensor(row["input_ids"]) for row in rows]
+    marks = [torch.tensor(row.get("completion_mask", [1] * len(row["input_ids"]))) for row in rows]
+    labels = [ids.where(mask == 1, IGNORED) for ids, mask in zip(tokens, marks, strict=True)]
+    padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return {
+        "input_ids": padded(tokens, padding_value=tokenizer.pad_token_id),
+        "attention_mask": padded([torch.ones_like(ids) for ids in tokens]),
+        "labels": padded(labels, padding_value=IGNORED),
+    }
+
+
+def _training_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -90,10 +90,11 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for line in task.describe(splits["train"]):
         log_main(line)
     set_seed(recipe.seed)
-    run = prepare(recipe, folder, task, splits, build_learner(recipe, task))
+    learner = build_learner(recipe, task)
+    run = prepare(recipe, folder, task, splits, learner)
     for note in run.notes:
         log_main(note)
-    trainer = run.trainer
+    trainer = make_trainer(recipe, folder, task, learner.model, learner.tokenizer, run.encoded, learner.head)
     callback = attach(trainer, folder, recipe.save_steps)
     with explaining_full_disk(folder):
         if trainer.is_world_process_zero():
@@ -103,11 +104,12 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
         with stop_on_signals(trainer):
             trainer.train(resume_from_checkpoint=_checkpoint(trainer, folder))
         seconds = time.perf_counter() - start
-        scores = _scores(run)
-        _save_model(run)
+        scores = _scores(run, trainer)
+        _save_model(run, trainer)
         if trainer.is_world_process_zero():
             step = callback.seconds_per_step()
-            run.finish(scores, {"seconds": round(seconds, 3), "seconds_per_step": step and round(step, 5)})
+            times = {"seconds": round(seconds, 3), "seconds_per_step": step and round(step, 5)}
+            run.finish(trainer.state, scores, times)
         trainer.accelerator.wait_for_everyone()
     return read_result(folder)
 
@@ -124,18 +126,17 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
     return str(checkpoint)
 
 
-def _scores(run: TrainingRun) -> dict[str, Any]:
+def _scores(run: TrainingRun, trainer: Any) -> dict[str, Any]:
     """The best evaluation on the validation split, and the test split's scores with the model of that moment."""
-    scores = {**best_evaluation(run.trainer.state), "test": None}
+    scores = {**best_evaluation(trainer.state), "test": None}
     if "test" in run.encoded:
-        metrics = run.trainer.evaluate(run.encoded["test"], metric_key_prefix="test")
-        answers = answer_scores(run.trainer, run.recipe, run.task, run.splits["test"])
+        metrics = trainer.evaluate(as_evaluated(trainer, run.encoded["test"]), metric_key_prefix="test")
+        answers = answer_scores(trainer, run.recipe, run.task, run.splits["test"])
         scores["test"] = plain_scores(metrics, "test_") | answers
     return scores
 
 
-def _save_model(run: TrainingRun) -> None:
-    trainer = run.trainer
+def _save_model(run: TrainingRun, trainer: Any) -> None:
     state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
         save_model(trainer.accelerator.unwrap_model(trainer.model), run.learner, run.folder, state)
@@ -146,8 +147,8 @@ def _save_model(run: TrainingRun) -> None:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A run that is ready to train. `encoded` holds the splits as its Trainer takes them; `rows_cut` and
-    `rows_left_out` count what that took away of each, and `notes` say it."""
+    """A run that is ready to train. `encoded` holds the splits as tokens; `rows_cut` and `rows_left_out` count the
+    rows of each that were cut or left out for that, and `notes` tell people."""
 
     recipe: Recipe
     folder: Path
@@ -158,7 +159,6 @@ class TrainingRun:
     rows_left_out: dict[str, int]
     notes: list[str]
     learner: Learner
-    trainer: Any
 
     def begin(self) -> None:
         """Write what the run is about, and clear away what a killed process left half written."""
@@ -166,13 +166,16 @@ class TrainingRun:
         write_atomically(self.folder / TASK, to_json(self.task.to_dict(), indent=2))
         clean_checkpoints(self.folder / CHECKPOINTS)
 
-    def finish(self, scores: dict[str, Any], times: dict[str, Any], plots: bool = True) -> None:
-        """Write the adapter's card and the pictures, and last the result: its presence says that the run is done."""
-        result = _describe(self) | scores | times
+    def finish(self, state: Any, scores: dict[str, Any], times: dict[str, Any], plots: bool = True) -> None:
+        """Write the adapter's card and the pictures, and last the result: its presence says that the run is done.
+
+        `state` is a Trainer's at the end of training.
+        """
+        result = _describe(self, state) | scores | times
         result["rows"] = {name: len(split) for name, split in self.splits.items()}
         result |= {"rows_cut": self.rows_cut, "rows_left_out": self.rows_left_out}
         if plots:
-            plot_run(self.trainer.state.log_history, self.task.metric, self.folder / PLOTS, result["best_epoch"])
+            plot_run(state.log_history, self.task.metric, self.folder / PLOTS, result["best_epoch"])
         _write_card(self, result)
         write_atomically(self.folder / RESULT, to_json(result, indent=2))
 
@@ -220,17 +223,13 @@ def _check_labels(task: Task, init_from: str) -> None:
 
 
 def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> TrainingRun:
-    """Encode the rows and make the Trainer, which measures the units of RED. Nothing is written."""
-    tokenizer = learner.tokenizer
-    found = encode_splits(recipe, task, splits, learner.model, tokenizer)
+    """Encode the rows. Nothing is written."""
+    found = encode_splits(recipe, task, splits, learner.model, learner.tokenizer)
     encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
     rows_cut = {name: sum(each.cut) for name, each in found.items()}
     rows_left_out = {name: each.left_out for name, each in found.items()}
     notes = [each.note for each in found.values() if each.note]
-    trainer = make_trainer(recipe, folder, task, learner.model, tokenizer, encoded, learner.head)
-    if "test" in encoded:
-        encoded["test"] = as_evaluated(trainer, encoded["test"])
-    return TrainingRun(recipe, folder, task, splits, encoded, rows_cut, rows_left_out, notes, learner, trainer)
+    return TrainingRun(recipe, folder, task, splits, encoded, rows_cut, rows_left_out, notes, learner)
 
 
 # --- the result -----------------------------------------------------------------------------------------------------
@@ -251,9 +250,9 @@ def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     }
 
 
-def _describe(run: TrainingRun) -> dict[str, Any]:
+def _describe(run: TrainingRun, state: Any) -> dict[str, Any]:
     """What result.json holds beside scores and times."""
-    recipe, model, state = run.recipe, run.trainer.model, run.trainer.state
+    recipe, model = run.recipe, run.learner.model
     saved = run.folder / ADAPTER if (run.folder / ADAPTER).is_dir() else run.folder / MODEL
     return {
         "task": recipe.task,

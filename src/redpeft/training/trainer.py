@@ -43,6 +43,7 @@ else:
     Mixin = object
 
 CALIBRATION_ROWS = 32
+EVALUATION_ROWS = 8  # of a batch, at least
 MEGABATCH = 50  # rows are sorted by length within so many batches
 
 
@@ -157,7 +158,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         run_name=folder.name,
         learning_rate=recipe.learning_rate,
         per_device_train_batch_size=rows,
-        per_device_eval_batch_size=max(rows, 8),
+        per_device_eval_batch_size=max(rows, EVALUATION_ROWS),
         gradient_accumulation_steps=recipe.gradient_accumulation,
         num_train_epochs=recipe.epochs,
         max_steps=recipe.max_steps or -1,
