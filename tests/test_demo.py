@@ -52,7 +52,7 @@ def test_demo_compares_saves_and_predicts(tiny_demo, tmp_path):
 def test_a_second_call_answers_at_once(tiny_demo, tmp_path, monkeypatch):
     first, _ = demo.run_demo(tmp_path / "demo", methods=("red",), seeds=(0,))
     assert first["scores"][0]["spread"] is None
-    monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("redpeft.training.train._train", lambda *_: pytest.fail("trained again"))
     assert demo.run_demo(tmp_path / "demo", methods=("red",), seeds=(0,))[0] == first
 
 

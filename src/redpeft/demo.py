@@ -17,6 +17,7 @@ from rich.table import Table
 from redpeft import tasks
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError
+from redpeft.plots import Point, plot_parameters
 from redpeft.runs.runner import jobs_of, run_jobs
 from redpeft.storage import locked
 from redpeft.training.predict import load_run, predict
@@ -65,7 +66,8 @@ def run_demo(
         if failed:
             raise RunError(f"{failed['folder']}: {failed['error']}")
         scores = [_score([result for result in results if result["method"] == method]) for method in methods]
-        plot = _plot(scores, folder / PLOT)
+        points = [Point(each.method, each.trained_parameters, each.accuracy, each.spread) for each in scores]
+        plot = plot_parameters(points, "trained parameters, with the head", "test accuracy (%)", folder / PLOT)
     run = folder / "red" / f"seed-{seeds[0]}"
     answers = list(predict(load_run(run), NEW_MESSAGES))
     predictions = [
@@ -135,21 +137,6 @@ def _table(scores: Sequence[Score]) -> Table:
             f"{score.seconds_per_step:.3f}{share('seconds_per_step', score)}",
         )
     return table
-
-
-def _plot(scores: Sequence[Score], path: Path) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    for score in scores:
-        axes.errorbar(score.trained_parameters, score.accuracy, yerr=score.spread, fmt="o", capsize=3)
-        axes.annotate(score.method, (score.trained_parameters, score.accuracy), (6, 6), textcoords="offset points")
-    axes.set(xscale="log", xlabel="trained parameters, with the head", ylabel="test accuracy (%)")
-    axes.margins(x=0.15, y=0.15)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return path
 
 
 def _predictions(predictions: Sequence[dict[str, Any]]) -> Table:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from redpeft.console import rounded
+from redpeft.plots import Bar, Point, plot_bars, plot_parameters
 from redpeft.reproduce.plan import Request, base_of, source_of
 from redpeft.reproduce.published import Column
 from redpeft.reproduce.report import Report, ReportRow, ScoredRun, as_data, sampling_error
@@ -16,13 +16,11 @@ from redpeft.runs import pages
 from redpeft.runs.pages import Inline, Link, number, relative
 from redpeft.runs.reports import machine
 from redpeft.storage import to_json, write_atomically
-from redpeft.training.plots import new_figure
 
 LEGEND = (
     "Measured: the mean over seeds ± their standard deviation, on the test split; behind the stroke: published. Each "
     "figure leads to its runs."
 )
-PANELS = 4  # side by side in a picture
 RUN_HEAD = ["run", "test", "validation", "best epoch", "learning rate", "epochs", "trained", "minutes"]
 
 
@@ -30,8 +28,8 @@ def write_report(report: Report) -> Path:
     """Write <table>.md, .html, .json and pictures into the output folder; returns the HTML page's path."""
     out, name = report.request.out, report.table.name
     pictures = [
-        plot_parameters(report, out / f"{name}-parameters.png"),
-        plot_columns(report, out / f"{name}-columns.png"),
+        _plot_parameters(report, out / f"{name}-parameters.png"),
+        _plot_columns(report, out / f"{name}-columns.png"),
     ]
     blocks = page_blocks(report, [picture for picture in pictures if picture])
     write_atomically(out / f"{name}.json", to_json(as_data(report), indent=2))
@@ -170,66 +168,39 @@ def _relative(report: Report, path: Path) -> str:
     return relative(path, report.request.out)
 
 
-def plot_parameters(report: Report, path: Path) -> Path | None:
+def _plot_parameters(report: Report, path: Path) -> Path | None:
     """The average (or the first column) of each method against the parameters that it trains; hollow: published, where
-    that is of the same base model. None, and no file, where there is nothing to draw."""
+    that is of the same base model."""
     first = report.columns[0]
-    figure, panels = new_figure(7, 4.4)
-    axes = panels[0, 0]
-    drawn = False
-    for index, line in enumerate(report.lines):
-        cell = line.cells[first]
-        score, deviation = (line.average(), None) if report.table.average else (cell.headline, cell.headline_deviation)
-        published = line.published_average(report.table) if report.table.average else line.row.scores.get(first)
-        colour = f"C{index % 10}"
-        if score is not None and line.trained == 0:  # nothing beside the head: no place on the axis
-            axes.axhline(score, linestyle="--", color=colour, label=line.row.label)
-            axes.legend()
-            drawn = True
-        elif score is not None:
-            axes.errorbar(line.trained, score, yerr=deviation, fmt="o", capsize=3, color=colour)
-            axes.annotate(line.row.label, (line.trained, score), (6, 6), textcoords="offset points")
-            drawn = True
-        if report.is_papers_model and published is not None and line.row.parameter_count:
-            axes.plot(line.row.parameter_count, published, "o", mfc="none", color=colour)
-    if not drawn:
-        return None
+    points = []
+    for line in report.lines:
+        cell, of_paper = line.cells[first], line.row.scores.get(first)
+        score, deviation = cell.headline, cell.headline_deviation
+        if report.table.average:
+            score, deviation, of_paper = line.average(), None, line.published_average(report.table)
+        published = None
+        if report.is_papers_model and of_paper is not None and line.row.parameter_count:
+            published = line.row.parameter_count, of_paper
+        points.append(Point(line.row.label, line.trained, score, deviation, published))
     name = "average" if report.table.average else report.column_name(first)
     hollow = " (hollow: published)" if report.is_papers_model else ""
-    axes.set(xscale="log", xlabel="trained parameters, without the head", ylabel=name + hollow)
-    axes.margins(x=0.15, y=0.15)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    return path
+    return plot_parameters(points, "trained parameters, without the head", name + hollow, path)
 
 
-def plot_columns(report: Report, path: Path) -> Path | None:
+def _plot_columns(report: Report, path: Path) -> Path | None:
     """A panel for each column with a bar for each method, and a line across it at what was published, where that is of
-    the same base model. None, and no file, where there is nothing to draw."""
+    the same base model."""
     lines = [line for line in report.lines if any(cell.headline is not None for cell in line.cells.values())]
-    if not lines:
-        return None
-    wide = min(PANELS, len(report.columns))
-    high = math.ceil(len(report.columns) / wide)
-    figure, panels = new_figure(2.6 * wide + 1, 2.6 * high + 0.6, high, wide)
-    figure.suptitle("axes do not begin at 0" + ("; lines: published" if report.is_papers_model else ""), fontsize=9)
-    for panel, column in zip(panels.flat, report.columns, strict=False):
-        values: list[float] = []
-        for index, line in enumerate(lines):
-            cell, published = line.cells[column], line.row.scores.get(column)
-            if cell.headline is not None:
-                panel.bar(index, cell.headline, yerr=cell.headline_deviation, capsize=2, color=f"C{index % 10}")
-                spread = cell.headline_deviation or 0
-                values += [cell.headline - spread, cell.headline + spread]
-            if report.is_papers_model and published is not None:
-                panel.plot([index - 0.4, index + 0.4], [published] * 2, color="black", linewidth=2)
-                values.append(published)
-        if values:
-            room = 0.15 * (max(values) - min(values)) or 1
-            panel.set_ylim(min(values) - room, max(values) + room)
-        panel.set_title(report.column_name(column))
-        panel.set_xticks(range(len(lines)), [line.row.label for line in lines], rotation=90)
-    for panel in panels.flat[len(report.columns) :]:
-        panel.set_axis_off()
-    figure.savefig(path, dpi=120)
-    return path
+    panels = {
+        report.column_name(column): [
+            Bar(
+                line.cells[column].headline,
+                line.cells[column].headline_deviation,
+                line.row.scores.get(column) if report.is_papers_model else None,
+            )
+            for line in lines
+        ]
+        for column in report.columns
+    }
+    title = "axes do not begin at 0" + ("; lines: published" if report.is_papers_model else "")
+    return plot_bars([line.row.label for line in lines], panels, title, path)

@@ -17,14 +17,16 @@ import torch
 from rich.table import Table
 
 from redpeft.console import counted, in_words, rounded
+from redpeft.plots import plot_finished, plot_scores
 from redpeft.runs import pages
 from redpeft.runs.experiment import USAGE, Experiment, JobResult, Usage
 from redpeft.runs.pages import Inline, Link, number, relative
-from redpeft.runs.plots import plot_finished, plot_scores
+from redpeft.runs.progress import sort_score
 from redpeft.storage import RESULT, TASK, write_atomically
 from redpeft.tasks.data import splits_in
 from redpeft.training.recipe import Recipe
 
+SPLITS = ("validation", "test")
 PAGE = "report.html"
 HEAD = ["job", "metric", "validation", "test", "other scores", "best epoch", "steps", "trained parameters", "seconds"]
 SHOWN_JOBS = 50  # on a terminal
@@ -118,7 +120,7 @@ def write_report(
     versions = versions_of(each.result for each in results if each.result)
     ends = [(each.folder / RESULT).stat().st_mtime - usage.began for each in results if each.result]
     pictures = [
-        plot_scores(results, experiment.out / "scores.png"),
+        plot_scores(scores_by_job(results), experiment.out / "scores.png"),
         plot_finished(ends, experiment.out / "finished.png"),
     ]
     title = f"redpeft {experiment.identity['command']}"
@@ -151,6 +153,16 @@ def write_report(
     return data
 
 
+def scores_by_job(results: Iterable[JobResult]) -> list[tuple[str, dict[str, float]]]:
+    """The jobs with a validation score, from the worst to the best, each with its scores by split and metric."""
+    scored = [job for job in results if job.result and job.score("validation") is not None]
+    scored.sort(key=lambda job: sort_score(job.metric, job.score("validation") or 0.0))
+    return [
+        (job.name, {f"{split} {job.metric}": score for split in SPLITS if (score := job.score(split)) is not None})
+        for job in scored
+    ]
+
+
 def facts(results: Sequence[JobResult], usage: Usage) -> dict[str, str]:
     """The usage of an experiment as people read it."""
     failed = sum(each.error is not None for each in results)
@@ -174,7 +186,7 @@ def as_data(job: JobResult) -> dict[str, Any]:
     if job.result is None:
         return {**known, "error": job.error}
     same = ("task", "metric", "seed", "best_epoch", "steps", "epochs", "trainable_parameters", "seconds")
-    scores = {split: job.score(split) for split in ("validation", "test")}
+    scores = {split: job.score(split) for split in SPLITS}
     return {**known, **scores, **{key: job.result[key] for key in same}}
 
 

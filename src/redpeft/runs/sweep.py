@@ -14,10 +14,10 @@ from rich.table import Table
 
 from redpeft.errors import UserError
 from redpeft.fleet.queue import Job, Report
+from redpeft.plots import plot_grid
 from redpeft.runs import pages
 from redpeft.runs.experiment import Experiment, FleetOptions, JobResult, Usage, run_experiment
 from redpeft.runs.pages import Inline, Link, number
-from redpeft.runs.plots import plot_grid
 from redpeft.runs.progress import sort_score
 from redpeft.runs.reports import PAGE, other_scores, write_report
 from redpeft.runs.runner import summarise

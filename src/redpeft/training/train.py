@@ -21,6 +21,7 @@ from redpeft.adapters.files import read_adapter
 from redpeft.console import log_main
 from redpeft.errors import UserError, some
 from redpeft.models import choose_precision, require_folder, require_quantiser
+from redpeft.plots import plot_run
 from redpeft.storage import (
     ADAPTER,
     CHECKPOINTS,
@@ -47,7 +48,6 @@ from redpeft.tasks.data import read_data
 from redpeft.training.callbacks import TIMES, attach, bars_on_terminals_only, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.model import Learner, build_learner, check_options, head_parameters, save_model
-from redpeft.training.plots import plot_run
 from redpeft.training.recipe import Recipe
 from redpeft.training.trainer import (
     answer_scores,

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from redpeft.runs import plots
-from redpeft.runs.experiment import JobResult
+from redpeft import plots
 
 
 @pytest.fixture
@@ -51,27 +48,22 @@ def test_three_points_are_joined(axes, tmp_path):
     assert axes[0].lines[0].get_linestyle() == "-"
 
 
-def job(number, metric="accuracy"):
-    scores = {metric: (number * 7 % 31) / 31}
-    return JobResult(
-        f"job-{number}", Path(), {"metric": metric, "validation": scores, "test": scores if number % 2 else None}
-    )
+def jobs(count):
+    """From the worst to the best; every other one has test scores too."""
+    scores = [{"validation accuracy": number / 31, "test accuracy": 0.5} for number in range(count)]
+    return [(f"job-{number}", dict([*each.items()][: 1 + number % 2])) for number, each in enumerate(scores)]
 
 
 def test_up_to_thirty_jobs_are_named_with_the_best_on_top(axes, tmp_path):
-    rows = [*(job(number) for number in range(30)), JobResult("failed", Path(), None, "why")]
-    plots.plot_scores(rows, tmp_path / "a.png")
-    names = [label.get_text() for label in axes[0].get_yticklabels()]
-    assert names == [row.name for row in sorted(rows[:30], key=lambda row: row.score("validation"))]
+    plots.plot_scores(jobs(30), tmp_path / "a.png")
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == [f"job-{number}" for number in range(30)]
     assert [line.get_linestyle() for line in axes[0].lines] == ["None", "None"]
     assert [len(line.get_xdata()) for line in axes[0].lines] == [30, 15]
-    plots.plot_scores([job(1, "loss"), job(9, "loss")], tmp_path / "a.png")
-    assert [label.get_text() for label in axes[1].get_yticklabels()] == ["job-1", "job-9"]  # the least loss on top
-    long = JobResult("learning_rate=0.001,batch_size=16,head=last/seed-0", Path(), rows[1].result)
-    plots.plot_scores([long], tmp_path / "a.png")
-    assert [label.get_text() for label in axes[2].get_yticklabels()] == ["learning_rate=0.001,…e=16,head=last/seed-0"]
-    plots.plot_scores([job(number) for number in range(31)], tmp_path / "a.png")
-    assert (axes[3].get_xlabel(), len(axes[3].lines[0].get_xdata())) == ("jobs, each series sorted", 31)
+    long = "learning_rate=0.001,batch_size=16,head=last/seed-0"
+    plots.plot_scores([(long, {"validation accuracy": 0.5})], tmp_path / "a.png")
+    assert [label.get_text() for label in axes[1].get_yticklabels()] == ["learning_rate=0.001,…e=16,head=last/seed-0"]
+    plots.plot_scores(jobs(31), tmp_path / "a.png")
+    assert (axes[2].get_xlabel(), len(axes[2].lines[0].get_xdata())) == ("jobs, each series sorted", 31)
 
 
 def test_jobs_over_time_are_counted_from_the_start(axes, tmp_path):
@@ -86,4 +78,31 @@ def test_nothing_to_draw_is_no_file(tmp_path):
     assert plots.plot_finished([], tmp_path / "a.png") is None
     assert plots.plot_scores([], tmp_path / "b.png") is None
     assert plots.plot_grid({}, "x", "y", tmp_path / "c.png") is None
+    assert plots.plot_parameters([plots.Point("RED", 10, None)], "x", "y", tmp_path / "d.png") is None
+    assert plots.plot_bars(["RED"], {"rte": [plots.Bar(None)]}, "title", tmp_path / "e.png") is None
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_against_parameters(axes, tmp_path):
+    points = [
+        plots.Point("RED", 100, 0.9, 0.1, (110, 0.8)),
+        plots.Point("head", 0, 0.5),
+        plots.Point("full", 200, None),
+    ]
+    assert plots.plot_parameters(points, "parameters", "score", tmp_path / "a.png").is_file()
+    [found] = axes
+    assert (found.get_xscale(), found.get_xlabel(), found.get_ylabel()) == ("log", "parameters", "score")
+    assert [text.get_text() for text in found.texts] == ["RED"]
+    hollow, dashed = [line for line in found.lines if line.get_label() == "head" or line.get_mfc() == "none"]
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([110], [0.8])
+    assert (dashed.get_linestyle(), list(dashed.get_ydata())) == ("--", [0.5, 0.5])
+
+
+def test_bars_beside_what_was_published(axes, tmp_path):
+    panels = {"rte": [plots.Bar(0.9, 0.1, 0.5), plots.Bar(None)], "cola": [plots.Bar(0.4), plots.Bar(0.6)]}
+    assert plots.plot_bars(["RED", "LoRA"], panels, "title", tmp_path / "a.png").is_file()
+    [found] = axes
+    assert found.get_title() == "rte"
+    assert [patch.get_height() for patch in found.patches] == [0.9]
+    assert [label.get_text() for label in found.get_xticklabels()] == ["RED", "LoRA"]
+    assert found.get_ylim() == pytest.approx((0.5 - 0.15 * 0.5, 1.0 + 0.15 * 0.5))
