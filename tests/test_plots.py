@@ -78,16 +78,16 @@ def test_nothing_to_draw_is_no_file(tmp_path):
     assert plots.plot_finished([], tmp_path / "a.png") is None
     assert plots.plot_scores([], tmp_path / "b.png") is None
     assert plots.plot_grid({}, "x", "y", tmp_path / "c.png") is None
-    assert plots.plot_parameters([plots.Point("RED", 10, None)], "x", "y", tmp_path / "d.png") is None
+    assert plots.plot_parameters([plots.MethodScore("RED", 10, None)], "x", "y", tmp_path / "d.png") is None
     assert plots.plot_bars(["RED"], {"rte": [plots.Bar(None)]}, "title", tmp_path / "e.png") is None
     assert not list(tmp_path.iterdir())
 
 
 def test_scores_against_parameters(axes, tmp_path):
     points = [
-        plots.Point("RED", 100, 0.9, 0.1, (110, 0.8)),
-        plots.Point("head", 0, 0.5),
-        plots.Point("full", 200, None),
+        plots.MethodScore("RED", 100, 0.9, 0.1, (110, 0.8)),
+        plots.MethodScore("head", 0, 0.5),
+        plots.MethodScore("full", 200, None),
     ]
     assert plots.plot_parameters(points, "parameters", "score", tmp_path / "a.png").is_file()
     [found] = axes

@@ -17,7 +17,7 @@ from rich.table import Table
 from redpeft import tasks
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError
-from redpeft.plots import Point, plot_parameters
+from redpeft.plots import MethodScore, plot_parameters
 from redpeft.runs.runner import jobs_of, run_jobs
 from redpeft.storage import locked
 from redpeft.training.predict import load_run, predict
@@ -66,7 +66,7 @@ def run_demo(
         if failed:
             raise RunError(f"{failed['folder']}: {failed['error']}")
         scores = [_score([result for result in results if result["method"] == method]) for method in methods]
-        points = [Point(each.method, each.trained_parameters, each.accuracy, each.spread) for each in scores]
+        points = [MethodScore(each.method, each.trained_parameters, each.accuracy, each.spread) for each in scores]
         plot = plot_parameters(points, "trained parameters, with the head", "test accuracy (%)", folder / PLOT)
     run = folder / "red" / f"seed-{seeds[0]}"
     answers = list(predict(load_run(run), NEW_MESSAGES))

@@ -144,7 +144,7 @@ def plot_grid(curves: Mapping[str, Curve], key: str, score: str, path: Path) -> 
     return save(figure, path)
 
 
-class Point(NamedTuple):
+class MethodScore(NamedTuple):
     """A method in a picture of scores against trained parameters. `published`: its parameters and score elsewhere."""
 
     label: str
@@ -154,7 +154,7 @@ class Point(NamedTuple):
     published: tuple[float, float] | None = None
 
 
-def plot_parameters(points: Sequence[Point], xlabel: str, ylabel: str, path: Path) -> Path | None:
+def plot_parameters(points: Sequence[MethodScore], xlabel: str, ylabel: str, path: Path) -> Path | None:
     """The score of each method against the parameters that it trains; hollow: published. A method that trains none is
     a dashed line."""
     figure, [[axes]] = new_figure(7, 4.4)

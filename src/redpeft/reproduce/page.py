@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redpeft.console import rounded
-from redpeft.plots import Bar, Point, plot_bars, plot_parameters
+from redpeft.plots import Bar, MethodScore, plot_bars, plot_parameters
 from redpeft.reproduce.plan import Request, base_of, source_of
 from redpeft.reproduce.published import Column
 from redpeft.reproduce.report import Report, ReportRow, ScoredRun, as_data, sampling_error
@@ -181,7 +181,7 @@ def _plot_parameters(report: Report, path: Path) -> Path | None:
         published = None
         if report.is_papers_model and of_paper is not None and line.row.parameter_count:
             published = line.row.parameter_count, of_paper
-        points.append(Point(line.row.label, line.trained, score, deviation, published))
+        points.append(MethodScore(line.row.label, line.trained, score, deviation, published))
     name = "average" if report.table.average else report.column_name(first)
     hollow = " (hollow: published)" if report.is_papers_model else ""
     return plot_parameters(points, "trained parameters, without the head", name + hollow, path)
