@@ -325,14 +325,12 @@ def template() -> str:
     return HEADER + "".join(_template_lines(Recipe))
 
 
-class _YamlLoader(yaml.SafeLoader):
+class _Yaml(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a text; here it is a number, as in YAML 1.2 and in every other tool."""
 
 
-_YamlLoader.yaml_implicit_resolvers = {
-    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver(
+_Yaml.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
 
@@ -341,7 +339,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The fields in a YAML file. Raises `UserError` for one that cannot be read or holds none."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _YamlLoader) or {}
+        values = yaml.load(text, _Yaml) or {}
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -360,7 +358,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     if value.strip() and not re.search(r"""[\w\[\]{}'"~]""", value):  # a separator, most of which mean much in YAML
         return key, value.strip()
     try:
-        return key, yaml.load(value, _YamlLoader)
+        return key, yaml.load(value, _Yaml)
     except yaml.YAMLError:
         return key, value
 
