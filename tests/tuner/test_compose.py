@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 from redpeft import RedConfig
 from redpeft.errors import UserError
-from redpeft.tuner.compose import combine_configs, combine_heads, inverse, sequence, weighted_sum
+from redpeft.tuner.compose import combine_configs, inverse, sequence, weighted_sum
 from redpeft.tuner.edit import Edit, apply_edit
 
 WIDTH = 4
@@ -115,42 +115,6 @@ def test_configurations():
     assert combine_configs([a, {**b, "use_bias": True}], {"x", "y"})["use_bias"] is True
     more = combine_configs([a, b, c], {"x", "y", "z"})
     assert (more["sites"], more["base_fingerprint"], more["target_modules"]) == (None, None, ["x", "y", "z"])
-
-
-# Heads
-
-
-def head(value=0.0, classes=3):
-    return {"classifier.weight": torch.full((classes, 2), value), "classifier.bias": torch.full((classes,), value)}
-
-
-def test_heads_that_are_kept_and_averaged():
-    assert combine_heads(["a", "b"], [{}, {}], [1.0, 2.0]) == {}
-    for some in (None, [0.5, 7.0]):
-        assert combine_heads(["a", "b"], [{}, head(2)], some)["classifier.bias"].tolist() == [2, 2, 2]
-        assert combine_heads(["a", "b"], [head(2), head(2)], some)["classifier.bias"].tolist() == [2, 2, 2]
-    # the weights of those that bring one count
-    averaged = combine_heads(["a", "b", "c"], [head(2), {}, head(10)], [0.25, 3.0, 0.75])
-    assert averaged["classifier.weight"].tolist() == [[8, 8]] * 3
-
-
-@pytest.mark.parametrize(
-    ("other", "weights", "message"),
-    [
-        (
-            head(1),
-            None,
-            "a and c bring different heads (modules_to_save), and heads cannot act one after another; say",
-        ),
-        (head(1), [0.5, 0.4], "and their weights sum to 0.9, not to 1; say whose head to keep: --head"),
-        (head(1, classes=2), [0.5, 0.5], "of other names or shapes; say whose head to keep"),
-        ({"score.weight": torch.ones(3)}, [0.5, 0.5], "of other names or shapes"),
-    ],
-)
-def test_heads_that_are_refused(other, weights, message):
-    with pytest.raises(UserError) as error:
-        combine_heads(["a", "b", "c"], [head(), {}, other], weights and [weights[0], 5.0, weights[1]])
-    assert message in str(error.value)
 
 
 # In a model

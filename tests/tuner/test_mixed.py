@@ -6,7 +6,7 @@ from torch import nn
 
 from redpeft.errors import UserError
 from redpeft.tuner.edit import Edit, apply_edit
-from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
+from redpeft.tuner.mixed import BASE, EditTable, MixedBatch
 
 NAMES = ["a", "b", "c"]
 
@@ -57,36 +57,3 @@ def test_wrong_names_and_counts_are_errors():
         message = f"the same as the number of inputs, but got {len(names)} and 3 respectively"
         with pytest.raises(UserError, match=message):
             MixedBatch(names, NAMES).index.rows(3, torch.device("cpu"))
-
-
-def test_heads_follow_the_row():
-    heads = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2), BASE: nn.Linear(4, 2)}
-    hidden = torch.randn(4, 4)
-    names = ["b", BASE, "a", "c"]  # "c" brought no head of its own
-    out = run_by_adapter(heads, MixedBatch(names, NAMES), hidden)
-    expected = [heads[name if name in heads else BASE](hidden[i]) for i, name in enumerate(names)]
-    torch.testing.assert_close(out, torch.stack(expected))
-
-
-class Scorer(nn.Module):
-    """A head that takes keywords: rows and a mask of them, and what is the same for all."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 2)
-
-    def forward(self, states, mask=None, factor=1.0, table=None):
-        return self.linear(states * mask[:, None]) * factor + table.sum()
-
-
-def test_heads_that_are_called_by_keyword_follow_the_row_with_all_their_tensors():
-    heads = {"a": Scorer(), "b": Scorer(), BASE: Scorer()}
-    states, mask, table = torch.randn(4, 4), torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.randn(7)
-    names = ["b", BASE, "a", "b"]
-    out = run_by_adapter(heads, MixedBatch(names, NAMES), states=states, mask=mask, factor=2.0, table=table)
-    rows = [slice(i, i + 1) for i in range(4)]
-    expected = [
-        heads[name](states=states[i], mask=mask[i], factor=2.0, table=table)
-        for i, name in zip(rows, names, strict=True)
-    ]
-    torch.testing.assert_close(out, torch.cat(expected))

@@ -1,4 +1,4 @@
-"""Several adapters with heads (`modules_to_save`): none acts, is merged or is left under the head of another."""
+"""Adapters with heads (`modules_to_save`): none acts, is merged or is left under the head of another."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from redpeft import RedConfig
 from redpeft.errors import UserError
+from redpeft.tuner.heads import combine_heads, run_by_adapter
+from redpeft.tuner.mixed import BASE, MixedBatch
 
 
 @pytest.fixture
@@ -159,3 +162,74 @@ def test_rows_of_a_batch_have_their_own_heads(model, tiny):
     mixed = model(input_ids=ids, adapter_names=rows).logits
     for row, (edits, head) in enumerate(zip((["b"], ["none"], ["a"], []), ("b", None, "a", None), strict=True)):
         close(mixed[row], by_hand(model, tiny, edits, head)[row])
+
+
+# Heads alone
+
+NAMES = ["a", "b", "c"]
+
+
+def tensors(value=0.0, classes=3):
+    return {"classifier.weight": torch.full((classes, 2), value), "classifier.bias": torch.full((classes,), value)}
+
+
+def test_heads_that_are_kept_and_averaged():
+    assert combine_heads(["a", "b"], [{}, {}], [1.0, 2.0]) == {}
+    for some in (None, [0.5, 7.0]):
+        assert combine_heads(["a", "b"], [{}, tensors(2)], some)["classifier.bias"].tolist() == [2, 2, 2]
+        assert combine_heads(["a", "b"], [tensors(2), tensors(2)], some)["classifier.bias"].tolist() == [2, 2, 2]
+    # the weights of those that bring one count
+    averaged = combine_heads(["a", "b", "c"], [tensors(2), {}, tensors(10)], [0.25, 3.0, 0.75])
+    assert averaged["classifier.weight"].tolist() == [[8, 8]] * 3
+
+
+@pytest.mark.parametrize(
+    ("other", "weights", "message"),
+    [
+        (
+            tensors(1),
+            None,
+            "a and c bring different heads (modules_to_save), and heads cannot act one after another; say",
+        ),
+        (tensors(1), [0.5, 0.4], "and their weights sum to 0.9, not to 1; say whose head to keep: --head"),
+        (tensors(1, classes=2), [0.5, 0.5], "of other names or shapes; say whose head to keep"),
+        ({"score.weight": torch.ones(3)}, [0.5, 0.5], "of other names or shapes"),
+    ],
+)
+def test_heads_that_are_refused(other, weights, message):
+    with pytest.raises(UserError) as error:
+        combine_heads(["a", "b", "c"], [tensors(), {}, other], weights and [weights[0], 5.0, weights[1]])
+    assert message in str(error.value)
+
+
+def test_heads_follow_the_row():
+    heads = {"a": nn.Linear(4, 2), "b": nn.Linear(4, 2), BASE: nn.Linear(4, 2)}
+    hidden = torch.randn(4, 4)
+    names = ["b", BASE, "a", "c"]  # "c" brought no head of its own
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), hidden)
+    expected = [heads[name if name in heads else BASE](hidden[i]) for i, name in enumerate(names)]
+    torch.testing.assert_close(out, torch.stack(expected))
+
+
+class Scorer(nn.Module):
+    """A head that takes keywords: rows and a mask of them, and what is the same for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, states, mask=None, factor=1.0, table=None):
+        return self.linear(states * mask[:, None]) * factor + table.sum()
+
+
+def test_heads_that_are_called_by_keyword_follow_the_row_with_all_their_tensors():
+    heads = {"a": Scorer(), "b": Scorer(), BASE: Scorer()}
+    states, mask, table = torch.randn(4, 4), torch.tensor([1.0, 2.0, 0.0, 3.0]), torch.randn(7)
+    names = ["b", BASE, "a", "b"]
+    out = run_by_adapter(heads, MixedBatch(names, NAMES), states=states, mask=mask, factor=2.0, table=table)
+    rows = [slice(i, i + 1) for i in range(4)]
+    expected = [
+        heads[name](states=states[i], mask=mask[i], factor=2.0, table=table)
+        for i, name in zip(rows, names, strict=True)
+    ]
+    torch.testing.assert_close(out, torch.cat(expected))

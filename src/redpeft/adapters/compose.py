@@ -13,7 +13,7 @@ A site's edit is the affine map `h' = scale * h + bias` of each channel, with th
 negation. A site that one adapter has and another lacks is the identity there.
 
 Adapters of different base models are refused. The result takes its configuration and the units of its biases from the
-first adapter that has them, and its head as `method.compose.combine_heads` says; `write_adapter` writes it.
+first adapter that has them, and its head as `tuner.heads.combine_heads` says; `write_adapter` writes it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from redpeft.adapters.files import Adapter, EffectiveEdit
 from redpeft.errors import UserError, some
 from redpeft.models import fingerprint_difference
 from redpeft.tuner import compose as method
+from redpeft.tuner.heads import Head, combine_heads
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -141,7 +142,7 @@ def _combine(
         there = [(_difference(adapter.edits[site]), weight) for adapter, weight in pairs if site in adapter.edits]
         edits[site] = _edit(combination(*zip(*there, strict=True)))
     names, heads = [str(adapter.folder) for adapter in adapters], [adapter.head for adapter in adapters]
-    head = method.combine_heads(names, heads, weights if averaging else None)
+    head = combine_heads(names, heads, weights if averaging else None)
     owner = next((adapter for adapter in adapters if adapter.head), adapters[0])
     return _with_head(_derived(adapters, edits), owner, head)
 
@@ -154,7 +155,7 @@ def _edit(difference: method.Difference) -> EffectiveEdit:
     return EffectiveEdit(1 + difference[0], difference[1])
 
 
-def _with_head(adapter: Adapter, owner: Adapter, head: method.Head) -> Adapter:
+def _with_head(adapter: Adapter, owner: Adapter, head: Head) -> Adapter:
     config = {name: owner.config.get(name) for name in ("modules_to_save", "task_type")}
     return replace(adapter, config=adapter.config | config, head=dict(head))
 

@@ -21,7 +21,8 @@ from redpeft.adapters import compose as functions
 from redpeft.adapters.files import Adapter, read_adapter, write_adapter
 from redpeft.errors import UserError
 from redpeft.storage import TASK, find_adapter, find_run
-from redpeft.tuner.compose import combine_configs, same_tensors
+from redpeft.tuner.compose import combine_configs
+from redpeft.tuner.heads import same_tensors
 
 _TOKEN = re.compile(r"""\s*("[^"]*"|'[^']*'|>>|[+:(),]|[^\s"'+:(),>]+)""")
 _Part = TypeVar("_Part")

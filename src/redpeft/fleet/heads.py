@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from redpeft.tuner.mixed import has_rows
+from redpeft.tuner.heads import has_rows
 
 
 class Groups:

@@ -11,18 +11,14 @@ identity, 1 the edit, -1 its negation). The bias is in the output's own size, ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 
-from redpeft.errors import UserError
-
 Difference = tuple[torch.Tensor, torch.Tensor]  # d = scale - 1 and the bias, both (width,)
 Combination = Callable[[Sequence[Difference], Sequence[float]], Difference]
-Head = Mapping[str, torch.Tensor]
 
 
 def weighted_sum(edits: Sequence[Difference], weights: Sequence[float]) -> Difference:
@@ -64,40 +60,3 @@ def combine_configs(configs: Sequence[Mapping[str, Any]], sites: Collection[str]
         "resolved": True,
         "exclude_modules": None,  # the names are all there: it could only take some of another adapter's away
     }
-
-
-def combine_heads(names: Sequence[str], heads: Sequence[Head], weights: Sequence[float] | None) -> Head:
-    """The head (`modules_to_save`) of a composition, from those of its adapters: {} for an adapter without one.
-
-    A head is no difference from an identity, so it is kept where just one comes, or all that come are equal. Several
-    are averaged where their weights sum to 1 and they have the same keys and shapes. `weights` is None where an
-    average has no meaning (a sequence). `UserError` in any other case.
-    """
-    owners = [index for index, head in enumerate(heads) if head]
-    brought = [heads[index] for index in owners]
-    if all(same_tensors(brought[0], head) for head in brought):
-        return brought[0] if brought else {}
-    said = f"{' and '.join(dict.fromkeys(names[index] for index in owners))} bring different heads (modules_to_save)"
-    choose = "say whose head to keep: --head on the command line, head=... in Python"
-    if weights is None:
-        raise UserError(f"{said}, and heads cannot act one after another; {choose}")
-    if any(_shapes(head) != _shapes(brought[0]) for head in brought):
-        raise UserError(f"{said}, of other names or shapes; {choose}")
-    used = [weights[index] for index in owners]
-    if not math.isclose(math.fsum(used), 1):
-        raise UserError(f"{said}, and their weights sum to {math.fsum(used):g}, not to 1; {choose}")
-    return {key: _average([head[key] for head in brought], used) for key in brought[0]}
-
-
-def _average(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    pairs = zip(tensors, weights, strict=True)
-    return torch.stack([weight * tensor.double() for tensor, weight in pairs]).sum(0).to(tensors[0].dtype)
-
-
-def _shapes(head: Head) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in head.items()}
-
-
-def same_tensors(left: Head, right: Head) -> bool:
-    """Whether two heads have the same names, shapes and values."""
-    return _shapes(left) == _shapes(right) and all(torch.equal(left[key], right[key]) for key in left)

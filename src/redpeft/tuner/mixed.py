@@ -9,12 +9,8 @@ One gather a site, whatever the number of adapters. Batches of named adapters ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_map
 
 from redpeft.errors import UserError
 from redpeft.tuner.edit import Edit, apply_edit, effective_edit
@@ -101,31 +97,3 @@ class EditTable:
         edits = self.rows.index_select(0, rows).view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
         scale, bias = edits[:, 0], edits[:, 1]
         return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))
-
-
-@torch.compiler.disable
-def run_by_adapter(modules: Mapping[str, nn.Module], batch: MixedBatch, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Run each sequence through its adapter's copy of a module (`modules_to_save`, such as a head).
-
-    The first tensor among the arguments is (batch, ...), as others may be; others go to each copy as they are. The
-    outputs are put back into its order. An adapter without a copy uses the base's.
-    """
-    hidden = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-    repeats = batch.index.repeats(hidden.shape[0])
-    names = [name for name in batch.names for _ in range(repeats)]
-    parts, order = [], []
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        own_args, own_kwargs = tree_map(partial(_rows_of, rows, len(names)), (args, kwargs))
-        parts.append(modules[name if name in modules else BASE](*own_args, **own_kwargs))
-        order += rows
-    return torch.cat(parts)[torch.tensor(order, device=hidden.device).argsort()]
-
-
-def _rows_of(rows: list[int], count: int, value: Any) -> Any:
-    """These rows of a tensor that has one for each of the batch's; anything else as it is."""
-    return value[rows] if has_rows(value, count) else value
-
-
-def has_rows(value: Any, count: int) -> bool:
-    return torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == count

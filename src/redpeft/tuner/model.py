@@ -7,7 +7,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,12 +31,21 @@ from redpeft.models import (
     plain_name,
     unwrapped,
 )
-from redpeft.tuner.compose import COMBINATIONS, combine_configs, combine_heads, same_tensors
+from redpeft.tuner.compose import COMBINATIONS, combine_configs
 from redpeft.tuner.config import FORMAT, RedConfig
 from redpeft.tuner.edit import ORIGINS
 from redpeft.tuner.first_step import check_first_step
+from redpeft.tuner.heads import (
+    combine_heads,
+    common_heads,
+    head_of,
+    put_modules,
+    run_by_adapter,
+    same_tensors,
+    wrappers,
+)
 from redpeft.tuner.layer import RedLayer
-from redpeft.tuner.mixed import BASE, EditTable, MixedBatch, run_by_adapter
+from redpeft.tuner.mixed import BASE, EditTable, MixedBatch
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
 from redpeft.tuner.units import add_hook, remove_hook
@@ -233,7 +241,7 @@ class RedModel(BaseTuner):
         if combination_type not in COMBINATIONS:
             raise UserError(f"unknown combination_type {combination_type!r}: choose {' or '.join(COMBINATIONS)}")
         bringing = [head] if head else list(adapters)
-        heads = [_head(self.model, name) for name in bringing]
+        heads = [head_of(self.model, name) for name in bringing]
         new_head = combine_heads(bringing, heads, weights if combination_type == "linear" else None)
         owner = next((name for name, found in zip(bringing, heads, strict=True) if found), None)
         if new_head and not any(same_tensors(new_head, found) for found in heads):
@@ -252,7 +260,7 @@ class RedModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in red_layers(self.model).values():
             layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
-        for key, tensor in _head(self.model, adapter_name).items():
+        for key, tensor in head_of(self.model, adapter_name).items():
             tensor.copy_(new_head[key])
 
     def _check_known(self, adapters: Sequence[str]) -> None:
@@ -264,7 +272,7 @@ class RedModel(BaseTuner):
         """PEFT's. Raises `UserError` for unknown names and for several heads; nothing is changed then."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._check_known(names)
-        for module, wrapper in _wrappers(self.model).items():
+        for module, wrapper in wrappers(self.model).items():
             owners = [name for name in names if name in wrapper.modules_to_save]
             if len(owners) > 1:
                 raise UserError(
@@ -291,7 +299,7 @@ class RedModel(BaseTuner):
                 )
             if left:
                 self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
-        for wrapper in _wrappers(self.model).values():  # PEFT asks these to take all active adapters, and fails
+        for wrapper in wrappers(self.model).values():  # PEFT asks these to take all active adapters, and fails
             if adapter_name not in wrapper.active_adapters:
                 wrapper.delete_adapter(adapter_name, wrapper.active_adapters)
         super().delete_adapter(adapter_name)
@@ -305,17 +313,11 @@ class RedModel(BaseTuner):
             layer.check_mergeable()
 
     def _merged_heads(self, adapter_names: list[str] | None, head: str | None) -> dict[str, nn.Module]:
-        """By the names of the modules to save: what the model has there once these adapters are merged too."""
+        """What the modules to save are once these adapters are merged too, or the one that brings `head`."""
         names = [name for layer in red_layers(self.model).values() for name in layer.merged_adapters]
         names += self.active_adapters if adapter_names is None else adapter_names
         self._check_known([*names, *([head] if head else [])])
-        found = {}
-        for module, wrapper in _wrappers(self.model).items():
-            copies = wrapper.modules_to_save
-            owners = [name for name in dict.fromkeys([head] if head else names) if name in copies]
-            combine_heads(owners, [copies[name].state_dict() for name in owners], None)  # UserError where they differ
-            found[module] = copies[owners[0]] if owners else wrapper.original_module
-        return found
+        return common_heads(self.model, [head] if head else names)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, head: str | None = None
@@ -355,7 +357,7 @@ class RedModel(BaseTuner):
         without_bias = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
         super().merge_adapter(adapter_names, safe_merge)
         shared = self._shared_sites()
-        self._put_heads(heads)
+        put_modules(self.model, heads)
         # PEFT turns this off where the base's own embeddings are two tensors already, and UMT5's forward reads it.
         model_config: Any = getattr(self.model, "config", None)
         tied = not heads and getattr(model_config, "tie_word_embeddings", False)
@@ -392,13 +394,8 @@ class RedModel(BaseTuner):
     def unload(self) -> nn.Module:
         """The base model as it was: unmerged, and with its own head, where PEFT leaves the active adapter's in."""
         self.unmerge_adapter()
-        self._put_heads({name: wrapper.original_module for name, wrapper in _wrappers(self.model).items()})
+        put_modules(self.model, {name: wrapper.original_module for name, wrapper in wrappers(self.model).items()})
         return super().unload()
-
-    def _put_heads(self, heads: Mapping[str, nn.Module]) -> None:
-        for name, module in heads.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, module)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -415,7 +412,7 @@ class RedModel(BaseTuner):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         batch = MixedBatch(names, list(self.peft_config))
-        heads = list(_wrappers(self.model).values())
+        heads = list(wrappers(self.model).values())
         try:
             _mix(layers, batch)
             for head in heads:
@@ -434,21 +431,6 @@ def _mix(layers: Sequence[RedLayer], batch: MixedBatch) -> None:
     for layer in layers:
         if layer.redpeft_edit:
             layer.mix(batch.index, EditTable.of_adapters(layer.redpeft_edit, batch.adapters))
-
-
-def _wrappers(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """The modules to save, with all adapters' copies, by their names in the base model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
-
-
-def _head(model: nn.Module, adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter's copies of the modules to save."""
-    return {
-        f"{name}.{key}": tensor
-        for name, wrapper in _wrappers(model).items()
-        if adapter in wrapper.modules_to_save
-        for key, tensor in wrapper.modules_to_save[adapter].state_dict().items()
-    }
 
 
 @torch.compiler.disable
