@@ -542,6 +542,10 @@ def test_what_an_adapter_folder_does_not_say_is_asked_for(redpeft, trained, data
     assert (code, out) == (2, "")
     assert message in err
     assert one_line(err)
+    code, _, err = redpeft("predict", folder, data_folder / "test.jsonl", "--base", "m", "--task", "poetry")
+    assert code == 2
+    if "VERA" not in message:
+        assert "cannot be used for the task poetry: give --task, one of classification, token-classification," in err
 
 
 def test_evaluate_refuses_what_is_no_run(redpeft, tmp_path, data_folder):

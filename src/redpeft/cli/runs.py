@@ -18,8 +18,7 @@ from redpeft.errors import RunError, UserError
 MATRIX = 20  # the most labels for which a confusion matrix is shown
 
 TaskName = Annotated[
-    Literal["classification", "token-classification", "instruction", "e2e"] | None,
-    typer.Option(help="The task, where an adapter folder without a run does not say it."),
+    str | None, typer.Option(help="The task, such as instruction, if an adapter folder without a run does not say it.")
 ]
 
 

@@ -105,7 +105,8 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Fi
         kind = config.get("task_type")
         name = name or next((each for each in usable if usable[each].task_type == kind), None)
         if name not in usable:
-            raise UserError(f"{folder} does not say what it was trained for: give --task, one of {', '.join(usable)}")
+            what = "does not say what it was trained for" if name is None else f"cannot be used for the task {name}"
+            raise UserError(f"{folder} {what}: give --task, one of {', '.join(usable)}")
         has_head = usable[name].task_type.endswith("_CLS")
         task = usable[name].without_run(_labels(folder, str(model)) if has_head else [])
     fields = {"base.model": str(model), "data.path": str(folder), "task": task.name}
