@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -77,3 +78,12 @@ def test_each_class_name_stands_once():
 
 def test_the_house_stays_small():
     assert sum(path.name != "__init__.py" for path in MODULES.values()) <= MOST_MODULES
+
+
+def test_contributing_shows_every_room_and_files_that_exist():
+    root = SRC.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"^\| `([\w/.]+)`", text, re.M)}
+    assert ALLOWED.keys() <= shown
+    for path in re.findall(r"`((?:\w+/)*\w+\.(?:py|yaml))`", text):
+        assert (root / path).exists() or (SRC / "redpeft" / path).exists(), path
