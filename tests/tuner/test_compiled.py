@@ -1,4 +1,4 @@
-"""Adapters of compiled models are those of plain ones: names, files and fingerprints, through each of PEFT's doors."""
+"""Adapters of compiled models are those of plain ones: names, files and fingerprints, however PEFT loads them."""
 
 from __future__ import annotations
 

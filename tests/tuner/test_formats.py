@@ -1,4 +1,4 @@
-"""Adapter folders of version 1, of today and of a later version, by every door of PEFT and transformers."""
+"""Adapter folders of version 1, of today and of a later version, by every way to load of PEFT and transformers."""
 
 from __future__ import annotations
 
@@ -68,25 +68,25 @@ def by_transformers(model, folder):
     return model
 
 
-DOORS = [from_pretrained, without_memory, load_adapter, into_a_new_adapter, injected, by_transformers]
+LOADERS = [from_pretrained, without_memory, load_adapter, into_a_new_adapter, injected, by_transformers]
 
 
 @pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_reads_both_versions(tiny, folders, tmp_path, door, version):
+@pytest.mark.parametrize("load", LOADERS)
+def test_every_loader_reads_both_versions(tiny, folders, tmp_path, load, version):
     expected = read_adapter(folders[version])
-    model = door(tiny.llama(), folders[version]).eval()
+    model = load(tiny.llama(), folders[version]).eval()
     for layer in tiny.layers(model):
         scale, bias = (vector.detach() for vector in layer.redpeft_edit["default"].effective)
         edit = expected.edits[layer.site]
-        if door is into_a_new_adapter:  # which counts from 1
+        if load is into_a_new_adapter:  # which counts from 1
             torch.testing.assert_close(scale, edit.scale.float(), rtol=2**-23, atol=2**-24)
         else:
             assert torch.equal(scale, edit.scale.float())
         torch.testing.assert_close(bias, edit.bias.float())
     config = model.peft_config["default"]
     assert config.format == 2
-    assert config.scale_origin == (1 if version == 2 or door is into_a_new_adapter else 0)
+    assert config.scale_origin == (1 if version == 2 or load is into_a_new_adapter else 0)
     model.save_pretrained(tmp_path / "again")
     again = read_adapter(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / CONFIG).read_text())
@@ -94,22 +94,22 @@ def test_every_door_reads_both_versions(tiny, folders, tmp_path, door, version):
     for site, edit in again.edits.items():
         tolerance = 2**-24 * (expected.edits[site].scale.abs().clamp(min=1))
         assert ((edit.scale - expected.edits[site].scale).abs() <= tolerance).all()
-    if door is not into_a_new_adapter and version == 1:  # bit for bit
+    if load is not into_a_new_adapter and version == 1:  # bit for bit
         key = f"base_model.model.{next(iter(again.edits))}.redpeft_edit.scale"
         assert torch.equal(load_file(tmp_path / "again" / WEIGHTS)[key], load_file(folders[1] / WEIGHTS)[key])
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_refuses_a_later_version(tiny, folders, tmp_path, door):
+@pytest.mark.parametrize("load", LOADERS)
+def test_every_loader_refuses_a_later_version(tiny, folders, tmp_path, load):
     folder = shutil.copytree(folders[2], tmp_path / "later")
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**config, "format": 3}))
     message = "an adapter of format 3, and this redpeft reads formats up to 2: upgrade redpeft"
     with pytest.raises(UserError, match=message):
         read_adapter(folder)
-    if door is not into_a_new_adapter:  # which does not read the configuration
+    if load is not into_a_new_adapter:  # which does not read the configuration
         with pytest.raises(UserError, match=message):
-            door(tiny.llama(), folder)
+            load(tiny.llama(), folder)
 
 
 def test_a_configuration_of_version_1_without_its_values_is_an_error(tiny, folders):

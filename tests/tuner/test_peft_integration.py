@@ -1,4 +1,4 @@
-"""RED through PEFT's own doors: get_peft_model, PeftModel, AutoPeftModel; several adapters, merging, mixed batches."""
+"""RED through PEFT's functions: get_peft_model, PeftModel, AutoPeftModel; several adapters, merging, mixed batches."""
 
 from __future__ import annotations
 
@@ -396,7 +396,7 @@ def test_a_merged_model_loads_strictly_into_its_class(tiny, tmp_path, name, opti
         torch.testing.assert_close(again(tiny.tokens()).logits, edited, atol=1e-6, rtol=0)
 
 
-def test_a_bias_without_a_place_is_said(tiny):
+def test_a_bias_that_the_configuration_has_no_switch_for_is_a_warning(tiny):
     model = tiny.with_edits(tiny.t5())
     with pytest.warns(UserWarning, match=r"4 layers without a bias now have one \(decoder.block.0.layer.2.DenseReluD"):
         model.merge_and_unload()

@@ -239,15 +239,15 @@ def test_quantised_layers_are_edited_but_not_merged(case, quantiser, tiny):
         assert torch.equal(model(**batch).logits, clean)
 
 
-def test_that_there_is_no_fingerprint_is_said(case, folders, caplog, tmp_path):
+def test_a_missing_fingerprint_is_logged(case, folders, caplog, tmp_path):
     caplog.set_level(logging.INFO, "redpeft")
     base = case.load()
     model = get_peft_model(base, case.config)
     assert model.peft_config["default"].base_fingerprint is None
-    said = "adapter 'default': the base model's weights are quantised, .* its fingerprint cannot be taken"
+    line = "adapter 'default': the base model's weights are quantised, .* its fingerprint cannot be taken"
     assert [record.name for record in caplog.records] == ["redpeft.tuner.model"]
     assert caplog.records[0].levelno == logging.INFO
-    assert re.match(said, caplog.records[0].getMessage())
+    assert re.match(line, caplog.records[0].getMessage())
     caplog.clear()
     get_peft_model(dequantised(case.load()), copy.copy(case.config))
     assert not caplog.records

@@ -20,7 +20,7 @@ def model(tiny):
     """A classifier with "a" and "b", which bring heads of their own, and "none", which brings none; "a" is active."""
     model = get_peft_model(tiny.roberta_classifier(), RedConfig(task_type="SEQ_CLS"), "a").eval()
     model.add_adapter("b", RedConfig(task_type="SEQ_CLS"))
-    model.base_model.peft_config["none"] = RedConfig()  # past the door of PEFT's that adds the heads of SEQ_CLS
+    model.base_model.peft_config["none"] = RedConfig()  # not by PeftModel, which adds the heads of SEQ_CLS
     model.base_model.inject_adapter(model.base_model.model, "none")
     generator = torch.Generator().manual_seed(0)
     for parameter in model.base_model.model.classifier.modules_to_save.parameters():

@@ -1,4 +1,4 @@
-"""RED through transformers' doors and tools: add_adapter, Trainer, casts, autocast, checkpointing, compile, offload"""
+"""RED through transformers' functions: add_adapter, Trainer, casts, autocast, checkpointing, compile, offload."""
 
 from __future__ import annotations
 

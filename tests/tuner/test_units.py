@@ -234,7 +234,7 @@ def test_a_configuration_of_another_adapter_is_measured_anew(tmp_path):
     assert units(fresh) == units(model)
 
 
-def test_what_was_trained_elsewhere_begins_as_it_was_and_counts_anew(tmp_path):
+def test_an_imported_checkpoint_starts_training_as_it_was(tmp_path):
     """An imported checkpoint: the scale itself, and biases in the output's size."""
     model = get_peft_model(llama(torch.float32), RedConfig(scale_origin=0, init_weights=False))
     model.save_pretrained(tmp_path)
@@ -283,7 +283,7 @@ def test_layers_that_are_called_by_themselves_are_not_trained_without_a_unit():
     sites(model)[0](torch.randn(2, 32))
 
 
-def test_a_new_adapter_on_a_model_in_evaluation_does_not_stand_in_its_way():
+def test_a_new_adapter_on_a_model_in_evaluation_needs_no_unit():
     model = get_peft_model(llama(torch.float32).eval(), RedConfig())
     model(torch.randint(0, 60, (2, 8)))
     assert units(model) == [1, 1]

@@ -353,10 +353,13 @@ class RedModel(BaseTuner):
         `merge_adapter` does; the adapted model still works then.
         """
         heads = self._merged_heads(adapter_names, head)
-        bases = {name: layer.get_base_layer() for name, layer in red_layers(self.model).items()}
-        without_bias = {name for name, base in bases.items() if getattr(base, "bias", 0) is None}
         super().merge_adapter(adapter_names, safe_merge)
         shared = self._shared_sites()
+        with_bias = sorted(
+            name
+            for name, layer in red_layers(self.model).items()
+            if layer.originals[1] is None and layer.get_base_layer().bias is not None
+        )
         put_modules(self.model, heads)
         # PEFT turns this off where the base's own embeddings are two tensors already, and UMT5's forward reads it.
         model_config: Any = getattr(self.model, "config", None)
@@ -366,7 +369,6 @@ class RedModel(BaseTuner):
         model = super().merge_and_unload(progressbar, adapter_names=[])
         if tied:
             model_config.tie_word_embeddings = tied
-        with_bias = sorted(name for name in without_bias if model.get_submodule(name).bias is not None)
         if with_bias and not (isinstance(model, PreTrainedModel) and add_biases(model, with_bias)):
             warnings.warn(
                 f"{len(with_bias)} layers without a bias now have one ({some(with_bias)}): the model in memory is "
