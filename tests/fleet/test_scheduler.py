@@ -60,6 +60,14 @@ def test_a_job_that_cannot_begin_fails_alone(make_job, queue_of, tmp_path):
     ]  # fmt: skip
 
 
+def test_columns_that_nobody_reads_are_named_once(make_job, queue_of, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    rows = [{"text": f"good {number}", "label": number % 2, "source": "web"} for number in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_fleets(queue_of([make_job(name, str(data), max_steps=1) for name in ("one", "two")]))
+    assert capsys.readouterr().err.count("rows.jsonl: columns not read: source\n") == 1
+
+
 def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, queue_of, monkeypatch):
     from transformers import BertForSequenceClassification
 

@@ -206,6 +206,7 @@ def test_regression(write, caplog):
     task = task_of({"text": TEXTS * 5 + ["x"], "score": list(map(write, numbers))})
     assert task.problem_type == "regression"
     assert "train.csv: column 'score' holds numbers of which 21 differ, so the task is regression; pro" in caplog.text
+    assert "label_separator" not in caplog.text  # a decimal comma separates nothing
     assert (task.metric, task.greater_is_better) == ("pearson", True)
     assert task.label_names == []
     assert task.labels(make({"score": list(map(write, numbers[:3]))})) == numbers[:3]

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
-from redpeft.errors import RunError, Stopped, UserError
+from redpeft.console import log_main
+from redpeft.errors import RunError, Stopped, UserError, some
 from redpeft.fleet.memory import NoRoom
 from redpeft.fleet.template_model import kind_of
 from redpeft.storage import RESULT
 from redpeft.tasks.base import Task
+from redpeft.tasks.columns import source, unread_columns
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import check_recipe, read_task
 
@@ -179,6 +181,7 @@ class JobLoader:
     def __init__(self, queue: Queue, report: Report) -> None:
         self.queue, self.report = queue, report
         self._later: list[tuple[Job, Hashable]] = []  # taken, but of another kind than was asked for
+        self._notes: set[str] = set()  # said already
 
     def next(self, kind: Hashable = None) -> LoadedJob | None:
         """The next job, of this kind if one is given."""
@@ -215,5 +218,11 @@ class JobLoader:
                 self.done(job, result)
                 return None
             check_recipe(job.recipe)
-            return LoadedJob(job, *read_task(job.recipe))
+            task, splits = read_task(job.recipe)
+            if unread := unread_columns(splits["train"], task.columns):
+                note = f"{source(splits['train'])}: columns not read: {some(unread, 8)}"
+                if note not in self._notes:  # many jobs may share a file
+                    log_main(note)
+                    self._notes.add(note)
+            return LoadedJob(job, task, splits)
         return None

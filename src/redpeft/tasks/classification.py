@@ -353,7 +353,7 @@ def _problem_type(
                 "%s holds several labels a row, %s; data.label_separator=none takes each text as one label",
                 name, "as lists in brackets" if cut == LIST else f"separated by {cut!r}",
             )  # fmt: skip
-        elif asked is None and (unused := unused_separator(texts)):
+        elif asked is None and None in as_numbers(texts) and (unused := unused_separator(texts)):
             logger.warning("%s: %r is taken as one label; data.label_separator=%r splits such texts", name, *unused)
     several = cut is not None or any(isinstance(label, list) for label in labels)
     if asked == MULTI and not several:
