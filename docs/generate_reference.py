@@ -73,7 +73,7 @@ def config_fields() -> str:
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters
-    from redpeft.adapters import card, compose, expression, listing, preview, released
+    from redpeft.adapters import arithmetic, card, listing, preview, released
     from redpeft.adapters import inspect as inspection
     from redpeft.evaluation import generate, language_model, lm_harness
     from redpeft.reproduce import command, plan
@@ -90,11 +90,11 @@ def signatures() -> str:
         "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
         "redpeft.adapters.preview": [preview.preview],
         "redpeft.adapters.card": [card.write_card],
-        "redpeft.adapters.compose": [
-            *(compose.weighted_sum, compose.sequence, compose.inverse, compose.keep_scale, compose.keep_bias),
-            *(compose.keep_layers, compose.trim, compose.take_head, compose.check_same_base),
+        "redpeft.adapters.arithmetic": [
+            *(arithmetic.compose, arithmetic.weighted_sum, arithmetic.sequence, arithmetic.inverse),
+            *(arithmetic.keep_scale, arithmetic.keep_bias, arithmetic.keep_layers, arithmetic.trim),
+            *(arithmetic.take_head, arithmetic.check_same_base),
         ],
-        "redpeft.adapters.expression": [expression.compose],
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],

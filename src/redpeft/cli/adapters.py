@@ -86,13 +86,13 @@ def fold(
     return CommandOutput(result.summary(), [result_table(result), *result.notes, f"Checkpoint: {out}"])
 
 
-@command("redpeft compose 'runs/formal:0.7 + runs/brief:0.3' --out adapters/both")
+@command('redpeft compose \'0.7 * "runs/formal" + 0.3 * "runs/brief"\' --out adapters/both')
 def compose(
     expression: Annotated[
         str,
         typer.Argument(
-            help="Adapter folders (in quotes where they hold blanks or signs): a:0.7 + b:0.3 is the weighted sum, "
-            "a >> b is b after a; inverse(a), scale(a), bias(a), layers(a, 0-5, 11), trim(a, 80%).",
+            help='Folders in quotes: 0.7 * "a" + 0.3 * "b" is the weighted sum, "a" >> "b" is b after a; '
+            "inverse(...), scale(...), bias(...), layers(..., 0-5, 11), trim(..., 0.8).",
             show_default=False,
         ),
     ],
@@ -101,7 +101,7 @@ def compose(
 ) -> CommandOutput:
     """Make an adapter from others by exact arithmetic on their edits."""
     from redpeft.adapters import inspect
-    from redpeft.adapters.expression import compose
+    from redpeft.adapters.arithmetic import compose
 
     made, whose = compose(expression, out, head)
     rows = inspect.summarize(made)

@@ -17,7 +17,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 from helpers.adapters import SITES, WIDTH, random_tensors, write_folder
 from redpeft import RedConfig, cli
 from redpeft.adapters import Adapter, EffectiveEdit, load_adapter, read_adapter, write_adapter
-from redpeft.adapters.compose import (
+from redpeft.adapters.arithmetic import (
+    compose,
     inverse,
     keep_bias,
     keep_layers,
@@ -27,7 +28,6 @@ from redpeft.adapters.compose import (
     trim,
     weighted_sum,
 )
-from redpeft.adapters.expression import compose
 from redpeft.errors import UserError
 
 PRINT = {"shapes": "x", "samples": [0.5]}
@@ -66,31 +66,31 @@ def test_the_language_by_formula(folders):
     average = {s: (0.7 * a[s].scale + 0.3 * b[s].scale, 0.7 * a[s].bias + 0.3 * b[s].bias) for s in SITES}
     after = {s: (b[s].scale * a[s].scale, b[s].scale * a[s].bias + b[s].bias) for s in SITES}
     minus = {s: (2 - a[s].scale, -a[s].bias) for s in SITES}
-    close(made(folders, "A:0.7 + B:0.3"), average)
-    close(made(folders, "B:.3+A:7e-1"), average)
+    close(made(folders, "0.7 * A + 0.3 * B"), average)
+    close(made(folders, ".3 * B+7e-1 * A"), average)
     close(made(folders, "A >> B"), after)
-    close(made(folders, "A:-1"), minus)
+    close(made(folders, "-1 * A"), minus)
     close(made(folders, "scale(A)"), {s: (a[s].scale, zeros) for s in SITES})
     close(made(folders, "bias(A)"), {s: (ones, a[s].bias) for s in SITES})
     close(made(folders, "layers(A, 1)"), {SITES[1]: a[SITES[1]]})
     close(made(folders, "layers(A, 0) + layers(B, 1)"), {SITES[0]: a[SITES[0]], SITES[1]: b[SITES[1]]})
-    # + binds more tightly than >>, : more tightly than +
+    # * binds more tightly than +, + more tightly than >>
     both = {s: (a[s].scale + b[s].scale - 1, a[s].bias + b[s].bias) for s in SITES}
     expected = {s: (a[s].scale * both[s][0], a[s].scale * both[s][1] + a[s].bias) for s in SITES}
     close(made(folders, "A + B >> A"), expected, atol=1e-3)
     half = {s: ((1 + after[s][0]) / 2, after[s][1] / 2) for s in SITES}
-    close(made(folders, "(A >> B):0.5"), half)
+    close(made(folders, "0.5 * (A >> B)"), half)
     close(made(folders, "scale(A) >> bias(A)"), a)
 
 
 def test_an_inverse_undoes(folders):
     identity = {site: (torch.ones(WIDTH), torch.zeros(WIDTH)) for site in SITES}
     close(made(folders, "A >> B >> inverse(A >> B)"), identity, atol=1e-4)
-    close(made(folders, "inverse(A:1) >> A"), identity, atol=1e-4)
+    close(made(folders, "inverse(1 * A) >> A"), identity, atol=1e-4)
 
 
 def test_the_folder_names_what_it_is(folders):
-    made_of = made(folders, "B:0.5 + A:0.5")
+    made_of = made(folders, "0.5 * B + 0.5 * A")
     assert made_of.units == dict.fromkeys(SITES, 4.0)
     assert made_of.config["base_fingerprint"] == PRINT
     assert (made_of.config["sites"], made_of.config["resolved"]) == ("ffn", True)
@@ -116,7 +116,7 @@ def test_sites_that_peft_shortened_to_an_ending(tmp_path):
 def test_a_site_that_one_lacks_is_the_identity_there(folders):
     write_folder(folders / "c", random_tensors(SITES[1:], seed=3, unit=9.0), targets=SITES[1:])
     a, c = of(folders, "a"), of(folders, "c")
-    both = made(folders, "C:2 + A:0.5")
+    both = made(folders, "2 * C + 0.5 * A")
     half = ((1 + a[SITES[0]].scale) / 2, a[SITES[0]].bias / 2)
     last = 1 + 2 * (c[SITES[1]].scale - 1) + (a[SITES[1]].scale - 1) / 2, 2 * c[SITES[1]].bias + a[SITES[1]].bias / 2
     close(both, {SITES[1]: last, SITES[0]: half})
@@ -193,7 +193,7 @@ def test_trimming_by_hand():
     assert quarter.edits["1.x"].bias.tolist() == [12, 0]
     same(trim(whole, 0), whole)
     assert all(edit.bias.abs().max() == 0 and (edit.scale == 1).all() for edit in trim(whole, 1).edits.values())
-    with pytest.raises(UserError, match=r"the share to trim is from 0 to 1 \(0% to 100%\), not 1.5"):
+    with pytest.raises(UserError, match=r"the share to trim is from 0 to 1, not 1.5"):
         trim(whole, 1.5)
 
 
@@ -277,7 +277,7 @@ def test_memory_and_disk_agree(tmp_path, tiny_decoder_folder):
     edited(base, [tmp_path / "a", tmp_path / "b"])
     model = PeftModel.from_pretrained(base(), tmp_path / "a", adapter_name="a")
     model.load_adapter(tmp_path / "b", adapter_name="b")
-    for kind, expression in {"linear": "A:0.7 + B:-0.2", "sequence": "A:0.7 >> B:-0.2"}.items():
+    for kind, expression in {"linear": "0.7 * A + -0.2 * B", "sequence": "0.7 * A >> -0.2 * B"}.items():
         model.add_weighted_adapter(["a", "b"], [0.7, -0.2], kind, combination_type=kind)
         model.save_pretrained(tmp_path / "memory", selected_adapters=[kind])
         memory, disk = read_adapter(tmp_path / "memory" / kind), made(tmp_path, expression)
@@ -298,11 +298,11 @@ def test_heads(tmp_path, tiny_encoder_folder):
     heads = {name: read_adapter(tmp_path / name).head for name in "abc"}
     assert heads["a"].keys() == heads["b"].keys() == {"classifier.weight", "classifier.bias"}
     assert not heads["c"]
-    average = made(tmp_path, "A:0.25 + B:0.75")
+    average = made(tmp_path, "0.25 * A + 0.75 * B")
     for key, tensor in average.head.items():
         torch.testing.assert_close(tensor, 0.25 * heads["a"][key] + 0.75 * heads["b"][key])
     assert output(base(), average.folder).shape == (1, 3)
-    alone = made(tmp_path, "C >> A:0.5")
+    alone = made(tmp_path, "C >> 0.5 * A")
     assert torch.equal(alone.head["classifier.weight"], heads["a"]["classifier.weight"])
     assert (alone.config["task_type"], "classifier" in alone.config["modules_to_save"]) == ("SEQ_CLS", True)
     both = made(tmp_path, "A >> B", head=tmp_path / "b")
@@ -311,7 +311,7 @@ def test_heads(tmp_path, tiny_encoder_folder):
         made(tmp_path, "A >> B")
     with pytest.raises(UserError, match="bring different heads .* their weights sum to 2, not to 1"):
         made(tmp_path, "A + B")
-    assert "classifier.weight" in made(tmp_path, "A + layers(A, 0):0.1").head  # one head, twice
+    assert "classifier.weight" in made(tmp_path, "A + 0.1 * layers(A, 0)").head  # one head, twice
 
 
 def test_it_is_said_whose_head_results(tmp_path, tiny_encoder_folder, capsys):
@@ -337,13 +337,14 @@ def test_it_is_said_whose_head_results(tmp_path, tiny_encoder_folder, capsys):
 
     for run in runs:
         label(run, "x", "y", "z")
-    assert f"Head (modules_to_save): {runs[0]} Adapter" in log_main("C >> A:0.5")
-    assert f"Head (modules_to_save): the average of {runs[0]} and {runs[1]}, by their w" in log_main("A:0.25 + B:0.75")
-    assert "Head" not in log_main("C:2")
+    assert f"Head (modules_to_save): {runs[0]} Adapter" in log_main("C >> 0.5 * A")
+    average = f"Head (modules_to_save): the average of {runs[0]} and {runs[1]}, by their weights"
+    assert average in log_main("0.25 * A + 0.75 * B")
+    assert "Head" not in log_main("2 * C")
     label(runs[1], "x", "z", "y")
-    for expression in ("A:0.25 + B:0.75", "A:0.5 + (B + C:-1):0.5"):
+    for expression in ("0.25 * A + 0.75 * B", "0.5 * A + 0.5 * (B - C)"):
         assert f"{runs[0]} and {runs[1]} bring heads (modules_to_save) of different labels" in log_main(expression)
-    assert f"Head (modules_to_save): {runs[1]} Adapter" in log_main("A:0.25 + B:0.75", "--head", runs[1])
+    assert f"Head (modules_to_save): {runs[1]} Adapter" in log_main("0.25 * A + 0.75 * B", "--head", runs[1])
 
 
 @pytest.mark.parametrize("model", ["RoBERTa/RoBERTa_base/checkpoint/mnli", "GPT-2/gpt2_medium/checkpoint"])
@@ -363,10 +364,10 @@ def test_released_edits(tmp_path, model):
     width = next(iter(edits.values())).scale.numel()
     identity = dict.fromkeys(edits, (torch.ones(width), torch.zeros(width)))
     close(made(tmp_path, "A >> inverse(A)"), identity, rtol=0, atol=1e-7)
-    close(made(tmp_path, "A:0.25 + A:0.75"), edits, rtol=0, atol=0)
+    close(made(tmp_path, "0.25 * A + 0.75 * A"), edits, rtol=0, atol=0)
     twice = {site: (edit.scale.double() ** 2, (edit.scale.double() + 1) * edit.bias) for site, edit in edits.items()}
     close(made(tmp_path, "A >> A"), twice, rtol=1e-6, atol=1e-6)
-    trimmed = made(tmp_path, "trim(A, 80%)")
+    trimmed = made(tmp_path, "trim(A, 0.8)")
     changed = torch.cat([edit.scale != 1 for edit in trimmed.edits.values()])
     assert changed.float().mean().item() == pytest.approx(0.2, abs=1e-4)
 
@@ -388,10 +389,10 @@ def redpeft(capsys, monkeypatch, folders):
 
 
 def test_the_command(redpeft, folders):
-    code, out, _ = redpeft("a:0.5 + b:0.5", "--out", "both", "--json")
+    code, out, _ = redpeft("0.5 * 'a' + 0.5 * 'b'", "--out", "both", "--json")
     assert code == 0
     data = json.loads(out)
-    assert (data["adapter"], data["expression"], data["base_fingerprint"]) == ("both", "a:0.5 + b:0.5", PRINT)
+    assert (data["adapter"], data["expression"], data["base_fingerprint"]) == ("both", "0.5 * 'a' + 0.5 * 'b'", PRINT)
     assert [row["site"] for row in data["sites"]] == SITES
     assert data["sites"][0]["unit"] == 0.25
     (folders / "run with blanks + signs").mkdir()
@@ -406,27 +407,34 @@ def test_the_command(redpeft, folders):
 @pytest.mark.parametrize(
     ("expression", "message"),
     [
-        ("", "cannot read '' at character 1: an adapter folder is missing"),
-        ("a +", "at character 4: an adapter folder is missing"),
-        ("a + + b", "at character 5: an adapter folder is missing before +"),
-        ("a b", "at character 3: b is not expected"),
-        ("a)", "at character 2: ) is not expected"),
-        ("(a", "at character 3: a ) is missing"),
-        ("layers(a, 0 b", "at character 13: a ) is missing"),
-        ("a > b", "at character 3: > is not understood"),
-        ('a + "b', 'at character 5: " is not understood'),
-        ("a:", "at character 3: a weight is missing"),
-        ("a:much", "at character 3: much is no weight (a number, as 0.7 or -1)"),
-        ("a:nan", "at character 3: nan is no weight"),
-        ("a >> reverse(b)", "there is no function reverse; there are inverse, scale, bias, layers, trim"),
-        ("scale(a, 1)", "1 is not expected: inverse, scale and bias take an adapter alone"),
-        ("layers(a)", "layers wants numbers of layers, as layers(x, 0-5, 11), not nothing"),
-        ("layers(a, x)", "layers wants numbers of layers, as layers(x, 0-5, 11), not x"),
-        ("layers(a, 0-2)", "a edits nothing in layer 2; its layers are 0, 1"),
-        ("trim(a, 0.8)", "trim wants one percentage, as trim(x, 80%), not 0.8"),
-        ("trim(a, 120%)", "the share to trim is from 0 to 1 (0% to 100%), not 1.2"),
-        ("nowhere", "nowhere: no such adapter folder"),
-        ("a:1e39", f"out: {SITES[0]}: scale has values that are not finite (NaN, or too large for fp32)"),
+        ("", "cannot read '' at character 1: invalid syntax"),
+        ("'a' +", "at character 6: invalid syntax"),
+        ("'a' + + 'b'", "at character 7: expected a folder in quotes, a sum, a product or a function, as 0.7 * "),
+        ("'a' 'b'", "ab: no such adapter folder"),
+        ("'a')", "at character 4: unmatched ')'"),
+        ("('a'", "at character 1: '(' was never closed"),
+        ("'a' > 'b'", "at character 1: expected a folder in quotes"),
+        ("a", "at character 1: expected a folder in quotes, a sum, a product or a function, as 0.7 * "),
+        ("0.5 * runs/a", "at character 1: expected a folder in quotes"),
+        ("'a' + 'b", "at character 7: unterminated string literal"),
+        ("0.5", "at character 1: expected a folder in quotes"),
+        ("'a' * 0.5", "at character 1: expected a number, as 0.7, not 'a'"),
+        ("('a' + 'b') * 0.5", "at character 2: expected a number, as 0.7, not 'a' + 'b'"),
+        ("much * 'a'", "at character 1: expected a number, as 0.7, not much"),
+        ("'a' >> reverse('b')", "8: there is no function reverse; there are inverse, scale, bias, layers, trim"),
+        ("scale('a', 1)", "at character 1: write scale(a)"),
+        ("trim('a', share=0.8)", "at character 1: write trim(a, 0.8)"),
+        ("layers('a')", "at character 1: write layers(a, 0-5, 11)"),
+        ("layers('a', x)", "at character 13: expected a layer, as 11, or a range of layers, as 0-5, not x"),
+        ("layers('a', 0-99999999999)", "at character 13: expected a layer, as 11, or a range of layers"),
+        ("layers('a', 0-2)", "a edits nothing in layer 2; its layers are 0, 1"),
+        ("trim('a', 1.2)", "the share to trim is from 0 to 1, not 1.2"),
+        ("trim('a', '80%')", "at character 11: expected a number, as 0.7, not '80%'"),
+        ("__import__('os').system('true')", "at character 1: expected a folder in quotes"),
+        pytest.param("(" * 900 + "'a'" + ")" * 900, "too many nested parentheses", id="parentheses"),
+        pytest.param(f"1{'0' * 400} * 'a'", "nested too deeply, or a number in it is too large", id="large"),
+        ("'nowhere'", "nowhere: no such adapter folder"),
+        ("1e39 * 'a'", f"out: {SITES[0]}: scale has values that are not finite (NaN, or too large for fp32)"),
     ],
 )
 def test_what_cannot_be_made(redpeft, folders, expression, message):
@@ -438,7 +446,7 @@ def test_what_cannot_be_made(redpeft, folders, expression, message):
 
 
 def test_a_folder_in_use_is_not_overwritten(redpeft):
-    code, _, err = redpeft("a + b", "--out", "b")
+    code, _, err = redpeft("'a' + 'b'", "--out", "b")
     assert code == 2
     assert "b exists already and is not an empty folder: choose another, or remove it" in err
 
