@@ -209,7 +209,7 @@ def test_what_cannot_be_a_fleet():
     base, config = bert()
     model = get_peft_model(base, redpeft.RedConfig(**config))
     model.get_base_model().bert.embeddings.requires_grad_(True)
-    with pytest.raises(UserError, match="trains edits and heads, and this model trains .*embeddings"):
+    with pytest.raises(UserError, match="trains only edits and heads, but this model also trains .*embeddings"):
         Fleet(model, 2)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=60, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2))
     with pytest.raises(

@@ -22,6 +22,7 @@ from redpeft.fleet.fleet import Fleet
 from redpeft.fleet.job import BatchRequest
 from redpeft.fleet.queue import Job
 from redpeft.fleet.scheduler import choose_batch
+from redpeft.fleet.template_model import TemplateModel
 from redpeft.training.train import train
 
 
@@ -81,9 +82,12 @@ def test_a_model_that_adds_a_loss_of_its_own_is_refused(make_job, queue_of, monk
         return output
 
     monkeypatch.setattr(BertForSequenceClassification, "forward", smoothed)
-    queue = queue_of([make_job("job", "tiny")])
+    loaded = []
+    monkeypatch.setattr(scheduler, "TemplateModel", lambda *args: loaded.append(TemplateModel(*args)) or loaded[-1])
+    queue = queue_of([make_job("job", "tiny"), make_job("other", "tiny", seed=1)])
     train_fleets(queue)
-    assert queue.results["job"]["kind"] == "MustTrainAlone"
+    assert [result["kind"] for result in queue.results.values()] == ["MustTrainAlone"] * 2
+    assert len(loaded) == 1
     assert "a fleet cannot train BertForSequenceClassification: its loss of a batch" in queue.results["job"]["error"]
 
 

@@ -52,8 +52,8 @@ def test_jobs_take_from_recipe_and_fields_what_they_do_not_say(jobs_file, tmp_pa
         ([], "jobs.jsonl is empty: it holds no jobs"),
         (["{}", "{"], "jobs.jsonl, line 2: broken JSON"),
         (["[1]"], "line 1: a job must be an object of recipe fields, not '[1]'"),
-        (['{"name": "a"}', '{"name": "a"}'], "line 2: the name 'a' is that of "),
-        (['{"name": "job-2"}', "{}"], "line 2: the name 'job-2' is that of "),
+        (['{"name": "a"}', '{"name": "a"}'], "line 2: the name 'a' is also that of "),
+        (['{"name": "job-2"}', "{}"], "line 2: the name 'job-2' is also that of "),
         (['{"name": "a/b"}'], "line 1: name must be a folder name, not 'a/b'"),
         (['{"name": ".."}'], "line 1: name must be a folder name"),
         (['{"name": ""}'], "line 1: name must be a folder name"),
@@ -102,7 +102,7 @@ def test_a_folder_has_a_job_for_each_file_or_data_set(tmp_path, rows, capsys):
     said = capsys.readouterr().err
     assert said == f"{folder / 'other'} is left out: it holds no train, validation or test file\n"
     (folder / "b.csv").write_text("text,label\nx,y\n")
-    with pytest.raises(UserError, match=r"b.jsonl: the name 'b' is that of .*b.csv too"):
+    with pytest.raises(UserError, match=r"b.jsonl: the name 'b' is also that of .*b.csv"):
         read_entries(folder)
 
 

@@ -6,7 +6,7 @@
 
 A row of the table holds everything that one job trains, flattened: | scales and biases | heads |. What a step costs
 depends on the rows of its batch and not on the number of slots: only the rows in use are gathered, differentiated and
-updated. The base model has no state of its own that training would change, so jobs do not know of each other.
+updated. Training changes nothing in the base model itself, so jobs do not affect each other.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class MustTrainAlone(UserError):
 
 
 class SlotState(NamedTuple):
-    """All that a slot holds of a job: what is trained, AdamW's moments, the units of its biases, its steps so far."""
+    """The content of a slot: the trained values, AdamW's moments, the units of the biases, the steps so far."""
 
     values: torch.Tensor
     exp_avg: torch.Tensor
@@ -54,8 +54,8 @@ class Fleet:
     `copy_to_model` copies a slot into the model's own adapter, which can then be saved and used like any other.
     `autocast` is the number format of forward passes (None: the model's own).
 
-    Raises `UserError` for a model without RED, one that trains something else beside edits and heads, and a task that
-    has no loss here.
+    Raises `UserError` for a model without RED, one that trains more than edits and heads, and a task that a fleet
+    cannot train.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Fleet:
         return self.state.values.device
 
     def decay(self, names: Sequence[str]) -> None:
-        """Weight decay, where there is any, acts on the parameters with these names in the model, as in a Trainer."""
+        """Let weight decay act on the parameters of the model with these names, and on no others."""
         chosen = {id(parameter) for name, parameter in self.model.named_parameters() if name in set(names)}
         marks = [
             parameter.new_full((parameter.numel(),), float(id(parameter) in chosen)) for parameter in self.parameters
@@ -103,7 +103,7 @@ class Fleet:
 
     @torch.no_grad()
     def fill(self, slot: int, state: SlotState | None = None) -> None:
-        """Begin a job in a slot: with what the model's own adapter holds now, or where `state` says that it stood."""
+        """Begin a job in a slot, as the model's own adapter is now; or continue one from `state`."""
         if state is None:
             values = torch.cat([parameter.flatten() for parameter in self.parameters])
             units = torch.cat([edit.unit for edit in self.edits])
@@ -112,12 +112,12 @@ class Fleet:
             table[slot] = row.to(table)
 
     def read(self, slot: int) -> SlotState:
-        """A copy of what a slot holds, on the CPU."""
+        """A copy of a slot's content, on the CPU."""
         return SlotState(*(table[slot].to("cpu", copy=True) for table in self.state))
 
     @torch.no_grad()
     def copy_to_model(self, slot: int) -> None:
-        """Put a slot's edits, units and heads into the model's own adapter."""
+        """Copy a slot's edits, units and heads into the model's own adapter."""
         rows = self.state.values[slot].split(self.sizes)
         for parameter, row in zip(self.parameters, rows, strict=True):
             parameter.copy_(row.view_as(parameter))
@@ -125,16 +125,16 @@ class Fleet:
             edit.load_state_dict({**edit.state_dict(), "unit": unit.reshape(1)})
 
     def step(self, batch: Mapping[str, Any], slots: Sequence[int], rates: Mapping[int, Rates]) -> dict[int, float]:
-        """One training step of each slot that has rows in the batch; returns their losses before it.
+        """One training step of each slot that has rows in the batch; returns their losses before the step.
 
-        `batch` holds the model's arguments and `labels`; `slots` says whose each row is. A slot's loss is the mean
-        over its own rows (or their tokens), its gradient is clipped by its own norm, and `rates` are its own. A slot
-        whose loss is not finite is left as it was.
+        `batch` holds the model's arguments and `labels`, `slots` the slot of each row, `rates` those of each slot. A
+        slot's loss is the mean over its own rows (or their tokens), and its gradient is clipped by its own norm. A
+        slot whose loss is not finite is left as it was.
         """
         self._set_mode(True)
         used, index = self._index(slots)
         live = self.state.values[used].requires_grad_()
-        with self._acting(live, used, index):
+        with self._with_edits(live, used, index):
             losses = self._losses(self._logits(batch), batch["labels"].to(self.device), index, len(used))
             [gradient] = torch.autograd.grad(losses.sum(), live)
         finite = losses.isfinite()
@@ -148,7 +148,7 @@ class Fleet:
         """The loss of each slot that has rows in the batch, and the logits of all rows."""
         self._set_mode(False)
         used, index = self._index(slots)
-        with self._acting(self.state.values[used], used, index):
+        with self._with_edits(self.state.values[used], used, index):
             logits = self._logits(batch)
             losses = self._losses(logits, batch["labels"].to(self.device), index, len(used))
         return dict(zip(used.tolist(), losses.tolist(), strict=True)), logits
@@ -181,7 +181,7 @@ class Fleet:
             head.train(training)
 
     def _index(self, slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The slots in use, (jobs,), and for each row of the batch which of these is its own."""
+        """The slots in use, (jobs,), and the place among them of each row's slot, (rows,)."""
         used, index = torch.tensor(slots).unique(return_inverse=True)
         return used.to(self.device), index.to(self.device)
 
@@ -191,7 +191,7 @@ class Fleet:
             return self.model.get_base_model()(**inputs).logits
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, jobs: int) -> torch.Tensor:
-        """(jobs,): the mean over each one's rows, or over the tokens of these that have a label."""
+        """(jobs,): the mean loss over each job's rows, or over their tokens that have a label."""
         with self._precision():
             sums, counts = self.loss(logits, labels)
         zeros = sums.new_zeros(jobs)
@@ -201,8 +201,9 @@ class Fleet:
         return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
 
     @contextmanager
-    def _acting(self, live: torch.Tensor, used: torch.Tensor, index: torch.Tensor) -> Iterator[None]:
-        """While inside, each sequence that passes through the model has the edits and heads of its row of `live`."""
+    def _with_edits(self, live: torch.Tensor, used: torch.Tensor, index: torch.Tensor) -> Iterator[None]:
+        """While inside, each sequence passes through the model with the edits and the heads of its job's row in
+        `live` (jobs, numbers)."""
         parts = iter(live.split(self.sizes, dim=1))
         units = self.state.units[used]
         try:
@@ -243,7 +244,7 @@ def _check_trained(model: PeftModel, parameters: Sequence[nn.Parameter], layers:
     if not layers or not known:
         raise UserError("a fleet trains RED: the model has no RED adapter that is being trained")
     if others:
-        raise UserError(f"a fleet trains edits and heads, and this model trains {others[0]} too")
+        raise UserError(f"a fleet trains only edits and heads, but this model also trains {others[0]}")
     base: Any = model.get_base_model()
     if any(getattr(config, "output_router_logits", False) for config in (base.config, base.config.get_text_config())):
         raise MustTrainAlone(

@@ -15,9 +15,10 @@ from redpeft.tuner.heads import has_rows
 
 
 class Groups:
-    """The rows of a batch gathered by job, in a grid (jobs, most rows of a job); `index` (rows,) is each one's job.
+    """The rows of a batch gathered by job, in a grid (jobs, most rows of a job); `index` (rows,) is the job of each.
 
-    Shorter jobs fill up with copies of their own first row: whatever a job computes, also a NaN, stays its own.
+    A job with fewer rows is padded with copies of its first row, so that nothing of another job, such as a NaN,
+    reaches it.
     """
 
     def __init__(self, index: torch.Tensor, jobs: int) -> None:
@@ -40,7 +41,7 @@ class Groups:
 
 
 class StackedHead:
-    """A head, called with weights (jobs, ...) in place of its own. Its weights that are not trained serve all jobs."""
+    """A head that is called with weights (jobs, ...) in place of its own; jobs share those that are not trained."""
 
     def __init__(self, module: nn.Module) -> None:
         weights = dict(module.named_parameters())
@@ -54,8 +55,8 @@ class StackedHead:
         self.skeleton.train(mode)
 
     def __call__(self, weights: Sequence[torch.Tensor], groups: Groups, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`weights` are (jobs, numbers), in the order of `trained`; arguments with a row for each of the batch's are
-        shared out to the jobs, others go to each as they are."""
+        """`weights` are (jobs, numbers), in the order of `trained`. Arguments with one row for each row of the batch
+        are split by job; the others go to every job as they are."""
         flat, shape = tree_flatten((args, kwargs))
         own = [has_rows(value, len(groups.index)) for value in flat]
         given = [groups.gather(value) if mine else value for value, mine in zip(flat, own, strict=True)]

@@ -18,13 +18,13 @@ from redpeft.fleet.fleet import Fleet
 from redpeft.models import keep_modes_and_rng
 
 COPIES = 4  # of a job's numbers: values, two moments, and the best values
-SHARE = 0.8  # of the free memory is planned with
+SHARE = 0.8  # of the free memory may be used
 MIB = 2**20
-SAMPLING = 0.002  # seconds between two looks at this process on a CPU
+SAMPLING = 0.002  # seconds between two measurements of a process on a CPU
 
 
 class NoRoom(UserError):
-    """Not so many jobs fit into memory at the same time."""
+    """The slots asked for do not fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class MemoryPlan:
         return max(0, int((SHARE * self.free - self.step) / self.slot))
 
     def choose(self, jobs: int, asked: int | None) -> int:
-        """Slots for so many jobs: as many as are asked for or useful. `NoRoom` where these do not fit."""
+        """The number of slots for so many jobs: as many as asked for, or as fit. `NoRoom` where they do not fit."""
         slots = min(jobs, asked or jobs, max(1, self.fits))
         if self.fits < 1 or (asked is not None and min(asked, jobs) > self.fits):
             raise NoRoom(
@@ -61,8 +61,8 @@ class MemoryPlan:
 
 
 def plan_memory(fleet: Fleet, batch: dict[str, Any], rows: int) -> MemoryPlan:
-    """Measured by a training pass of a fleet with one slot, which is of no other use: `batch` is as large as passes
-    are to be, with so many rows. The model's modes and the random numbers are as before afterwards."""
+    """Measure a training pass. `fleet` has one slot, which is overwritten; `batch` is as large as a pass will be, and
+    has so many rows. The model's modes and the random numbers are left as they were."""
     fleet.fill(0)
     with keep_modes_and_rng(fleet.model), _peak(fleet.device) as peak:
         fleet.step(batch, [0] * rows, {0: Rates(0.0, 0.0)})

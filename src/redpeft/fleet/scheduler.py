@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from redpeft.console import counted
 from redpeft.errors import RunError, Stopped
-from redpeft.fleet.fleet import Fleet
+from redpeft.fleet.fleet import Fleet, MustTrainAlone
 from redpeft.fleet.job import ActiveJob, BatchRequest, BatchResult
 from redpeft.fleet.memory import plan_memory
 from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
@@ -43,11 +43,18 @@ def train_fleets(queue: Queue, slots: int | None = None, tokens: int | None = No
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     control = SimpleNamespace(terminated=False)
     loader = JobLoader(queue, report)
+    refused: dict[Hashable, MustTrainAlone] = {}  # by kind: the model is not loaded again for each job
     with stop_on_signals(control):
         while loaded := loader.next():
             scheduler = None
             with loader.failing(loaded.job):
-                scheduler = Scheduler(loader, loaded, slots, tokens, control)
+                if loaded.kind in refused:
+                    raise refused[loaded.kind]
+                try:
+                    scheduler = Scheduler(loader, loaded, slots, tokens, control)
+                except MustTrainAlone as error:
+                    refused[loaded.kind] = error
+                    raise
             if scheduler is not None:
                 scheduler.run()
 

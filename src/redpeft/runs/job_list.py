@@ -19,7 +19,10 @@ from redpeft.training.recipe import Recipe, dotted_fields, flatten, load_recipe,
 from redpeft.training.train import check_recipe
 
 RECORD = "summary.json"
-NOT_HERE = {"seeds": "a line for each seed, with `seed`", "output": "the folder is --out, and `name` the one in it"}
+NOT_PER_JOB = {
+    "seeds": "write a line for each `seed`",
+    "output": "use --out for the folder, and `name` for the one in it",
+}
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,8 @@ class JobEntry:
 
 
 def read_entries(path: Path) -> list[JobEntry]:
-    """The jobs of a JSON lines file or of a folder of data, each with a name of its own. `UserError` for none of
-    these, and for what is wrong in them, with the line."""
+    """The jobs of a JSON lines file or of a folder of data, each with a name of its own. Raises `UserError` for
+    anything else, and for a wrong entry, with its line."""
     if path.is_dir():
         entries = _check_names(_from_folder(path))
         if not entries:
@@ -95,11 +98,11 @@ def read_entries(path: Path) -> list[JobEntry]:
 def jobs_of_entries(
     entries: Sequence[JobEntry], recipe: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[list[Job], dict[Path, Hashable]]:
-    """The jobs in `out`/<name>, and the group of each that has one. `recipe` and `overrides` say what the entries
-    do not.
+    """The jobs in `out`/<name>, and the group of each that has one. An entry's fields override those of `recipe` and
+    `overrides`, which all jobs share.
 
-    Raises `UserError`, naming the line, for what no recipe has, what can be seen to be wrong before data is read, and
-    a job that no fleet can train.
+    Raises `UserError`, with the line, for fields that no recipe has, for values that are wrong whatever the data is,
+    and for a job that no fleet can train.
     """
     shared = dotted_fields(recipe, overrides)
     jobs = [Job(_recipe(entry, shared), out / entry.name) for entry in entries]
@@ -127,8 +130,8 @@ def _from_line(path: Path, number: int, row: Any) -> JobEntry:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     name, group = row.get("name", f"job-{number}"), row.get("group")
-    if wrong := next((key for key in NOT_HERE if key in fields), None):
-        raise UserError(f"{where}: {wrong} cannot be set for jobs of a fleet: {NOT_HERE[wrong]}")
+    if wrong := next((key for key in NOT_PER_JOB if key in fields), None):
+        raise UserError(f"{where}: {wrong} cannot be set for jobs of a fleet: {NOT_PER_JOB[wrong]}")
     if not isinstance(name, str) or not name or Path(name).name != name or name.startswith(".") or "\\" in name:
         raise UserError(f"{where}: name must be a folder name, not {name!r}")
     if not isinstance(group, str | int | None):
@@ -158,6 +161,6 @@ def _check_names(entries: Iterable[JobEntry]) -> list[JobEntry]:
     seen: dict[str, JobEntry] = {}
     for entry in entries:
         if entry.name in seen:
-            raise UserError(f"{entry.where}: the name {entry.name!r} is that of {seen[entry.name].where} too")
+            raise UserError(f"{entry.where}: the name {entry.name!r} is also that of {seen[entry.name].where}")
         seen[entry.name] = entry
     return list(seen.values())

@@ -151,8 +151,8 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation (of the sample; None for one seed) of the scores of one recipe's seeds, whose best
-    epochs go by their order, and whose `seconds` are added up. What is said of rows is the first seed's."""
+    """The scores of one recipe's seeds as mean and standard deviation (of the sample; None for one seed), their best
+    epochs in the order of the seeds, and the sum of their `seconds`. The counts of rows are the first seed's."""
     done = [result for result in results if "error" not in result]
     first = done[0]
     same = ("task", "base", "method", "metric", "learning_rate", "trainable_parameters", "head_parameters")
