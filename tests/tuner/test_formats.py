@@ -118,6 +118,10 @@ def test_a_configuration_of_version_1_without_its_values_is_an_error(tiny, folde
     for use in (lambda: model(tiny.tokens()), lambda: model.train()(tiny.tokens())):
         with pytest.raises(UserError, match=message):
             use()
+    adapted = get_peft_model(tiny.llama(), PeftConfig.from_pretrained(folders[1]))
+    for use in (adapted.merge_adapter, lambda: adapted.add_weighted_adapter(["default"], [0.5], "half_of_it")):
+        with pytest.raises(UserError, match=message):
+            use()
     set_peft_model_state_dict(model, load_file(folders[1] / WEIGHTS))
     expected = from_pretrained(tiny.llama(), folders[1])
     assert torch.equal(model.eval()(tiny.tokens()).logits, expected.eval()(tiny.tokens()).logits)

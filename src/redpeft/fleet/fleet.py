@@ -28,8 +28,8 @@ from redpeft.fleet.heads import Groups, StackedHead
 from redpeft.fleet.losses import row_loss
 from redpeft.models import keep_modes_and_rng
 from redpeft.tuner.edit import effective_edit
+from redpeft.tuner.layer import red_layers
 from redpeft.tuner.mixed import EditTable, RowIndex
-from redpeft.tuner.model import red_layers
 
 
 class MustTrainAlone(UserError):

@@ -254,3 +254,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer":  # not yet set while copying or unpickling
                 raise
             return getattr(self.base_layer, name)
+
+
+def red_layers(model: nn.Module) -> dict[str, RedLayer]:
+    """The layers of a model by their names; one that stands in several places once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}

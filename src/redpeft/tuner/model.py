@@ -44,7 +44,7 @@ from redpeft.tuner.heads import (
     same_tensors,
     wrappers,
 )
-from redpeft.tuner.layer import RedLayer
+from redpeft.tuner.layer import RedLayer, red_layers
 from redpeft.tuner.mixed import BASE, EditTable, MixedBatch
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
@@ -232,6 +232,7 @@ class RedModel(BaseTuner):
         unknown `combination_type`, and heads that cannot be combined; the model is unchanged then.
         """
         self._check_known([*adapters, *([head] if head else [])])
+        self._check_loaded()
         if adapter_name in self.peft_config:
             raise UserError(f"there is an adapter '{adapter_name}' already: choose another name, or delete it first")
         if "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
@@ -262,6 +263,10 @@ class RedModel(BaseTuner):
             layer.combine(adapters, weights, adapter_name, COMBINATIONS[combination_type])
         for key, tensor in head_of(self.model, adapter_name).items():
             tensor.copy_(new_head[key])
+
+    def _check_loaded(self) -> None:
+        if refuse_missing_values in self.model._forward_pre_hooks.values():
+            refuse_missing_values(self.model, ())
 
     def _check_known(self, adapters: Sequence[str]) -> None:
         unknown = [name for name in adapters if name not in self.peft_config]
@@ -309,6 +314,7 @@ class RedModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        self._check_loaded()
         for layer in red_layers(self.model).values():
             layer.check_mergeable()
 
@@ -466,7 +472,3 @@ def _check_plain(model: nn.Module) -> None:
                 f"RED cannot be mixed with other methods in one model, and {name} is a layer of another "
                 f"({type(module).__module__}): merge that adapter (merge_and_unload), or load the base model anew"
             )
-
-
-def red_layers(model: nn.Module) -> dict[str, RedLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from redpeft.errors import UserError, first_line, some
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
-from redpeft.tuner.layer import RedLayer
+from redpeft.tuner.layer import RedLayer, red_layers
 
 MAX_VALUES = 2**20
 STD_PER_MEDIAN = 1.4826
@@ -44,7 +44,7 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any] | None = None) -> dict[
     """
     while isinstance(model := unwrapped(model), (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module  # or the forward pass would be a collective one
-    layers = _layers(model)
+    layers = list(red_layers(model).values())
     if not layers:
         raise UserError("the model has no RED adapter: nothing to calibrate")
     base = next((m for m in model.modules() if "peft_config" in vars(m) and not isinstance(m, BaseTuner)), model)
@@ -83,7 +83,7 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
     Where inputs cannot be made up, one process measures on its batch. Of several each has a batch of its own: that
     raises `UserError`, which names `calibrate`.
     """
-    layers = _layers(base)
+    layers = list(red_layers(base).values())
     if not base.training or any(edit.unit.is_meta for layer in layers for edit in layer.edits):
         return
     pending = [layer for layer in layers if _pending_edits(layer, trained=True)]
@@ -187,7 +187,7 @@ def _measure(
         if not hidden.is_meta and (size := typical_size(hidden, layer.site, real)) is not None:
             sizes[layer].append(size.item())
 
-    every = _layers(base)
+    every = list(red_layers(base).values())
     disabled = [layer.disable_adapters for layer in every]
     parts = [(layer, module) for layer in layers for module in (layer, layer.added) if module is not None]
     handles = [module.register_forward_hook(partial(watch, layer)) for layer, module in parts]
@@ -216,10 +216,6 @@ def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, traine
         edits = [layer.redpeft_edit[name] for layer in layers if name in layer.redpeft_edit]
         if any(edit.auto_unit and not edit.express_pending for edit in edits):
             config.resolve(unit_measured=True, scale_origin=abs(edits[0].origin))
-
-
-def _layers(model: nn.Module) -> list[RedLayer]:
-    return [module for module in model.modules() if isinstance(module, RedLayer)]
 
 
 def _pending_edits(layer: RedLayer, trained: bool = False) -> list[Edit]:
