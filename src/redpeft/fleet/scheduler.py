@@ -119,7 +119,7 @@ class Scheduler:
         plan = plan_memory(probe, batch, rows)
         count = plan.choose(min(self.loader.queue.left(), slots or SLOTS), slots)
         fleet = Fleet(model, count, autocast=autocast)
-        fleet.decay(Trainer.get_decay_parameter_names(cast("Trainer", None), model))
+        fleet.decay(Trainer.get_decay_parameter_names(cast("Trainer", None), model))  # it needs no Trainer
         self.loader.report({"event": "fleet", "slots": count, "tokens": self.tokens, **vars(plan), "plan": str(plan)})
         return fleet
 
