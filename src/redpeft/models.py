@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import inspect
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -513,6 +514,13 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device | None, torch.dtyp
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     offloaded = next((hook for hook in hooks if getattr(hook, "offload", False)), None)
     return torch.device(offloaded.execution_device) if offloaded else tensor.device, tensor.dtype
+
+
+def reads_tying(model: nn.Module) -> bool:
+    """Whether a model's forward pass reads `tie_word_embeddings` in its configuration: UMT5, Switch and UDOP scale
+    what their head reads where it is set."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code is not None and "tie_word_embeddings" in code.co_names
 
 
 _FAST_PATH = {  # what turns it off

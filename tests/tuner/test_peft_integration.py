@@ -403,14 +403,15 @@ def test_a_bias_that_the_configuration_has_no_switch_for_is_a_warning(tiny):
 
 
 @pytest.mark.filterwarnings("error:.*no longer tied")
-def test_an_lm_head_of_its_own_stays_one(tiny):
+@pytest.mark.parametrize("heads", [None, ["lm_head"]], ids=["the base's", "the adapter's"])
+def test_an_lm_head_of_its_own_stays_one(tiny, heads):
     """UMT5 scales what its head reads where the configuration says that the embeddings are tied."""
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     torch.manual_seed(0)
     base = UMT5ForConditionalGeneration(UMT5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
     base.lm_head.weight = nn.Parameter(torch.randn(100, 32))
     inputs = {"input_ids": tiny.tokens(), "decoder_input_ids": tiny.tokens(seed=1)}
-    model = tiny.with_edits(base, use_bias=False)
+    model = tiny.with_edits(base, use_bias=False, modules_to_save=heads)
     edited, tied = model(**inputs).logits, base.config.tie_word_embeddings
     merged = model.merge_and_unload()
     assert merged.config.tie_word_embeddings == tied

@@ -29,6 +29,7 @@ from redpeft.models import (
     leave_unpacked,
     output_width,
     plain_name,
+    reads_tying,
     unwrapped,
 )
 from redpeft.tuner.compose import COMBINATIONS, combine_configs
@@ -367,9 +368,10 @@ class RedModel(BaseTuner):
             if layer.originals[1] is None and layer.get_base_layer().bias is not None
         )
         put_modules(self.model, heads)
-        # PEFT turns this off where the base's own embeddings are two tensors already, and UMT5's forward reads it.
+        # PEFT turns this off where the embeddings are two tensors. That is right for heads that were trained, but not
+        # for a base that came with two, nor for a model that computes something else then.
         model_config: Any = getattr(self.model, "config", None)
-        tied = not heads and getattr(model_config, "tie_word_embeddings", False)
+        tied = (not heads or reads_tying(self.model)) and getattr(model_config, "tie_word_embeddings", False)
         if tied:
             model_config.tie_word_embeddings = False
         model = super().merge_and_unload(progressbar, adapter_names=[])
