@@ -72,6 +72,12 @@ def test_a_loop_in_evaluation_mode_is_warned_that_units_are_missing(tiny, adapte
         step(adapted().train())
 
 
+def test_a_copy_of_a_model_is_watched_too(tiny, adapted):
+    model = copy.deepcopy(adapted()).train()
+    model(**tiny.batch()).loss.backward()
+    assert len(rate_warnings(model, lr=5e-5, steps=2)) == 1
+
+
 def test_other_hooks_on_steps_run_too(adapted):
     model, seen = adapted(), []
     handle = register_optimizer_step_pre_hook(lambda *_: seen.append(1))

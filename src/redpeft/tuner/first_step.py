@@ -1,14 +1,11 @@
-"""Warns at an optimiser's first step when an edit would not learn as it should.
+"""Warns at an optimiser's first step of what keeps edits from learning.
 
-Trainers' default rates are made for whole models.
+- A rate that is made for whole models. A step of Adam moves an edit by about the rate, of 1 or of a unit: at the
+  default of Trainer, 5e-5, a hundred steps move a scale by about 0.005. A rate of 3e-2 suits RED.
+- Units that were never measured: a loop that never calls `model.train()` would learn biases in units of 1.
 
-A step of Adam moves an edit by about the learning rate, of 1 or of a unit. At the default of Trainer, 5e-5, a hundred
-steps move a scale by a thousandth; a rate of 3e-2 suits RED.
-
-And units are measured in training mode: a loop that never calls `model.train()` would learn biases in units of 1.
-
-There is no warning for a deep copy of a model, whose parameters are others, nor with DeepSpeed, whose optimisers hold
-flattened copies of the parameters.
+There is no warning with DeepSpeed, whose optimisers hold flattened copies of the parameters, nor for a copy of a model
+that has been trained already.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from redpeft.errors import UserError, first_line, some
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
+from redpeft.tuner.first_step import check_first_step
 from redpeft.tuner.layer import RedLayer, red_layers
 
 MAX_VALUES = 2**20
@@ -212,6 +213,8 @@ def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, traine
         unit = median(sizes[layer] or [typical])
         for edit in _pending_edits(layer, trained):
             edit.express(unit if edit.unit_pending else float(edit.unit))
+            if trained:
+                check_first_step(edit)  # also of a copy of the model that got the adapter
     for name, config in getattr(base, "peft_config", {}).items():
         edits = [layer.redpeft_edit[name] for layer in layers if name in layer.redpeft_edit]
         if any(edit.auto_unit and not edit.express_pending for edit in edits):
