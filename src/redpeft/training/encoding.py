@@ -14,7 +14,6 @@ from redpeft.models import Limit, input_limit, known_tokens, positions
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import Task
 from redpeft.tasks.metrics import IGNORED
-from redpeft.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,13 @@ class Encoded:
 
 
 def encode(
-    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, split: str = ""
+    task: Task,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    learn_prompt: bool = False,
+    split: str = "",
 ) -> Encoded:
     """What a task makes of rows with labels, cut at `max_length` or where the model or its tokenizer ends before.
 
@@ -40,20 +45,29 @@ def encode(
     Raises:
         UserError: as `task.encode`; no row is left; a token or a label for which the model has no place.
     """
-    return _with_rows(_teaching(recipe, task, dataset, model, tokenizer, split), dataset, split)
+    found = _teaching(task, dataset, model, tokenizer, max_length, learn_prompt, split)
+    return _with_rows(found, dataset, split)
 
 
 def encode_splits(
-    recipe: Recipe, task: Task, splits: dict[str, Dataset], model: Any, tokenizer: PreTrainedTokenizerBase
+    task: Task,
+    splits: dict[str, Dataset],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    learn_prompt: bool = False,
+    seed: int = 0,
 ) -> dict[str, Encoded]:
     """`encode` for each split. Where the validation rows were taken from the training rows, and nothing is left of
     them, some of the training rows of which something is left are taken instead."""
-    found = {name: _teaching(recipe, task, rows, model, tokenizer, name) for name, rows in splits.items()}
+    found = {
+        name: _teaching(task, rows, model, tokenizer, max_length, learn_prompt, name) for name, rows in splits.items()
+    }
     train, validation = found["train"], found["validation"]
     ours = cols.source(splits["train"]) == cols.source(splits["validation"])
     if ours and not len(validation.rows) and len(train.rows) > 1:
         count = min(len(splits["validation"]), len(train.rows) - 1)
-        parts = train.rows.train_test_split(count, seed=recipe.seed)
+        parts = train.rows.train_test_split(count, seed=seed)
         note = f"{validation.note}; {count:,} of the training rows are taken instead"
         found["train"] = replace(train, rows=parts["train"])
         found["validation"] = replace(validation, rows=parts["test"], note=note)
@@ -61,11 +75,18 @@ def encode_splits(
 
 
 def _teaching(
-    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, split: str
+    task: Task,
+    dataset: Dataset,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    learn_prompt: bool,
+    split: str,
 ) -> Encoded:
-    whole = _encode(recipe, task, dataset, model, tokenizer, with_labels=True)
+    """The rows that have something to learn."""
+    whole = _encode(task, dataset, model, tokenizer, max_length, with_labels=True)
     _check_labels(whole.rows, dataset, model, task)
-    kept = np.flatnonzero(_teaches(whole.rows, recipe.learn_prompt))
+    kept = np.flatnonzero(_teaches(whole.rows, learn_prompt))
     total, cut, left_out = len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
     notes = []
     if cut:
@@ -90,7 +111,7 @@ def _place(dataset: Dataset, split: str) -> str:
 
 
 def encode_questions(
-    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase
+    task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
     """The same for rows to answer, without labels: none is left out, and prompts are not cut.
 
@@ -98,7 +119,7 @@ def encode_questions(
         UserError: as `task.encode`; a row without tokens, a prompt that leaves no room for an answer, or a token for
             which the model has no place.
     """
-    encoded = _encode(recipe, task, dataset, model, tokenizer, with_labels=False)
+    encoded = _encode(task, dataset, model, tokenizer, max_length, with_labels=False)
     for index, ids in enumerate(cols.values(encoded.rows, "input_ids")):
         if not ids:
             raise UserError(f"{cols.where(dataset, index)}: the tokenizer gives no token for this text")
@@ -114,10 +135,10 @@ def by_length(rows: Dataset) -> Dataset:
 
 
 def _encode(
-    recipe: Recipe, task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, with_labels: bool
+    task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, with_labels: bool
 ) -> Encoded:
     continues = task.task_type == "CAUSAL_LM" and not with_labels  # a prompt is not cut: its answer stands behind it
-    limit = input_limit(model, tokenizer, None if continues else recipe.max_length)
+    limit = input_limit(model, tokenizer, None if continues else max_length)
     rows = task.encode(dataset, tokenizer, limit.tokens, with_labels)
     known = known_tokens(model)
     if known is not None and len(tokenizer) > known:

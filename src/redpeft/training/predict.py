@@ -150,7 +150,7 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     run.task.check(dataset)
     if run.task.score_answers is not None:
         run.task.questions(dataset)  # what they cannot be scored without is missed now
-    encoded = encode(run.recipe, run.task, dataset, run.model, run.tokenizer)
+    encoded = encode(run.task, dataset, run.model, run.tokenizer, run.recipe.max_length, run.recipe.learn_prompt)
     if encoded.note:
         log_main(encoded.note)
     recipe = run.recipe.model_copy(update={"report_to": []})
@@ -166,7 +166,7 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
             compute_metrics=metrics_function(run.task, run.tokenizer),
         )
         show_progress(trainer)
-        scores = answer_scores(trainer, recipe, run.task, dataset)
+        scores = answer_scores(trainer, run.task, dataset, recipe.max_length)
         if run.task.confusion is None:
             return {**plain_scores(trainer.evaluate(), "eval_"), **scores}
         found = trainer.predict(trainer.eval_dataset, metric_key_prefix="eval")
@@ -225,7 +225,7 @@ def answer_batches(
             batch, dataset = [batch[index] for index in new], dataset.select(new)
         precision = choose_precision(run.recipe.precision, run.recipe.base.dtype)
         with torch.inference_mode(), autocast(precision, run.model.device), no_bars():
-            encoded = encode_questions(run.recipe, run.task, dataset, run.model, run.tokenizer)
+            encoded = encode_questions(run.task, dataset, run.model, run.tokenizer, run.recipe.max_length)
             note(f"longer than {encoded.limit.source}{run.task.own_limits}, cut", dataset, np.flatnonzero(encoded.cut))
             if run.task.generation is None:
                 answers = _label(run, dataset, encoded.rows)

@@ -131,7 +131,7 @@ def _scores(run: TrainingRun, trainer: Any) -> dict[str, Any]:
     scores = {**best_evaluation(trainer.state), "test": None}
     if "test" in run.encoded:
         metrics = trainer.evaluate(as_evaluated(trainer, run.encoded["test"]), metric_key_prefix="test")
-        answers = answer_scores(trainer, run.recipe, run.task, run.splits["test"])
+        answers = answer_scores(trainer, run.task, run.splits["test"], run.recipe.max_length)
         scores["test"] = plain_scores(metrics, "test_") | answers
     return scores
 
@@ -183,12 +183,12 @@ class TrainingRun:
 def check_recipe(recipe: Recipe) -> None:
     """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
     require_folder(recipe.base.model)
-    rows_at_once(recipe)
+    rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
     choose_precision(recipe.precision, recipe.base.dtype)
     if recipe.base.load_in is not None:
         require_quantiser(recipe.base.load_in)
     check_options(recipe)
-    check_reporters(recipe)
+    check_reporters(recipe.report_to)
     trainer_classes(recipe)
     if recipe.init_from is not None:
         read_adapter(find_adapter(recipe.init_from))
@@ -224,7 +224,9 @@ def _check_labels(task: Task, init_from: str) -> None:
 
 def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset], learner: Learner) -> TrainingRun:
     """Encode the rows. Nothing is written."""
-    found = encode_splits(recipe, task, splits, learner.model, learner.tokenizer)
+    found = encode_splits(
+        task, splits, learner.model, learner.tokenizer, recipe.max_length, recipe.learn_prompt, recipe.seed
+    )
     encoded = {name: each.rows if name == "train" else by_length(each.rows) for name, each in found.items()}
     rows_cut = {name: sum(each.cut) for name, each in found.items()}
     rows_left_out = {name: each.left_out for name, each in found.items()}

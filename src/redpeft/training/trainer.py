@@ -103,9 +103,9 @@ def _tensorboard(folder: Path) -> TensorBoardCallback:
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
 
 
-def check_reporters(recipe: Recipe) -> None:
+def check_reporters(names: Iterable[str]) -> None:
     """Raises `UserError` where the package of one of `report_to` is missing."""
-    for name in recipe.report_to:
+    for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to {name}: pip install {name}")
 
@@ -132,14 +132,15 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     return type("RunSFTTrainer", (RunTrainer, SFTTrainer), {}), SFTConfig, extra
 
 
-def rows_at_once(recipe: Recipe) -> int:
-    """The rows of a batch that one process computes at a time. UserError where they cannot be shared out evenly."""
+def rows_at_once(batch_size: int, pieces: int) -> int:
+    """The rows of a batch that one process computes at a time, where it computes its share in so many pieces.
+    UserError where they cannot be shared out evenly."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows, rest = divmod(recipe.batch_size, processes * recipe.gradient_accumulation)
+    rows, rest = divmod(batch_size, processes * pieces)
     if rest:
         raise UserError(
-            f"batch_size {recipe.batch_size} cannot be shared by {processes} processes"
-            + (f" in {recipe.gradient_accumulation} pieces each" if recipe.gradient_accumulation > 1 else "")
+            f"batch_size {batch_size} cannot be shared by {processes} processes"
+            + (f" in {pieces} pieces each" if pieces > 1 else "")
         )
     return rows
 
@@ -148,7 +149,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
     """The recipe in the words of `cls`, transformers' TrainingArguments or TRL's, with `extra` of its own."""
     known = {field.name for field in fields(cls)}
     kind = choose_precision(recipe.precision, recipe.base.dtype)
-    rows = rows_at_once(recipe)
+    rows = rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     extra[checkpointing] = recipe.gradient_checkpointing  # TRL's default is True
     if recipe.gradient_checkpointing:
@@ -353,7 +354,7 @@ def metrics_function(
     return compute and (lambda prediction: compute(as_scored(task, tokenizer, prediction)))
 
 
-def answer_scores(trainer: Any, recipe: Recipe, task: Task, dataset: Dataset) -> dict[str, float | None]:
+def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -> dict[str, float | None]:
     """The scores of the answers to a dataset's questions, for tasks that are not scored row by row; {} for others.
 
     All processes generate, and the first one scores.
@@ -361,6 +362,6 @@ def answer_scores(trainer: Any, recipe: Recipe, task: Task, dataset: Dataset) ->
     if task.score_answers is None:
         return {}
     tokenizer = trainer.processing_class
-    questions = encode_questions(recipe, task, task.questions(dataset), trainer.model, tokenizer)
+    questions = encode_questions(task, task.questions(dataset), trainer.model, tokenizer, max_length)
     texts = decode_tokens(tokenizer, trainer.predict(questions.rows).predictions)
     return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}
