@@ -1,7 +1,7 @@
 """`redpeft demo`: RED beside four other methods on real text with a real encoder; no account and no download.
 
-The encoder is all-MiniLM-L6-v2 (22M parameters) out of a PyPI package, the text are the support messages that come
-with redpeft, and the runs are ordinary ones: what the demo does, `redpeft train` does.
+The encoder is all-MiniLM-L6-v2 (22M parameters) from a PyPI package, and the texts are the support messages that come
+with redpeft. The runs are ordinary ones, as `redpeft train` makes them.
 """
 
 from __future__ import annotations

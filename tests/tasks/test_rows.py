@@ -75,7 +75,7 @@ def test_a_limit_takes_all_references_of_a_meaning_representation(tmp_path, capl
     splits = read({"train": rows, "validation": rows, "test": rows}, tmp_path, "e2e", max_eval_rows=20)
     assert lengths(splits) == {"train": 80, "validation": 16, "test": 16}
     assert set(Counter(splits["test"]["mr"]).values()) == {8}
-    assert "test.jsonl: 16 of 80 rows are taken, the limit being 20; rows with the same meaning repr" in caplog.text
+    assert "test.jsonl: 16 of 80 rows are used (the limit is 20); rows with the same meaning repr" in caplog.text
     assert lengths(read({"train": rows, "validation": rows}, tmp_path, "e2e", max_eval_rows=3))["validation"] == 8
 
 
@@ -104,7 +104,7 @@ def test_validation_rows_are_taken_from_training_by_class_and_said_so(tmp_path, 
     ]
     with caplog.at_level(logging.INFO):
         splits = read(rows, tmp_path, validation_fraction=0.2, seed=1)
-    assert "20 of 100 rows of rows.jsonl are used for it (seed 1, of each class its share)" in caplog.text
+    assert "20 of 100 rows of rows.jsonl are used for it (seed 1, balanced by class)" in caplog.text
     train, validation = splits["train"], splits["validation"]
     assert len(validation) == 20
     assert sorted(train[:]["text"] + validation[:]["text"]) == sorted(row["text"] for row in rows)
@@ -161,7 +161,9 @@ def test_one_question_or_two_for_all_rows(tmp_path, questions, caplog):
     rows = [{"prompt": f"Tell joke {i % questions}", "response": str(i)} for i in range(20)]
     splits = read(rows, tmp_path, "instruction")
     assert lengths(splits) == {"train": 18, "validation": 2}
-    assert f"rows.jsonl: rows are parted though they share what they ask: prompt, {questions} in all" in caplog.text
+    assert (
+        f"rows.jsonl: rows with the same prompt ({questions} different ones) are split between training" in caplog.text
+    )
 
 
 def test_limits_draw_rows_by_the_seed_and_keep_their_numbers(tmp_path):

@@ -1,4 +1,4 @@
-"""Commands about a trained edit as a thing, and about where a model would be edited."""
+"""Commands about trained adapters, and about where a model would be edited."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from redpeft.errors import RunError, UserError, some
 @command("redpeft sites roberta-base --sites red+")
 def sites(
     model: Annotated[str, typer.Argument(help="A Hub name, or a folder with a config.json.", show_default=False)],
-    sites: Annotated[str, typer.Option(help="ffn, attention, qkv, several as ffn,qkv, or red+ (all five).")] = "ffn",
-    layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, as 0,1,11.")] = None,
+    sites: Annotated[str, typer.Option(help="ffn, attention, qkv, several such as ffn,qkv, or red+ (all).")] = "ffn",
+    layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, such as 0,1,11.")] = None,
 ) -> CommandOutput:
-    """Show which modules would be edited and how few parameters that takes. No weights are needed."""
+    """Show which modules would be edited, and how many parameters that adds. Needs no weights."""
     from redpeft.adapters.preview import preview, preview_table
 
     found = preview(model, sites.split(","), None if layers is None else _numbers(layers))
@@ -55,17 +55,20 @@ def fold(
         Path | None, typer.Argument(help="A run folder, or the adapter folder in it.", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write.", show_default=False)] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where the adapter does not name it.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, if the adapter does not name it.")] = None,
     dtype: Annotated[
-        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="Of the weights, if not the base's own.")
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Number format of the weights. Default: the base's own."),
     ] = None,
     as_: Annotated[
         Literal["llama"] | None,
-        typer.Option("--as", help="Write the model as Llama, where that is the same function."),
+        typer.Option("--as", help="Write the model as Llama, if that is the same function."),
     ] = None,
     format_: Annotated[
         Literal["checkpoint", "bundle"],
-        typer.Option("--format", help="A bundle leaves what has no place in a plain checkpoint as an adapter in it."),
+        typer.Option(
+            "--format", help="bundle: what does not fit into a plain checkpoint stays as an adapter beside it."
+        ),
     ] = "checkpoint",
     plan: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Only show what folding would write for this model.")
@@ -97,7 +100,7 @@ def compose(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
-    head: Annotated[Path | None, typer.Option(help="The adapter whose head to keep, where several bring one.")] = None,
+    head: Annotated[Path | None, typer.Option(help="The adapter whose head is kept, if several have one.")] = None,
 ) -> CommandOutput:
     """Make an adapter from others by exact arithmetic on their edits."""
     from redpeft.adapters import inspect
@@ -121,7 +124,7 @@ def import_released(
     base: Annotated[str, typer.Option(help="The base model: a Hub name, or a folder with a config.json.")],
     out: Annotated[Path, typer.Option(help="The adapter folder to write.")],
 ) -> CommandOutput:
-    """Turn a checkpoint of the paper's own code into an adapter, and tell what is in it."""
+    """Turn a checkpoint of the paper's own code into an adapter, and show what is in it."""
     from redpeft.adapters.released import import_released, import_table
 
     found = import_released(path, base, out)
@@ -133,7 +136,7 @@ def export_released(
     adapter: RunFolder,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
 ) -> CommandOutput:
-    """Write an adapter as the paper's own code saves it: delta_vector.pth, and classifier.pth for RoBERTa's head."""
+    """Write an adapter in the paper's own format: delta_vector.pth, and classifier.pth for RoBERTa's head."""
     from redpeft.adapters import read_adapter
     from redpeft.adapters.released import export_released
     from redpeft.storage import find_adapter
@@ -161,12 +164,12 @@ def list_(
 def serve(
     base: Annotated[str, typer.Argument(help="The base model: a Hub name or a folder.", show_default=False)],
     options: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="vLLM's own, as for `vllm serve`.")
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="vLLM's own options, as for `vllm serve`.")
     ] = None,
-    adapters: Annotated[
-        Path, typer.Option(help="A folder with adapters and runs: each is a model of its own.")
-    ] = Path("runs"),
-    max_adapters: Annotated[int, typer.Option(min=1, help="How many of them a batch can mix.")] = 64,
+    adapters: Annotated[Path, typer.Option(help="A folder with adapters and runs. Each is served as a model.")] = Path(
+        "runs"
+    ),
+    max_adapters: Annotated[int, typer.Option(min=1, help="How many adapters one batch can mix.")] = 64,
 ) -> CommandOutput:
     """Serve a base model and any number of RED adapters with vLLM's OpenAI server."""
     from redpeft.serving.command import serve

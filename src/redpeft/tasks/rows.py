@@ -64,7 +64,10 @@ def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tupl
         raise UserError(f"{source(train)}: all rows have one {what}: give a validation split as data.validation")
     if number == 1 or (number == 2 and what == task.group):  # whole groups would leave nothing, or half, to learn
         logger.warning(
-            "%s: rows are parted though they share what they ask: %s, %d in all", source(train), what, number
+            "%s: rows with the same %s (%d different ones) are split between training and validation",
+            source(train),
+            what,
+            number,
         )
         what, groups = "row", np.arange(len(train))
     strata = task.strata(train) if task.strata else None
@@ -73,7 +76,7 @@ def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tupl
     logger.warning(
         "no validation split: %d of %d rows of %s are used for it (seed %d%s%s)",
         len(chosen), len(train), source(train), seed,
-        ", of each class its share" if strata else "",
+        ", balanced by class" if strata else "",
         f"; rows with the same {what} stay together" if groups.max() + 1 < len(train) else "",
     )  # fmt: skip
     rest = np.setdiff1d(np.arange(len(train)), chosen)
@@ -85,7 +88,7 @@ def _at_most(dataset: Dataset, limit: int, task: Any, config: DataConfig, seed: 
     chosen = _draw(groups, task.strata(dataset) if task.strata else None, limit, seed)
     if groups.max() + 1 < len(dataset):
         logger.warning(
-            "%s: %d of %d rows are taken, the limit being %d; rows with the same %s stay together",
+            "%s: %d of %d rows are used (the limit is %d); rows with the same %s stay together",
             source(dataset), len(chosen), len(dataset), limit, what,
         )  # fmt: skip
     return dataset.select(chosen)
