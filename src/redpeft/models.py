@@ -90,10 +90,10 @@ def load_tokenizer(base: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
-    """The base model as a language model that writes; without a pad token it gets the tokenizer's.
+    """The base model as a language model that writes text. If it has no pad token, it gets the tokenizer's.
 
     Raises:
-        UserError: as `load_pretrained`, and for an encoder such as BERT, which sees the words that it is to write.
+        UserError: as `load_pretrained`, and for an encoder such as BERT, which cannot write text.
     """
     model = load_pretrained(AutoModelForCausalLM, base, **kwargs)
     if type(model.config) in MODEL_FOR_MASKED_LM_MAPPING and not model.config.is_decoder:
@@ -106,7 +106,8 @@ def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs:
 
 
 def require_folder(base: str | Path) -> Path:
-    """The folder that `base` means if it is no hub name. UserError where it must be a folder and there is none."""
+    """`base` as a folder, which need not exist if `base` can be a name on the hub. Raises `UserError` if it can only
+    be a folder and there is none."""
     folder = Path(base).expanduser()
     if is_local(str(base)) and not folder.is_dir():
         raise UserError(f"no such model folder: {base}")
@@ -157,12 +158,13 @@ def on_meta(model_class: Any, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def checkpoint_class(config: PretrainedConfig) -> Any:
-    """The class of model that a checkpoint with this configuration holds, or else the auto class of bare models."""
+    """The model class that a configuration names, or `AutoModel` if transformers does not have it."""
     return getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
 
 
 def empty_model(base: str | Path) -> PreTrainedModel:
-    """The model of a configuration on the meta device, of the class that its checkpoint holds if that is known."""
+    """A model without weights, on the meta device, from a configuration, of the class that its checkpoint holds if
+    that is known."""
     config = load_config(base)
     return on_meta(checkpoint_class(config), config)
 
@@ -181,8 +183,11 @@ def new_weights(model: PreTrainedModel, base: str | Path, revision: str | None =
 
 @torch.no_grad()
 def draw_weights(model: torch.nn.Module, weights: Iterable[str], seed: int) -> None:
-    """Draw first values for these weights, by their names in `model`, as transformers does where a checkpoint lacks
-    them: the same ones for the same seed, whatever was drawn before, whatever else the model holds, and wherever."""
+    """Initialise these weights, given by their names in `model`, as transformers initialises weights that a checkpoint
+    does not have.
+
+    The same seed gives the same values, whatever was drawn before, whatever else the model holds, and on every device.
+    """
     new = set(weights)
     if not new:
         return
@@ -215,10 +220,10 @@ SLOW_BF16 = 5.0  # times as long as in fp32
 
 
 def choose_precision(asked: str, dtype: str) -> str:
-    """fp32, bf16 or fp16 to compute in: what is asked for, or for `auto` the best of this machine, for weights that
-    are to be loaded in `dtype`.
+    """The number format to compute in: fp32, bf16 or fp16. `asked` is what the recipe asks for; `auto` takes the best
+    that this machine has. `dtype` is the recipe's format of the base's weights.
 
-    Raises `UserError` where the hardware lacks it.
+    Raises `UserError` if the hardware does not have the format.
     """
     cuda = torch.cuda.is_available()
     has_bf16 = not cuda or torch.cuda.is_bf16_supported()
@@ -232,13 +237,13 @@ def choose_precision(asked: str, dtype: str) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context to compute in with fp32 edits and heads beside a half-precision base: fp32, bf16 or fp16."""
+    """The context to compute in, given fp32, bf16 or fp16: fp32 edits and heads beside a half-precision base need it."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 
 def bf16_slowdown() -> float:
-    """How many times as long as in fp32 this CPU takes to multiply small matrices in bf16: 30 and more where it has no
-    instructions for it, and around 1 where it has."""
+    """How many times longer than in fp32 this CPU takes to multiply small matrices in bf16: 30 and more if it has no
+    instructions for bf16, about 1 if it has."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
@@ -262,14 +267,15 @@ PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit: whether it may
 
 
 def require_quantiser(load_in: str) -> None:
-    """Raises `UserError` where the package that quantises so is not installed."""
+    """Raises `UserError` if the package for this `load_in` is not installed."""
     package, extra = QUANTISERS[load_in]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"base.load_in {load_in} needs {package}: pip install redpeft[{extra}]")
 
 
 def quantization_config(load_in: str, head: list[str], compute_dtype: torch.dtype) -> Any:
-    """transformers' configuration to quantise a base while it is loaded, but for the modules of its head."""
+    """The configuration with which transformers quantises a base while loading it. The modules of the head stay as
+    they are."""
     require_quantiser(load_in)
     if load_in == "int8_weight_only":
         from torchao.quantization import Int8WeightOnlyConfig
@@ -285,7 +291,7 @@ def quantization_config(load_in: str, head: list[str], compute_dtype: torch.dtyp
 
 
 def quantised_weights(model: nn.Module) -> set[str]:
-    """Names of the weights that are no plain parameters."""
+    """Names of the weights that are not plain parameters."""
     return {name for name, weight in model.named_parameters() if type(weight) is not nn.Parameter}
 
 
@@ -313,7 +319,8 @@ def leave_unpacked(model: nn.Module) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Differs where tokenizers make other tokens of a text, or of a chat; not where one has been used."""
+    """A digest that differs between tokenizers that make different tokens of a text or a chat. Using a tokenizer does
+    not change it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         words: Any = sorted(tokenizer.get_vocab().items())
@@ -326,10 +333,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a tokenizer without a pad token another of its tokens: padding is masked, so any one would do.
+    """Give a tokenizer without a pad token another of its tokens as one. Padding is masked, so any token would do.
 
-    Its end, or what else stands in no text's last place, where classifiers with a decoder look for the last token
-    that does not pad.
+    The end token is taken first, or else a token that no text ends with: classifiers on a decoder look for the last
+    token that is not padding.
     """
     if tokenizer.pad_token is None:
         special = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.mask_token, tokenizer.cls_token)
@@ -338,7 +345,7 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tells the model which token pads, where it does not know: decoders find their last real token by it."""
+    """Tell a model its pad token, if it has none: a decoder finds the last real token of a row by it."""
     ensure_pad_token(tokenizer)
     config = model.config.get_text_config()
     if config.pad_token_id is None:
@@ -346,8 +353,8 @@ def set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def pad_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], side: str) -> BatchEncoding:
-    """Prompts as tensors for `generate`: padded on the left for a decoder, which goes on at their ends, on the right
-    for an encoder."""
+    """Prompts as tensors for `generate`: padded on the left for a decoder, which continues at their ends, and on the
+    right for an encoder."""
     ensure_pad_token(tokenizer)
     rows = BatchEncoding({"input_ids": prompts})
     return tokenizer.pad(rows, padding_side=side, return_tensors="pt", verbose=False)
@@ -360,17 +367,18 @@ RELATIVE_POSITIONS = ("relative_attention_num_buckets", "relative_attention", "a
 
 
 class Limit(NamedTuple):
-    """The longest row in tokens, and what sets it, such as "max_length 256"."""
+    """The length of the longest row in tokens, and what sets it, such as "max_length 256"."""
 
     tokens: int
     source: str
 
 
 def input_limit(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Limit:
-    """The longest row that the model reads: the least of `max_length`, the tokenizer's limit, and its positions.
+    """The longest row that the model can read: the smallest of `max_length`, the tokenizer's limit and the model's
+    positions.
 
     Raises:
-        UserError: virtual tokens leave no position to a row.
+        UserError: virtual tokens leave no position for a row.
     """
     limits = [Limit(tokenizer.model_max_length, f"the tokenizer's model_max_length {tokenizer.model_max_length}")]
     if max_length is not None:
@@ -381,7 +389,7 @@ def input_limit(model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int 
 
 
 def known_tokens(model: Any) -> int | None:
-    """How many tokens have an embedding; None for a model such as CANINE, which reads characters by their digests."""
+    """How many tokens have an embedding. None for a model such as CANINE, which hashes characters."""
     try:
         return len(model.get_input_embeddings().weight)
     except NotImplementedError:
@@ -389,13 +397,13 @@ def known_tokens(model: Any) -> int | None:
 
 
 def positions(model: Any, decoder: bool = False) -> Limit | None:
-    """How many tokens of a row have a position in the model, as its configuration and its table of positions say;
-    None where positions are relative. Virtual tokens of prompts and prefixes take some of them.
+    """How many tokens of a row have a position in the model, by its configuration and its table of positions. None if
+    positions are relative. The virtual tokens of prompts and prefixes take some of them.
 
-    Of a model that reads with an encoder and writes with a decoder it is the encoder, or with `decoder` the decoder.
+    For an encoder-decoder these are the encoder's positions, or with `decoder` the decoder's.
 
     Raises:
-        UserError: virtual tokens leave no position to a row.
+        UserError: virtual tokens leave no position for a row.
     """
     from peft import PeftModel  # not at the top: importing PEFT imports the tuner, which needs this module
 
@@ -424,8 +432,8 @@ def positions(model: Any, decoder: bool = False) -> Limit | None:
 
 
 def _tables(part: Any, kinds: set[type]) -> list[int]:
-    """The rows of a model's learned positions, without those that no token gets; `kinds` are the configurations of its
-    text part: pictures have positions of their own."""
+    """The sizes of a model's tables of learned positions, without rows that no token uses. `kinds`: the configurations
+    of its text part, since images have positions of their own."""
     sizes, owners = [], {"": part.config}
     for name, module in part.named_modules():
         parent, _, last = name.rpartition(".")

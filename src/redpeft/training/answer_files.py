@@ -24,10 +24,10 @@ WRITTEN = (".csv", ".tsv", ".jsonl")
 
 
 def read_rows(run: FinishedRun, source: str, form: str | None = None) -> tuple[Iterator[list[Row]], int | None, str]:
-    """The rows of a file, or with "-" of standard input, in lists as they are answered; their number if it is known;
-    and what errors call them.
+    """The rows of a file, or of standard input for "-", in lists to be answered; how many there are, if that is known;
+    and the name of the rows in messages.
 
-    `form` is one of `stream.FORMATS`, and overrides the file's extension. A .txt file is read as standard input is.
+    `form` is one of `stdin_rows.FORMATS` and overrides the file's extension. A .txt file is read like standard input.
     Raises `UserError` as `read_file` and `read_stream` do.
     """
     header = run.recipe.data.header or "first"
@@ -53,11 +53,10 @@ def check_name(path: Path) -> None:
 
 
 def save_answers(path: Path, answers: Iterable[tuple[Row, dict[str, Any], dict[str, Any]]]) -> int:
-    """Write rows with their answers behind them, by a temporary file and a rename: a table (.csv, .tsv) or JSON lines
-    (.jsonl). How many there are.
+    """Write the rows with their answers as a table (.csv, .tsv) or JSON lines (.jsonl), and return how many there are.
 
-    A name that the row has already gets "predicted_" before it. In a table lists and objects are JSON, and each
-    probability has a column.
+    An answer's field gets "predicted_" before its name if the row has a field of that name. In a table, lists and
+    objects are JSON, and each probability has a column.
     """
     table = path.suffix.lower() != ".jsonl"
     rows = []
@@ -94,7 +93,7 @@ def _cell(value: Any) -> Any:
 
 
 def rounded_answer(answer: dict[str, Any]) -> dict[str, Any]:
-    """An answer as people read it: probabilities in four digits, a value in six."""
+    """An answer with rounded numbers: probabilities to four digits, a value to six."""
     answer = dict(answer)
     if "probabilities" in answer:
         answer["probabilities"] = {label: float(f"{p:.4g}") for label, p in answer["probabilities"].items()}

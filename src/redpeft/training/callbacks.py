@@ -26,7 +26,8 @@ TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are 
 
 
 class RunCallback(TrainerCallback):
-    """Checkpoints every `save_steps` and when asked to stop, metrics.jsonl, step times, and a line per evaluation."""
+    """Writes checkpoints every `save_steps` steps and when the run is stopped, writes metrics.jsonl, measures the time
+    of a step, and logs each evaluation."""
 
     def __init__(self, trainer: Any, folder: Path, save_steps: int | None) -> None:
         self.trainer, self.folder, self.save_steps = trainer, folder, save_steps
@@ -71,7 +72,7 @@ class RunCallback(TrainerCallback):
             log_main(f"epoch {rounded(state.epoch)}, step {state.global_step}: {shown}")
 
     def seconds_per_step(self) -> float | None:
-        """Median of this process's steps, without the first few."""
+        """The median over this process's steps, without the first few."""
         warm = self.seconds[min(5, len(self.seconds) // 2) :]
         return statistics.median(warm) if warm else None
 
@@ -81,7 +82,8 @@ def _is_score(key: str) -> bool:
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' bar, with the loss in the bar: its log lines go to standard output, which is kept for results."""
+    """transformers' progress bar with the loss in it. Its own log lines would go to standard output, which is for
+    results."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
@@ -89,7 +91,7 @@ class ProgressBar(ProgressCallback):
 
 
 class ProgressLines(TrainerCallback):
-    """The same for those who see no bar: a line now and then, of steps and of batches that are scored."""
+    """Progress for logs: a line now and then, for steps and for batches that are scored."""
 
     def __init__(self) -> None:
         self.steps, self.loss, self.scored = Progress(), "", 0
@@ -114,7 +116,8 @@ class ProgressLines(TrainerCallback):
 
 
 def bars_on_terminals_only() -> None:
-    """No progress bars of datasets (tokenising) and transformers (loading weights) in log files."""
+    """Turn off the progress bars of datasets (tokenising) and transformers (loading weights), unless standard error is
+    a terminal."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
@@ -122,7 +125,7 @@ def bars_on_terminals_only() -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """While inside, datasets shows no bars: one for each batch would run through the answers."""
+    """While inside, datasets shows no progress bars. They would mix with the answers."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -133,7 +136,7 @@ def no_bars() -> Iterator[None]:
 
 
 def show_progress(trainer: Any) -> None:
-    """A bar on a terminal and lines elsewhere, and nothing of what the trainer itself would print."""
+    """Show a bar on a terminal and lines elsewhere, instead of what the trainer prints itself."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if trainer.args.process_index == 0:
@@ -152,10 +155,10 @@ def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
 
 @contextmanager
 def stop_on_signals(trainer: Any) -> Iterator[None]:
-    """While inside, Ctrl-C and SIGTERM set `trainer.terminated`: it is to finish its step, save and stop.
+    """While inside, Ctrl-C and SIGTERM set `trainer.terminated`: the trainer finishes its step, saves and stops.
 
-    A second Ctrl-C stops at once; but where a launcher runs several processes, it passes on what the terminal has sent
-    to each of them already. A signal that is ignored (nohup) stays so.
+    A second Ctrl-C stops at once, unless a launcher runs several processes: the launcher passes on a signal that each
+    process already got from the terminal. A signal that is ignored (nohup) stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
         yield

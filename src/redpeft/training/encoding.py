@@ -18,8 +18,15 @@ from redpeft.tasks.metrics import IGNORED
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows as the task's collator takes them; which of all rows were cut, and by which limit; how many were left out;
-    and a line for people where any was."""
+    """Rows in tokens, as the task's collator takes them.
+
+    Attributes:
+        rows: those that are left.
+        cut: which of all rows were cut.
+        limit: at which length, and why.
+        left_out: how many rows were left out.
+        note: a line for people, if rows were cut or left out.
+    """
 
     rows: Dataset
     cut: list[bool]
@@ -37,13 +44,13 @@ def encode(
     learn_prompt: bool = False,
     split: str = "",
 ) -> Encoded:
-    """What a task makes of rows with labels, cut at `max_length` or where the model or its tokenizer ends before.
+    """Rows with labels in tokens, cut at `max_length`, or earlier if the model or its tokenizer reads less.
 
-    Rows that have nothing to learn then, such as a response or a tag, are left out. `split` is what people call the
-    rows beside their file.
+    Rows that then have nothing left to learn, such as a response or a tag, are left out. `split` is the name of the
+    rows in messages.
 
     Raises:
-        UserError: as `task.encode`; no row is left; a token or a label for which the model has no place.
+        UserError: as `task.encode`; no row is left; a token or a label that the model cannot read or write.
     """
     found = _teaching(task, dataset, model, tokenizer, max_length, learn_prompt, split)
     return _with_rows(found, dataset, split)
@@ -58,8 +65,8 @@ def encode_splits(
     learn_prompt: bool = False,
     seed: int = 0,
 ) -> dict[str, Encoded]:
-    """`encode` for each split. Where the validation rows were taken from the training rows, and nothing is left of
-    them, some of the training rows of which something is left are taken instead."""
+    """`encode` for each split. If the validation rows were taken from the training rows and none of them is left, some
+    of the training rows that are left become the validation rows."""
     found = {
         name: _teaching(task, rows, model, tokenizer, max_length, learn_prompt, name) for name, rows in splits.items()
     }
@@ -113,11 +120,11 @@ def _place(dataset: Dataset, split: str) -> str:
 def encode_questions(
     task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Encoded:
-    """The same for rows to answer, without labels: none is left out, and prompts are not cut.
+    """Rows to answer in tokens, without labels. None is left out, and prompts are not cut.
 
     Raises:
-        UserError: as `task.encode`; a row without tokens, a prompt that leaves no room for an answer, or a token for
-            which the model has no place.
+        UserError: as `task.encode`; a row without tokens, a prompt that leaves no room for an answer, or a token that
+            the model does not have.
     """
     encoded = _encode(task, dataset, model, tokenizer, max_length, with_labels=False)
     for index, ids in enumerate(cols.values(encoded.rows, "input_ids")):
@@ -127,7 +134,7 @@ def encode_questions(
 
 
 def by_length(rows: Dataset) -> Dataset:
-    """The longest rows first: scored in batches of like length, with less padding."""
+    """The longest rows first, so that batches to score have rows of similar length and less padding."""
     if "completion_mask" in rows.column_names:  # the loss of TRL's trainer is a mean over batches
         return rows
     lengths = [len(ids) for ids in cols.values(rows, "input_ids")]
@@ -154,7 +161,7 @@ def _encode(
 
 
 def _check_ends(rows: Dataset, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where an encoder-decoder would not find the end token by which it classifies a text."""
+    """Raises `UserError` if an encoder-decoder would not find the end token by which it classifies a text."""
     end = model.config.eos_token_id
     counts = [ids.count(end) for ids in cols.values(rows, "input_ids")]
     if 0 in counts or tokenizer.pad_token_id == end:
@@ -168,7 +175,7 @@ def _check_ends(rows: Dataset, dataset: Dataset, model: Any, tokenizer: PreTrain
 
 
 def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> None:
-    """Raises UserError where a label is a text that is longer than the model's decoder."""
+    """Raises `UserError` for a label that is longer than the model's decoder."""
     limit = positions(model, decoder=True) if task.task_type == "SEQ_2_SEQ_LM" else None
     lengths = [len(label) for label in cols.values(rows, "labels")] if limit else []
     if limit and max(lengths) > limit.tokens:
@@ -180,7 +187,7 @@ def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> No
 
 
 def _teaches(rows: Dataset, learn_prompt: bool) -> list[bool]:
-    """Which rows have tokens, and where tokens have labels, one that counts."""
+    """Which rows have tokens and, if each token has a label, at least one label that counts."""
     marks, ignored = ("completion_mask", 0) if "completion_mask" in rows.column_names else ("labels", IGNORED)
     each = zip(cols.values(rows, "input_ids"), cols.values(rows, marks), strict=True)
     per_token = isinstance(rows[0][marks], list) and not learn_prompt

@@ -43,8 +43,13 @@ from redpeft.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Learner:
-    """A base model with what a recipe trains in it. `head`: the modules that are trained whole; `new`: its weights
-    that are drawn by the seed, since the base's checkpoint did not hold them; `digest`: of the base's tokenizer."""
+    """A base model with what a recipe trains in it.
+
+    Attributes:
+        head: the modules that are trained whole.
+        new: the weights that the base's checkpoint does not have, which are drawn by the recipe's seed.
+        digest: of the base's tokenizer.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -54,10 +59,10 @@ class Learner:
 
 
 def build_learner(recipe: Recipe, task: Task) -> Learner:
-    """Load the base and put on it what the recipe trains.
+    """Load the base model and add what the recipe trains.
 
-    The first weights of a new head are drawn by the recipe's seed; those that it leaves as they are by a fixed one, so
-    that all jobs on a base share them.
+    The weights of a new head are drawn by the recipe's seed. With `head: last`, the layers before the last are drawn
+    by a fixed seed, so that all jobs on a base share them.
     """
     base, tokenizer = load_base(recipe, task)
     digest = tokenizer_digest(tokenizer)
@@ -76,7 +81,8 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
     """The base model with the task's head, in the number format that fits the hardware and the method, and its
     tokenizer.
 
-    Raises `UserError` for a folder or hub name that cannot be read, and a `load_in` that does nothing to this model.
+    Raises `UserError` for a folder or hub name that cannot be read, and for a `load_in` that changes no weight of this
+    model.
     """
     name, revision, load_in = recipe.base.model, recipe.base.revision, recipe.base.load_in
     precision = choose_precision(recipe.precision, recipe.base.dtype)
@@ -106,7 +112,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def _warn_of_slow_bf16(dtype: str) -> None:
-    """Say it before the first step where steps would take minutes instead of seconds. `dtype`: of the base."""
+    """Warn before the first step if steps would take minutes instead of seconds. `dtype`: the recipe's `base.dtype`."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and (times := bf16_slowdown()) > SLOW_BF16:
         fields = "precision and base.dtype" if dtype == "bf16" else "precision"
@@ -123,9 +129,8 @@ def save_model(
     folder: Path,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write adapter/ or model/ into a run folder. `state`: the tensors, where the model itself holds only a part of
-    them. The tokenizer comes along with a whole model, and otherwise where it is
-    not the base's any more."""
+    """Write adapter/ or model/ into a run folder. The tokenizer is saved with a whole model, and otherwise if it is no
+    longer the base's. `state`: the tensors, if the model itself holds only a part of them."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = len(trained) == len(list(model.parameters()))
     with replaced_folder(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)) as target:
@@ -140,7 +145,7 @@ def save_model(
 
 
 def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model that a run folder holds, as it was trained, and its tokenizer.
+    """The trained model of a run folder, and its tokenizer.
 
     Raises `UserError` for a base model that the run was not trained on.
     """
@@ -172,11 +177,12 @@ def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrai
 
 
 def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[str] = ()) -> torch.nn.Module:
-    """`model` ready to train by `recipe.method`: a PeftModel for PEFT's methods, or the model with the rest frozen.
+    """`model`, ready to be trained by `recipe.method`: a PeftModel for PEFT's methods, or the model with all else
+    frozen.
 
-    `new_weights` are the names of the weights that the checkpoint did not hold; they are trained with every method,
-    as is the task's head. Everything that is trained is held in fp32 (fp64 of an fp64 base). Raises `UserError` for
-    options that the method lacks or that do not fit the model.
+    `new_weights` are the names of the weights that the checkpoint does not have; like the task's head, they are always
+    trained. Everything that is trained is held in fp32 (fp64 for an fp64 base). Raises `UserError` for options that
+    the method does not have or that do not fit the model.
     """
     check_options(recipe)
     head = head_modules(model, recipe.task, new_weights)
@@ -205,9 +211,11 @@ class Trained(NamedTuple):
 
 
 def trainable_parameters(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[str] = ()) -> Trained:
-    """What the recipe trains of `model`, counted without training: a model on the meta device will do.
+    """How many parameters the recipe trains in `model`, counted without training. A model on the meta device is
+    enough.
 
-    The method is applied to `model`, which is of no other use afterwards. Arguments and errors as in `apply_method`.
+    The method is applied to `model`, which cannot be used for anything else afterwards. Arguments and errors as in
+    `apply_method`.
     """
     head = head_modules(model, recipe.task, new_weights)
     trained = apply_method(model, recipe, new_weights)
@@ -216,7 +224,7 @@ def trainable_parameters(model: PreTrainedModel, recipe: Recipe, new_weights: It
 
 
 def check_options(recipe: Recipe) -> None:
-    """Raises `UserError` for method_options that are wrong whatever the model."""
+    """Raises `UserError` for method_options that are wrong for every model."""
     cls = METHODS[recipe.method].options_class
     known = METHODS[recipe.method].option_names
     if recipe.method_options and not known:
@@ -259,7 +267,7 @@ def _add_adapter(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> tor
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Errors about options as `UserError`."""
+    """While inside, errors about options become `UserError`."""
     try:
         yield
     except UserError:
@@ -287,12 +295,12 @@ def _unfreeze(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> None:
 
 
 def head_modules(model: PreTrainedModel, task: str, new_weights: Iterable[str] = ()) -> list[str]:
-    """Names of the modules that are trained in full whatever the method.
+    """Names of the modules that are always trained in full.
 
     In classification these are the modules beside the encoder (BERT: `classifier`; RoBERTa: `classifier` with its
-    `dense` and `out_proj`; DistilBERT: `pre_classifier` and `classifier`), and in every task the modules whose weights
-    the checkpoint did not hold (such as `bert.pooler.dense` of a checkpoint without a pooler; a pretrained pooler is
-    part of the encoder and stays frozen).
+    `dense` and `out_proj`; DistilBERT: `pre_classifier` and `classifier`). In every task they are also the modules
+    whose weights the checkpoint does not have, such as `bert.pooler.dense` of a checkpoint without a pooler. A
+    pretrained pooler is part of the encoder and stays frozen.
     """
     names = []
     if TASKS[task].task_type.endswith("_CLS") and hasattr(model, model.base_model_prefix):
@@ -305,7 +313,7 @@ def head_modules(model: PreTrainedModel, task: str, new_weights: Iterable[str] =
 
 
 def head_parameters(model: torch.nn.Module, head: Iterable[str]) -> dict[str, torch.nn.Parameter]:
-    """The trained parameters of `model` that lie in the modules `head` (named as before the method was applied)."""
+    """The trained parameters of `model` in the modules `head`, which are named as before the method was applied."""
     inside = tuple(f".{name}." for name in head)
     return {
         name: parameter
@@ -315,6 +323,6 @@ def head_parameters(model: torch.nn.Module, head: Iterable[str]) -> dict[str, to
 
 
 def before_last(weights: Iterable[str]) -> list[str]:
-    """Of a head's weights, in their order in the model, those of the layers before the last."""
+    """The weights of a head that are not in its last layer. `weights`: all of them, in the model's order."""
     names = list(weights)
     return [name for name in names if name.rpartition(".")[0] != names[-1].rpartition(".")[0]]

@@ -24,7 +24,7 @@ from redpeft.tuner.sites import find_blocks
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of methods with nothing to choose."""
+    """For methods without options."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BitFitOptions:
 
 @dataclass(frozen=True)
 class TopLayersOptions:
-    """Fine-tuning of the uppermost blocks, two in the papers that compare with it (Li and Liang 2021, LoRA)."""
+    """Fine-tuning of the top blocks; two in the papers that compare with it (Li and Liang 2021, LoRA)."""
 
     layers: int = Field(default=2, ge=1)
 
@@ -47,12 +47,12 @@ def everything(model: PreTrainedModel, options: NoOptions) -> set[str]:
 
 
 def nothing(model: PreTrainedModel, options: NoOptions) -> set[str]:
-    """No names: the head alone is trained."""
+    """No names: only the head is trained."""
     return set()
 
 
 def biases(model: PreTrainedModel, options: BitFitOptions) -> set[str]:
-    """Names of all biases. Raises `UserError` where there is none."""
+    """Names of all biases. Raises `UserError` if there are none."""
     if options.add_biases:
         _add_biases(model)
     names = {name for name, _ in model.named_parameters() if name.endswith("bias")}
@@ -91,8 +91,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _add_biases(model: PreTrainedModel) -> None:
-    """A bias of zeros for each linear layer and norm that has none, as the comparison in Compacter (Karimi Mahabadi et
-    al. 2021, arXiv 2106.04647) gave to T5. A class that knows no bias has it added by a hook."""
+    """Add a bias of zeros to each linear layer and norm without one, as in the comparison of Compacter on T5 (Karimi
+    Mahabadi et al. 2021, arXiv 2106.04647). For a class that has no bias, a hook adds it to the output."""
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not (isinstance(module, nn.Linear) or _is_norm(module)) or weight is None:
@@ -154,10 +154,10 @@ class Bottleneck(nn.Module):
 
 
 def add_bottlenecks(model: PreTrainedModel, options: BottleneckOptions) -> set[str]:
-    """Put an adapter behind each site of `model` and return the names of the parameters to train.
+    """Add an adapter after each site of `model` and return the names of the parameters to train.
 
-    An adapter is a child of the module that it follows (`...output.dense.bottleneck.down.weight`) and acts by a hook,
-    so that the base model's own names, and what it asks of its modules, stay as they are.
+    An adapter is a child of the module that it follows (`...output.dense.bottleneck.down.weight`) and is called by a
+    hook. So the base model keeps its own names and finds its modules unchanged.
     """
     sites = [site for site in find_sites(model, options.sites) if site.layer >= options.drop_layers]
     if not sites:
@@ -177,13 +177,13 @@ def add_bottlenecks(model: PreTrainedModel, options: BottleneckOptions) -> set[s
 
 
 def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
-    """The hook. Some mixture-of-experts blocks return a tuple, with what goes on in front."""
+    """The hook. Some mixture-of-experts blocks return a tuple whose first entry is the output."""
     adapter = module.get_submodule(NAME)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 
 
 def _norms(model: PreTrainedModel, sites: list[Site], options: BottleneckOptions) -> set[str]:
-    """All norms; with lower blocks left out those of the other blocks, so that nothing is learned below these."""
+    """All norms. If lower blocks are left out, only those of the other blocks, so that nothing below them is trained."""
     norms = norm_parameters(model)
     if not options.drop_layers:
         return norms

@@ -28,13 +28,13 @@ PEFT_KNOWS_NEW = Version(peft.__version__) >= Version("0.22")
 
 
 def fit_lora(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
-    """All linear layers, for a family that PEFT knows no target modules of."""
+    """For a model family without default target modules in PEFT: all linear layers."""
     known = model.config.model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     return options if known else {"target_modules": "all-linear", **options}
 
 
 def fit_ia3(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
-    """`UserError` for a family that PEFT knows no target modules of."""
+    """Raises `UserError` for a model family without default target modules in PEFT."""
     family = model.config.model_type
     if "target_modules" not in options and family not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
         raise UserError(
@@ -45,10 +45,10 @@ def fit_ia3(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> 
 
 
 def fit_prompt(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
-    """`options`, where the number of virtual tokens is one. Raises `UserError` where not.
+    """The options, checked. Raises `UserError` if the number of virtual tokens is not a whole number from 1.
 
-    A decoder gets a hook: PEFT drops `position_ids` behind a prompt, so that rows that are padded on the left to
-    generate from would be read at other positions than in training.
+    A decoder gets a hook: PEFT drops `position_ids` after a prompt, so that rows that are padded on the left for
+    `generate` would have other positions than in training.
     """
     options = _check_number(options)
     if task_type == "CAUSAL_LM" and "position_ids" in inspect.signature(model.forward).parameters:
@@ -65,7 +65,8 @@ def _check_number(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def fit_prefix(model: PreTrainedModel, options: dict[str, Any], task_type: str) -> dict[str, Any]:
-    """The same for a prefix. `UserError` too for a model whose attention takes no keys and values from outside."""
+    """The options, checked as in `fit_prompt`. Raises `UserError` also for a model whose attention takes no keys and
+    values from outside."""
     if options.get("prefix_projection"):
         raise UserError(
             "method_options: with prefix_projection PEFT saves the projection's output and not the projection, so "
@@ -82,8 +83,8 @@ def fit_prefix(model: PreTrainedModel, options: dict[str, Any], task_type: str) 
 
 
 def _use_old_name(model: PreTrainedModel) -> None:
-    """Let PEFT find the keys and values by the name that it knows: it refuses a prefix where it finds none, and takes
-    every step of a generation for the first, so that the prompt comes again before each token."""
+    """Let PEFT find the cache of keys and values by the name that it knows. Without it, PEFT refuses a prefix, and
+    takes every step of a generation for the first, so that the prompt is inserted again before each token."""
     if PEFT_KNOWS_NEW:
         return
     for part in {id(part): part for part in (model, getattr(model, model.base_model_prefix, model))}.values():
@@ -118,7 +119,7 @@ def _giving_old_name(prepare: Callable) -> Callable:
 
 
 def _number_positions(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Positions count what is not padding, and go on behind what a cache holds."""
+    """Positions count the tokens that are not padding, and continue after those in a cache."""
     given, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
     given = kwargs.get("input_ids") if given is None else given
     if kwargs.get("position_ids") is None and given is not None and mask is not None and mask.dim() == 2:

@@ -36,7 +36,7 @@ BATCH = 32
 
 @dataclass
 class FinishedRun:
-    """A finished run, ready to use. The model is loaded where it is first needed, unless `load_run` has done it."""
+    """A finished run, ready to use. The model is loaded when it is first needed, or by `load_run`."""
 
     folder: Path
     recipe: Recipe
@@ -64,12 +64,17 @@ METHOD_OF = {"REDPEFT": "red", "LORA": "lora", "IA3": "ia3"}
 
 
 def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> FinishedRun:
-    """A finished run, or an adapter folder without one. The model is loaded when it is first needed: wrong rows are
-    found out without waiting for it.
+    """A finished run, or an adapter folder without its run. The model is loaded when it is first needed, so that wrong
+    rows are found without waiting for it.
 
-    `base` is where the base model lies, if not where recipe or adapter say. `task` is an adapter's, where neither its
-    task.json (as `redpeft compose` writes) nor its task type say it. Raises `UserError` for a folder that holds no
-    finished run and no adapter, and for what an adapter does not say and is not given.
+    Args:
+        folder: a run folder or an adapter folder.
+        base: the base model, if it is not where the recipe or the adapter says.
+        task: the task of an adapter, if neither its task.json (which `redpeft compose` writes) nor its task type says
+            it.
+
+    Raises `UserError` for a folder without a finished run or an adapter, and for an adapter that needs `base` or
+    `task`.
     """
     folder = Path(folder)
     if not (folder / RECIPE).is_file() and (folder / CONFIG_NAME).is_file():
@@ -90,7 +95,7 @@ def open_run(folder: str | Path, base: str | Path | None = None, task: str | Non
 
 
 def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> FinishedRun:
-    """An adapter folder without a run around it."""
+    """An adapter folder without its run."""
     config = read_config(folder)
     model = base or config.get("base_model_name_or_path")
     if not model:
@@ -114,7 +119,7 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Fi
 
 
 def _labels(folder: Path, model: str) -> list[str]:
-    """A classifier's labels: as many as its head has rows, with the base's names for them if it has as many."""
+    """A name for each row of a classifier's head: the base's labels if it has as many, or else numbers."""
     own = (".redpeft_", ".lora_", ".ia3_")
     heads = [tensor for name, tensor in read_tensors(folder).items() if not any(part in name for part in own)]
     if not heads:
@@ -128,20 +133,21 @@ def _labels(folder: Path, model: str) -> list[str]:
 
 
 def load_run(folder: str | Path, base: str | Path | None = None) -> FinishedRun:
-    """`open_run`, with the model loaded at once. Raises `UserError` too for a base that the run was not trained on."""
+    """`open_run`, with the model loaded at once. Raises `UserError` also for a base that the run was not trained on."""
     run = open_run(folder, base)
     _ = run.model
     return run
 
 
 def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None) -> dict[str, Any]:
-    """The task's scores on a file's rows, or on the test (else validation) split of a folder or hub data set.
+    """The task's scores on the rows of a file, or on the test split (else the validation split) of a folder or hub
+    data set.
 
-    Of rows with one label each there is also a "confusion_matrix": "counts" by the labels in "true" (first) and in
-    "predicted", which of generated labels ends with None, for texts that are no label.
+    For rows with one label each there is also a "confusion_matrix" with "true" and "predicted" labels and their
+    "counts". For generated labels "predicted" ends with None, which counts texts that are not a label.
 
-    `config_name` is a hub data set's configuration. The rows are checked before the model is loaded, and where the
-    recipe says so those that lack a text or label are left out.
+    `config_name` is the configuration of a hub data set. The rows are checked before the model is loaded. Rows without
+    a text or a label are left out if the recipe says so.
     """
     dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first")
     dataset = with_columns(dataset, run.task.columns)
@@ -182,12 +188,12 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
 def predict(
     run: FinishedRun, rows: Iterable[dict[str, Any] | str], batch_size: int = BATCH, max_new_tokens: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One dict for each row, in order, as the rows come in: labels and probabilities, a value, or a generated text.
+    """One answer for each row, in order, as the rows come in: labels and probabilities, a value, or a generated text.
 
-    Rows are objects with the task's columns, or plain texts where one text is all that the task needs. An answer
-    begins with its row's `id` where that has one, or else with the columns that were read, so that both can be joined.
-    Data to text answers each distinct meaning representation once, where it first comes. `max_new_tokens` is the
-    longest text to generate, if not the task's own.
+    Rows are objects with the task's columns, or plain texts if the task needs one text. An answer starts with its
+    row's `id`, or else with the columns that were read, so that rows and answers can be joined. Data to text answers
+    each distinct meaning representation once, at its first row. `max_new_tokens` limits generated texts; default: the
+    task's own limit.
     """
     total = len(rows) if isinstance(rows, Sized) else None
     found = answer_batches(run, batched(rows, batch_size), max_new_tokens, total)
@@ -201,8 +207,8 @@ def answer_batches(
     total: int | None = None,
     source: str | None = None,
 ) -> Iterator[tuple[Row, dict[str, Any], dict[str, Any]]]:
-    """Each row, what was read of it, and its answer, for rows that come in lists, each of which goes through the model
-    at once. `total`, where it is known, is how many rows there are in all, and `source` what errors call them."""
+    """Each row, the columns that were read of it, and its answer. The rows come in lists; the model gets one list at a
+    time. `total`: the number of rows, if it is known. `source`: the name of the rows in messages."""
     first, answered = 1, set[str]()
     progress = Progress()
     notes: dict[str, int] = {}  # what happened to rows, and to how many
@@ -244,7 +250,7 @@ def answer_batches(
 
 
 def identity(row: Row, read: dict[str, Any]) -> dict[str, Any]:
-    """What tells which row an answer belongs to."""
+    """The fields that tell to which row an answer belongs."""
     if isinstance(row, dict) and row.get("id") is not None:
         return {"id": row["id"]}
     return {name: value for name, value in read.items() if name != ROW and value is not None}
@@ -257,8 +263,8 @@ def _label(run: FinishedRun, dataset: Dataset, encoded: Dataset) -> list[dict[st
 
 
 def _generate(run: FinishedRun, prompts: list[list[int]], new_tokens: list[int]) -> list[str]:
-    """The answers to prompts in tokens, each of so many new tokens at most. Prompts go through the model together
-    where they have the same room, for the room of another row would change their answers."""
+    """The answers to prompts in tokens, with at most `new_tokens` new tokens each. Prompts with the same limit go
+    through the model together: the limit of another row would change their answers."""
     tokenizer, model = run.tokenizer, run.model
     decodes = not model.config.is_encoder_decoder
     texts = [""] * len(prompts)

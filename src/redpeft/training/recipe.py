@@ -212,12 +212,12 @@ class Recipe(BaseModel):
         return METHODS[self.method].defaults | self.method_options
 
     def resolved(self) -> Recipe:
-        """This recipe with the method's learning rate and its own choice of options written out."""
+        """This recipe with the learning rate and the options that the method chooses."""
         rate = self.learning_rate or DEFAULT_RATES[self.method]
         return self.model_copy(update={"learning_rate": rate, "method_options": self.all_options})
 
     def alone(self) -> Recipe:
-        """The resolved recipe of one run: without several seeds, and without where it is written."""
+        """The resolved recipe of a single run, without `seeds` and `output`."""
         return self.resolved().model_copy(update={"seeds": None, "output": None})
 
     def run_folder(self) -> Path:
@@ -226,7 +226,7 @@ class Recipe(BaseModel):
         return Path(self.output) if self.output else Path("runs") / f"{name}-{self.method}"
 
     def differences(self, other: Recipe) -> list[str]:
-        """The dotted keys in which two resolved recipes differ, but for where they are written."""
+        """The dotted keys in which two resolved recipes differ, except `output`."""
         mine, theirs = (flatten(recipe.resolved().model_dump(mode="json")) for recipe in (self, other))
         return [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key) and key != "output"]
 
@@ -278,12 +278,12 @@ IN_SHORT = {"base": "model", "data": "path"}
 
 
 def full_name(key: str) -> str:
-    """A field's full key, of which `key` may be a short name."""
+    """The full key of a field. `key` may be a short name."""
     return SHORT.get(key, key)
 
 
 def with_full_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a file, without short names. Raises `UserError` for a field that is given twice."""
+    """The fields of a file with their full names. Raises `UserError` for a field that is given twice."""
     full = {key: value for key, value in values.items() if key not in SHORT}
     for key in IN_SHORT.keys() & full.keys():
         full[key] = _as_fields(key, full[key])
@@ -298,9 +298,9 @@ def with_full_names(values: Mapping[str, Any]) -> dict[str, Any]:
 def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mapping[str, Any] | None = None) -> Recipe:
     """Read the recipe in `path`, if given, and change it by `overrides`.
 
-    `overrides` are texts `key=value` (values as in YAML) or a dict; keys may have dots: `data.path`. Short names
-    (`SHORT`) are those of the fields that they stand for.
-    Raises `UserError` with one line for an unreadable file, an unknown key (naming the nearest) or a wrong value.
+    `overrides` are texts `key=value`, with values as in YAML, or a dict. A key may have dots (`data.path`) or be a
+    short name (`SHORT`). Raises `UserError` with one line for a file that cannot be read, an unknown key (with the
+    nearest one) or a wrong value.
     """
     values = {} if path is None else with_full_names(read_yaml(path))
     if not isinstance(overrides, Mapping):
@@ -314,19 +314,19 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] | Mappi
 
 
 def dotted_fields(recipe: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """The fields of a recipe file, if there is one, changed by texts `key=value`: by their full dotted keys, to be
-    changed further before `load_recipe` takes them as its overrides. Raises `UserError` as that does."""
+    """The fields of a recipe file, if there is one, changed by texts `key=value`. They have full dotted keys, and
+    `load_recipe` takes them as overrides. Raises `UserError` as `load_recipe` does."""
     values = flatten(with_full_names(read_yaml(recipe))) if recipe else {}
     return {**values, **dict(map(parse_override, overrides))}
 
 
 def template() -> str:
-    """A commented recipe with every field, its meaning and its default; what `redpeft init` writes."""
+    """A recipe with every field, its meaning and its default, as `redpeft init` writes it."""
     return HEADER + "".join(_template_lines(Recipe))
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as a text; here it is a number, as in YAML 1.2 and in every other tool."""
+    """In YAML 1.1 the value 1e-3 is a text. Here it is a number, as in YAML 1.2 and other tools."""
 
 
 _Yaml.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -336,7 +336,7 @@ _Yaml.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The fields in a YAML file. Raises `UserError` for one that cannot be read or holds none."""
+    """The fields in a YAML file. Raises `UserError` for a file that cannot be read or has no fields."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.load(text, _Yaml) or {}
@@ -350,7 +350,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """The full key and the value of `key=value`. Raises `UserError` for a text of another form."""
+    """The full key and the value of a text `key=value`. Raises `UserError` for any other text."""
     key, equals, value = text.partition("=")
     key = full_name(key.strip())
     if not equals or not key:
@@ -364,7 +364,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """values["a"]["b"] = value for the key "a.b"; base and data may so far be given as a plain text."""
+    """values["a"]["b"] = value for the key "a.b". `base` and `data` may hold a plain text before."""
     *parents, last = key.split(".")
     for parent in parents:
         inside = _as_fields(parent, values.get(parent))
@@ -376,14 +376,14 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _as_fields(key: str, value: Any) -> Any:
-    """The fields that a value stands for: none, or one where `key` may be given as a plain text."""
+    """The fields that a value stands for: none for None, one for a plain text if `key` may be given as one."""
     if value is None:
         return {}
     return {IN_SHORT[key]: value} if key in IN_SHORT and isinstance(value, str) else value
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    """One of pydantic's errors as a line for people."""
+    """An error of pydantic as one line for people."""
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         near = _nearest(where)
@@ -395,7 +395,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 
 def _nearest(key: str) -> str | None:
-    """The full name of the field that is most like a key, by its own last name, in full or by a short name."""
+    """The full name of the field that is most like a key. Its last part is compared, and short names too."""
     last = key.rpartition(".")[2]
 
     def search(full: Sequence[str], cutoff: float) -> str | None:

@@ -35,7 +35,7 @@ FORMATS = ("csv", "tsv", "jsonl", "json", "lines")
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """The rows in lists of `size`, the last one with what is left."""
+    """The rows in lists of `size`; the last list may be shorter."""
     rows = iter(rows)
     while batch := list(itertools.islice(rows, size)):
         yield batch
@@ -95,7 +95,7 @@ def _rows(lines: _Lines, columns: Sequence[str], form: str | None, header: str |
 
 
 def _seen_format(first: str) -> str | None:
-    """The format that a first line shows. None: a table if it is the header of one, or else texts."""
+    """The format that the first line shows. None: a table if the line is its header, or else texts."""
     if first.lstrip().startswith("{"):
         return "jsonl"
     return "json" if re.match(r"\s*\[\s*({|$)", first) else None
@@ -110,7 +110,8 @@ def _object(lines: _Lines, text: str, form: str | None) -> Row:
 
 
 def _text(lines: _Lines, text: str, form: str | None) -> Row:
-    """A line as a text. UserError for one of JSON, unless lines are asked for: the format is the first line's."""
+    """A line as a text. Raises `UserError` for a line of JSON unless `form` asks for texts: the first line sets the
+    format."""
     if form is None and re.match(r'\s*{\s*"', text):
         raise UserError(
             f"{lines.name}, line {lines.count}: this line looks like JSON, but the first line is a text; --format "
@@ -120,7 +121,7 @@ def _text(lines: _Lines, text: str, form: str | None) -> Row:
 
 
 def _delimiter(name: str, first: str, columns: Sequence[str], form: str | None, header: str | None) -> str | None:
-    """What separates the cells of a table whose first line this is; None for what is no table."""
+    """What separates the cells of a table with this first line. None if it is not a table."""
     if form not in (None, "csv", "tsv"):
         return None
     headers = {mark: _cells(first, mark) for mark in (*DELIMITERS[form or "csv"], ALONE)}
@@ -212,6 +213,6 @@ class _Lines:
 
 
 def _split(text: str) -> list[str]:
-    """The whole lines of a text, and what is behind them."""
+    """The whole lines of a text, and the rest after them."""
     lines = [match[0] for match in LINE.finditer(text)]
     return lines if lines and not lines[-1].endswith(("\r", "\n")) else [*lines, ""]

@@ -115,7 +115,7 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint(trainer: Any, folder: Path) -> str | None:
-    """The checkpoint to go on from. A run that early stopping had ended is told to do no more steps."""
+    """The checkpoint to continue from. A run that early stopping had ended takes no more steps."""
     checkpoint = last_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         return None
@@ -127,7 +127,7 @@ def _checkpoint(trainer: Any, folder: Path) -> str | None:
 
 
 def _scores(run: TrainingRun, trainer: Any) -> dict[str, Any]:
-    """The best evaluation on the validation split, and the test split's scores with the model of that moment."""
+    """The best evaluation on the validation split, and the scores of that model on the test split."""
     scores = {**best_evaluation(trainer.state), "test": None}
     if "test" in run.encoded:
         metrics = trainer.evaluate(as_evaluated(trainer, run.encoded["test"]), metric_key_prefix="test")
@@ -181,7 +181,7 @@ class TrainingRun:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises `UserError` for what can be seen to be wrong in a recipe before anything is read or loaded."""
+    """Raises `UserError` for mistakes in a recipe that can be found before anything is read or loaded."""
     require_folder(recipe.base.model)
     rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
     choose_precision(recipe.precision, recipe.base.dtype)
@@ -195,7 +195,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
-    """What the recipe's data asks for, and the data by split. UserError: data that is missing or wrong."""
+    """The task of the recipe's data, and the data by split. Raises `UserError` for data that is missing or wrong."""
     chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
     task, splits = read_data(recipe.task, recipe.data, recipe.seed, **chosen)
     if recipe.init_from is not None:
@@ -204,9 +204,9 @@ def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
 
 
 def _check_labels(task: Task, init_from: str) -> None:
-    """Raises `UserError` where the run that an adapter comes from learned other labels: its head would answer those.
+    """Raises `UserError` if the run of `init_from` learned other labels: its head would answer those.
 
-    An adapter that was taken out of its run does not say what its labels are.
+    For an adapter outside its run folder the labels are not known.
     """
     saved = find_run(init_from) / TASK
     if not saved.is_file():

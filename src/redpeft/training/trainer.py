@@ -56,7 +56,7 @@ def make_trainer(
     encoded: dict[str, Dataset],
     head: list[str],
 ) -> Any:
-    """The Trainer of a run, with the units of RED measured: nothing is left to do but to train."""
+    """The Trainer of a run, with the units of RED measured. It is ready to train."""
     trainer_class, arguments_class, extra = trainer_classes(recipe)
     args = arguments(recipe, folder, task, arguments_class, extra)
     collator = task.collator(tokenizer)
@@ -90,28 +90,28 @@ def make_trainer(
 
 
 def as_evaluated(trainer: Any, rows: Dataset) -> Dataset:
-    """Further rows as `trainer.evaluate` takes them: TRL's trainer tokenises those that it is made with."""
+    """Rows in the form that `trainer.evaluate` takes: TRL's trainer prepares only the rows that it is made with."""
     if not hasattr(trainer, "_prepare_dataset"):
         return rows
     return trainer._prepare_dataset(rows, trainer.processing_class, trainer.args, False, None, "test")
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
-    """transformers' callback, writing beside the run and not into its checkpoints, which go when it is done."""
+    """transformers' callback, which writes into the run folder: the checkpoints are removed when the run is finished."""
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
 
 
 def check_reporters(names: Iterable[str]) -> None:
-    """Raises `UserError` where the package of one of `report_to` is missing."""
+    """Raises `UserError` if the package of one of `report_to` is missing."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"report_to {name}: pip install {name}")
 
 
 def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
-    """The Trainer with what a run adds, its arguments' class, and arguments of its own."""
+    """The Trainer class of a run, the class of its arguments, and arguments that only this class has."""
     task = TASKS[recipe.task]
     if not task.by_trl:
         generation = task.generation
@@ -133,8 +133,10 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
 
 
 def rows_at_once(batch_size: int, pieces: int) -> int:
-    """The rows of a batch that one process computes at a time, where it computes its share in so many pieces.
-    UserError where they cannot be shared out evenly."""
+    """How many rows one process computes at a time. `pieces`: in how many pieces it computes its share of a batch.
+
+    Raises `UserError` if the rows cannot be divided evenly.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     rows, rest = divmod(batch_size, processes * pieces)
     if rest:
@@ -146,7 +148,8 @@ def rows_at_once(batch_size: int, pieces: int) -> int:
 
 
 def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[str, Any]) -> TrainingArguments:
-    """The recipe in the words of `cls`, transformers' TrainingArguments or TRL's, with `extra` of its own."""
+    """The recipe as arguments of the class `cls`, transformers' TrainingArguments or TRL's. `extra`: arguments of this
+    class alone."""
     known = {field.name for field in fields(cls)}
     kind = choose_precision(recipe.precision, recipe.base.dtype)
     rows = rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
@@ -202,9 +205,9 @@ def _first_batch(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 class EpochOrder(Sampler[int]):
-    """The rows of one epoch, in an order that depends on seed and epoch alone, so that any epoch can be resumed.
+    """The order of the rows in an epoch. It depends on seed and epoch alone, so that any epoch can be resumed.
 
-    With `lengths`, batches are made of rows of like length, in random order; an incomplete batch comes last.
+    With `lengths`, batches are made of rows of similar length, in random order. An incomplete batch comes last.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, lengths: list[int] | None = None) -> None:
@@ -232,11 +235,11 @@ class EpochOrder(Sampler[int]):
 
 
 class RunTrainer(Mixin):
-    """Mixed into `Trainer` or TRL's `SFTTrainer` before the first step: `class _(RunTrainer, Trainer)`.
+    """What a run adds to `Trainer` or TRL's `SFTTrainer`: `class _(RunTrainer, Trainer)`.
 
-    `order` gives the rows, `head` the parameters that learn at `head_lr`. A loss that is not finite raises `RunError`
-    before it reaches the weights. `terminated` asks to stop; `should_stop` is then true on every process, after the
-    same step or checkpoint.
+    `order` gives the rows; the parameters `head` learn at `head_lr`. A loss that is not finite raises `RunError`
+    before it reaches the weights. Set `terminated` to stop: then `should_stop` is true on every process after the same
+    step or checkpoint.
     """
 
     order: EpochOrder
@@ -259,7 +262,8 @@ class RunTrainer(Mixin):
         return loss
 
     def on_any_process(self, *flags: bool) -> list[bool]:
-        """Whether each is true on some process: all leave the loop together, or some would wait for the others."""
+        """Whether each flag is true on some process. All processes leave the loop together, or some would wait for the
+        others."""
         if self.args.world_size == 1:
             return list(flags)
         found = torch.tensor(flags, dtype=torch.float32, device=self.args.device)
@@ -291,10 +295,10 @@ def _kept(checkpoints: str) -> str:
 
 
 class GeneratingTrainer(Seq2SeqTrainer):
-    """transformers' Seq2SeqTrainer, generating by the arguments that the task says, for decoders too.
+    """transformers' Seq2SeqTrainer, for decoders too, with the task's arguments of `generate` in `generation`.
 
-    `generation` are the arguments of `generate`. Where there is nothing to compute metrics with, `evaluate` gives the
-    loss alone, and only `predict` generates: of rows without labels, padded on the left if the model is a decoder.
+    If the task computes no metrics, `evaluate` gives the loss alone, and only `predict` generates: for rows without
+    labels, which are padded on the left if the model is a decoder.
     """
 
     generation: dict[str, Any]
@@ -327,7 +331,8 @@ class GeneratingTrainer(Seq2SeqTrainer):
 
 
 def new_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int, prompt: int) -> int:
-    """How many tokens to generate: those `asked` for, or what has a position behind a prompt of so many tokens."""
+    """How many tokens to generate: `asked`, or fewer if the model has no positions for so many after a prompt of
+    `prompt` tokens."""
     if model.config.is_encoder_decoder:
         limit = positions(model, decoder=True)
         return asked if limit is None else min(asked, limit.tokens)
@@ -335,13 +340,13 @@ def new_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int, promp
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray) -> list[str]:
-    """Texts of token ids of shape (rows, length); `IGNORED` pads them."""
+    """Texts of token ids of shape (rows, length), padded with `IGNORED`."""
     padded = np.where(tokens == IGNORED, tokenizer.pad_token_id, tokens)
     return tokenizer.batch_decode(padded, skip_special_tokens=True)
 
 
 def as_scored(task: Task, tokenizer: PreTrainedTokenizerBase, prediction: Any) -> EvalPrediction:
-    """A Trainer's prediction as the task takes it to score: logits and labels, or texts if the task generates."""
+    """A Trainer's prediction in the form that the task scores: logits and labels, or texts if the task generates."""
     found = EvalPrediction(prediction.predictions, prediction.label_ids)
     return found if task.generation is None else EvalPrediction(*(decode_tokens(tokenizer, each) for each in found))
 
@@ -349,15 +354,16 @@ def as_scored(task: Task, tokenizer: PreTrainedTokenizerBase, prediction: Any) -
 def metrics_function(
     task: Task, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[EvalPrediction], dict[str, float]] | None:
-    """What Trainer calls after an evaluation: the task's `compute_metrics`, given texts if the task generates."""
+    """What the Trainer calls after an evaluation: the task's `compute_metrics`, which gets texts if the task
+    generates."""
     compute = task.compute_metrics
     return compute and (lambda prediction: compute(as_scored(task, tokenizer, prediction)))
 
 
 def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -> dict[str, float | None]:
-    """The scores of the answers to a dataset's questions, for tasks that are not scored row by row; {} for others.
+    """The scores of the answers to a data set's questions, for a task that has such scores; {} for others.
 
-    All processes generate, and the first one scores.
+    All processes generate, and the main process scores.
     """
     if task.score_answers is None:
         return {}
