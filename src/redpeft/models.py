@@ -237,7 +237,8 @@ def choose_precision(asked: str, dtype: str) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context to compute in, given fp32, bf16 or fp16: fp32 edits and heads beside a half-precision base need it."""
+    """The context to compute in, given fp32, bf16 or fp16. A half-precision base needs it beside fp32 edits and
+    heads."""
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, DTYPES[precision])
 
 

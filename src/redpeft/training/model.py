@@ -112,7 +112,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
 
 
 def _warn_of_slow_bf16(dtype: str) -> None:
-    """Warn before the first step if steps would take minutes instead of seconds. `dtype`: the recipe's `base.dtype`."""
+    """Warn before the first step if steps would take minutes, not seconds. `dtype`: the recipe's `base.dtype`."""
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     if on_cpu and (times := bf16_slowdown()) > SLOW_BF16:
         fields = "precision and base.dtype" if dtype == "bf16" else "precision"

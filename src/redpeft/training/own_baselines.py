@@ -183,7 +183,7 @@ def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
 
 
 def _norms(model: PreTrainedModel, sites: list[Site], options: BottleneckOptions) -> set[str]:
-    """All norms. If lower blocks are left out, only those of the other blocks, so that nothing below them is trained."""
+    """All norms. If lower blocks are left out, those of the other blocks alone: nothing below them is trained."""
     norms = norm_parameters(model)
     if not options.drop_layers:
         return norms

@@ -133,7 +133,7 @@ def _labels(folder: Path, model: str) -> list[str]:
 
 
 def load_run(folder: str | Path, base: str | Path | None = None) -> FinishedRun:
-    """`open_run`, with the model loaded at once. Raises `UserError` also for a base that the run was not trained on."""
+    """`open_run`, with the model loaded at once. Raises `UserError` also for a base that it was not trained on."""
     run = open_run(folder, base)
     _ = run.model
     return run

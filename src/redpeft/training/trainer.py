@@ -97,7 +97,7 @@ def as_evaluated(trainer: Any, rows: Dataset) -> Dataset:
 
 
 def _tensorboard(folder: Path) -> TensorBoardCallback:
-    """transformers' callback, which writes into the run folder: the checkpoints are removed when the run is finished."""
+    """transformers' callback, which writes into the run folder: the checkpoints are removed at the end."""
     from torch.utils.tensorboard import SummaryWriter
 
     return TensorBoardCallback(SummaryWriter(str(folder / "tensorboard")))
