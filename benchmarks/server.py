@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engines import KEPT, make_adapters, make_base
-from redpeft.serving.command import SERVER
+from redpeft.serving.launch import SERVER
 from serving import conditions
 
 STARTED = 600  # seconds that a server may take to start

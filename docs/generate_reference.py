@@ -73,8 +73,7 @@ def config_fields() -> str:
 def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters
-    from redpeft.adapters import arithmetic, card, listing, preview, released
-    from redpeft.adapters import inspect as inspection
+    from redpeft.adapters import arithmetic, card, listing, released, stats
     from redpeft.evaluation import generate, language_model, lm_harness
     from redpeft.reproduce import command, plan
     from redpeft.runs import job_list, on_ray, runner, sweep
@@ -87,8 +86,7 @@ def signatures() -> str:
         "redpeft.adapters": [getattr(adapters, name) for name in ("read_adapter", "load_adapter", "write_adapter")]
         + [adapters.Adapter, adapters.EffectiveEdit],
         "redpeft.adapters.listing": [listing.list_adapters, listing.ListedAdapter],
-        "redpeft.adapters.inspect": [inspection.summarize, inspection.compare, inspection.plot],
-        "redpeft.adapters.preview": [preview.preview],
+        "redpeft.adapters.stats": [stats.summarize, stats.compare, stats.plot, stats.preview],
         "redpeft.adapters.card": [card.write_card],
         "redpeft.adapters.arithmetic": [
             *(arithmetic.compose, arithmetic.weighted_sum, arithmetic.sequence, arithmetic.inverse),

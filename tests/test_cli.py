@@ -135,14 +135,14 @@ def test_errors_become_one_line_and_an_exit_code(redpeft, monkeypatch, error, ex
         print("progress on standard output")
         raise error("it went\nwrong")
 
-    monkeypatch.setattr("redpeft.adapters.files.read_config", fail)
+    monkeypatch.setattr("redpeft.adapters.folder.read_config", fail)
     code, out, err = redpeft("inspect", "somewhere", "--json")
     assert (code, out) == (expected, "")
     assert err == "progress on standard output\nredpeft: it went wrong\n"
 
 
 def test_an_interrupt_is_one_line(redpeft, monkeypatch):
-    monkeypatch.setattr("redpeft.adapters.files.read_config", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr("redpeft.adapters.folder.read_config", lambda _: os.kill(os.getpid(), signal.SIGINT))
     code, out, err = redpeft("inspect", "somewhere")
     assert (code, out) == (130, "")
     assert err == "redpeft: interrupted; run the same command again to continue from what was saved\n"
@@ -169,7 +169,7 @@ def test_an_interrupted_training_says_how_to_go_on(redpeft, monkeypatch, tmp_pat
 
 
 def test_a_bug_is_not_hidden(monkeypatch):
-    monkeypatch.setattr("redpeft.adapters.files.read_config", lambda _: 1 / 0)
+    monkeypatch.setattr("redpeft.adapters.folder.read_config", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["inspect", "somewhere"])
 

@@ -27,7 +27,7 @@ def models(tmp_path):
     from vllm.utils.counter import AtomicCounter
 
     from redpeft.serving import plugin
-    from redpeft.serving.folder import ServedFolder
+    from redpeft.serving.served_folder import ServedFolder
     from redpeft.serving.vllm_internals.frontend import FolderAdapters, Locks, _remembering
 
     plugin.register()
@@ -129,11 +129,13 @@ def test_one_that_was_removed_or_unloaded_is_forgotten(models):
 
 
 def test_the_list_is_that_of_the_folder_and_made_in_a_thread(models, monkeypatch):
-    from redpeft.serving import folder
+    from redpeft.serving import served_folder
 
     threads = []
-    search = folder.search_adapters
-    monkeypatch.setattr(folder, "search_adapters", lambda *a: threads.append(threading.current_thread()) or search(*a))
+    search = served_folder.search_adapters
+    monkeypatch.setattr(
+        served_folder, "search_adapters", lambda *a: threads.append(threading.current_thread()) or search(*a)
+    )
     adapter(models.lora_requests.folder.root / "base", 2)
     adapter(models.lora_requests.folder.root / ".trash" / "x", 2)
     listed = asyncio.run(models.show_available_models())
@@ -249,13 +251,13 @@ def test_a_name_is_looked_up_by_one_at_a_time_and_then_forgotten():
 def test_the_mixes_of_adapters_in_vllms_gauge_stay_few():
     from prometheus_client import CollectorRegistry, Gauge
 
-    from redpeft.serving.vllm_internals import metrics
+    from redpeft.serving.vllm_internals import adapter_metrics
 
     gauge = Gauge("mixes", "Adapters that run together.", ["running"], registry=CollectorRegistry())
-    record = metrics._bounded(lambda logger, number: logger.gauge_lora_info.labels(running=str(number)).set(1))
-    for number in range(3 * metrics.MOST_MIXES):
+    record = adapter_metrics._bounded(lambda logger, number: logger.gauge_lora_info.labels(running=str(number)).set(1))
+    for number in range(3 * adapter_metrics.MOST_MIXES):
         record(SimpleNamespace(gauge_lora_info=gauge), number)
     kept = {sample.labels["running"] for sample in gauge.collect()[0].samples}
-    assert str(3 * metrics.MOST_MIXES - 1) in kept
-    assert len(kept) <= metrics.MOST_MIXES + 1
-    metrics._bounded(lambda logger: None)(SimpleNamespace(gauge_lora_info=None))  # a server without adapters
+    assert str(3 * adapter_metrics.MOST_MIXES - 1) in kept
+    assert len(kept) <= adapter_metrics.MOST_MIXES + 1
+    adapter_metrics._bounded(lambda logger: None)(SimpleNamespace(gauge_lora_info=None))  # a server without adapters

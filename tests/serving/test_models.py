@@ -104,7 +104,7 @@ def test_of_these_nothing_is_known(rows):
 def test_a_model_that_transformers_lacks_is_refused(rows):
     from transformers import PretrainedConfig
 
-    from redpeft.serving.base import widths_of_sites
+    from redpeft.serving.served_base import widths_of_sites
 
     config = PretrainedConfig(architectures=["BailingMoeForCausalLM"])
     assert rows["BailingMoeForCausalLM"][0] == "not in transformers"

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from redpeft import console
-from redpeft.adapters.files import read_adapter
+from redpeft.adapters.folder import read_adapter
 from redpeft.errors import RunError, Stopped, UserError
 from redpeft.runs.runner import run_recipe
 from redpeft.storage import default_mode

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 
-from redpeft.adapters.files import Adapter, EffectiveEdit, read_adapter, write_adapter
+from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.errors import UserError, some
 from redpeft.models import fingerprint_difference
 from redpeft.storage import TASK, find_adapter, find_run

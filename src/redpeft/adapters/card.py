@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from redpeft.adapters.files import Adapter, read_adapter, read_config
+from redpeft.adapters.folder import Adapter, read_adapter, read_config
 from redpeft.console import counted
 
 PAPER = "https://arxiv.org/abs/2402.15179"

@@ -14,7 +14,7 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from redpeft.adapters.files import read_adapter, read_config
+from redpeft.adapters.folder import read_adapter, read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.models import fingerprint_difference

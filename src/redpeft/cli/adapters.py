@@ -20,7 +20,7 @@ def sites(
     layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, such as 0,1,11.")] = None,
 ) -> CommandOutput:
     """Show which modules would be edited, and how many parameters that adds. Needs no weights."""
-    from redpeft.adapters.preview import preview, preview_table
+    from redpeft.adapters.stats import preview, preview_table
 
     found = preview(model, sites.split(","), None if layers is None else _numbers(layers))
     return CommandOutput(dataclasses.asdict(found), [f"{found.model} ({found.architecture})", preview_table(found)])
@@ -33,18 +33,18 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw a picture to this PNG file.")] = None,
 ) -> CommandOutput:
     """Show what an adapter has learned, site by site, or how two adapters differ."""
-    from redpeft.adapters import inspect, read_adapter
+    from redpeft.adapters import read_adapter, stats
     from redpeft.storage import find_adapter
 
     adapters = [read_adapter(find_adapter(folder)) for folder in (adapter, other) if folder]
-    data: dict[str, Any] = {"adapter": adapters[0].folder, "sites": inspect.summarize(adapters[0])}
-    shown: list[Any] = [inspect.summary_table(data["sites"], str(adapters[0].folder))]
+    data: dict[str, Any] = {"adapter": adapters[0].folder, "sites": stats.summarize(adapters[0])}
+    shown: list[Any] = [stats.summary_table(data["sites"], str(adapters[0].folder))]
     if other:
-        rows = inspect.compare(*adapters)
+        rows = stats.compare(*adapters)
         data |= {"other": adapters[1].folder, "comparison": rows}
-        shown = [inspect.comparison_table(rows, f"{adapters[0].folder} (this) and {adapters[1].folder} (other)")]
+        shown = [stats.comparison_table(rows, f"{adapters[0].folder} (this) and {adapters[1].folder} (other)")]
     if plot:
-        data["plot"] = inspect.plot(adapters, plot)
+        data["plot"] = stats.plot(adapters, plot)
         shown.append(f"Drew {plot}")
     return CommandOutput(data, shown)
 
@@ -103,14 +103,14 @@ def compose(
     head: Annotated[Path | None, typer.Option(help="The adapter whose head is kept, if several have one.")] = None,
 ) -> CommandOutput:
     """Make an adapter from others by exact arithmetic on their edits."""
-    from redpeft.adapters import inspect
+    from redpeft.adapters import stats
     from redpeft.adapters.arithmetic import compose
 
     made, whose = compose(expression, out, head)
-    rows = inspect.summarize(made)
+    rows = stats.summarize(made)
     kept = made.config["base_fingerprint"]
     data = {"adapter": out, "expression": expression, "base_fingerprint": kept, "head": whose, "sites": rows}
-    shown: list[Any] = [inspect.summary_table(rows, expression)]
+    shown: list[Any] = [stats.summary_table(rows, expression)]
     if not kept:
         shown.append("No fingerprint of the base model: none was made for exactly these sites.")
     if whose:
@@ -172,7 +172,7 @@ def serve(
     max_adapters: Annotated[int, typer.Option(min=1, help="How many adapters one batch can mix.")] = 64,
 ) -> CommandOutput:
     """Serve a base model and any number of RED adapters with vLLM's OpenAI server."""
-    from redpeft.serving.command import serve
+    from redpeft.serving.launch import serve
 
     serve(base, adapters, max_adapters, options or [])
 

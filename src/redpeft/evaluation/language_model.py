@@ -26,7 +26,7 @@ from transformers import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from redpeft.adapters.files import load_adapter, read_config
+from redpeft.adapters.folder import load_adapter, read_config
 from redpeft.errors import UserError, first_line
 from redpeft.models import (
     DTYPE_ARGUMENT,

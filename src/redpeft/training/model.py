@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from redpeft.adapters.files import load_adapter
+from redpeft.adapters.folder import load_adapter
 from redpeft.console import log_main
 from redpeft.errors import UserError
 from redpeft.models import (

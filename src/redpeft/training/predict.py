@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from redpeft.adapters.files import read_config, read_tensors
+from redpeft.adapters.folder import read_config, read_tensors
 from redpeft.console import Progress, log_main
 from redpeft.errors import UserError
 from redpeft.models import autocast, choose_precision, load_config, pad_prompts, require_folder

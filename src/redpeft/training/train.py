@@ -17,7 +17,7 @@ from transformers import set_seed
 
 import redpeft
 from redpeft.adapters.card import write_card
-from redpeft.adapters.files import read_adapter
+from redpeft.adapters.folder import read_adapter
 from redpeft.console import log_main
 from redpeft.errors import UserError, some
 from redpeft.models import choose_precision, require_folder, require_quantiser

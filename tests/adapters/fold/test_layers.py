@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redpeft.adapters.files import EffectiveEdit
 from redpeft.adapters.fold.layers import fold_layer
+from redpeft.adapters.folder import EffectiveEdit
 from redpeft.errors import UserError
 
 

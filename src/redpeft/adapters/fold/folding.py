@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 
 from redpeft.adapters.card import write_folded_card
 from redpeft.adapters.checkpoint import Checkpoint, KeyMap, checkpoint_fingerprint, is_quantised, local_folder
-from redpeft.adapters.files import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.adapters.fold.layers import WARN_ABOVE, FoldedSite, FoldSpec, fold_sites
 from redpeft.adapters.fold.plan import LEFT, FoldPreview, Plan, empty_adapted_model, plan_adapter, why_not_llama
 from redpeft.adapters.fold.write import find_changes, write_other_files, write_weights
-from redpeft.adapters.inspect import place
+from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
+from redpeft.adapters.stats import layer_pattern
 from redpeft.errors import UserError, some
 from redpeft.models import (
     DTYPE_ARGUMENT,
@@ -233,7 +233,7 @@ def preview_table(preview: FoldPreview, model: str) -> Table:
 def _grouped(rows: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], list[Any]]:
     groups: dict[tuple[str, str], list[Any]] = {}
     for site, placement, row in rows:
-        groups.setdefault((place(site), placement), []).append(row)
+        groups.setdefault((layer_pattern(site), placement), []).append(row)
     return groups
 
 

@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.checkpoint import is_quantised
-from redpeft.adapters.files import Adapter
 from redpeft.adapters.fold.llama import as_llama
+from redpeft.adapters.folder import Adapter
 from redpeft.errors import UserError, some
 from redpeft.models import empty_model, load_config, on_meta, switch_on_biases
 from redpeft.storage import TASK

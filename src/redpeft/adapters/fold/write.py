@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from redpeft.adapters.checkpoint import INDEX, companions
-from redpeft.adapters.files import Adapter
 from redpeft.adapters.fold.layers import FoldedSite, FoldSpec, as_rows
+from redpeft.adapters.folder import Adapter
 from redpeft.errors import UserError
 from redpeft.models import FLOATS, ensure_pad_token, loading_report
 from redpeft.tuner.edit import fold_edit

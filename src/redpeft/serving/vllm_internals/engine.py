@@ -28,11 +28,11 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, EffectiveEdit
 from redpeft.errors import UserError, some
-from redpeft.serving.base import ServedBase, find_module, widths_of_sites
-from redpeft.serving.folder import ServedFolder, check_numbers, is_red, read
 from redpeft.serving.options import KEY, Options
+from redpeft.serving.served_base import ServedBase, find_module, widths_of_sites
+from redpeft.serving.served_folder import ServedFolder, check_numbers, is_red, read
 from redpeft.serving.table import SlotTable
-from redpeft.serving.vllm_internals import metrics
+from redpeft.serving.vllm_internals import adapter_metrics
 from redpeft.serving.vllm_internals.checks import FOLD, check_model, check_site, is_partial
 from redpeft.tuner.sites import SHARED_EXPERT
 
@@ -201,7 +201,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def count(self, adapter: LoRAModel, what: str) -> None:
         """Count an adapter's load or eviction. The adapters of vLLM's warm-up have no names and are not counted."""
         if self.counts and (name := getattr(adapter, "served_name", None)) is not None:
-            metrics.counters.add(name, **{what: 1})
+            adapter_metrics.counters.add(name, **{what: 1})
 
     def _create_merged_loras_inplace(self, lora_model: LoRAModel) -> None:
         if lora_model.loras:  # vLLM's own method fails without any

@@ -22,8 +22,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redpeft.errors import UserError, first_line
-from redpeft.serving.folder import FileSignature, Refusals, ServedFolder, file_signature
 from redpeft.serving.options import Options
+from redpeft.serving.served_folder import FileSignature, Refusals, ServedFolder, file_signature
 from redpeft.storage import find_adapter
 
 logger = init_logger("vllm.redpeft")

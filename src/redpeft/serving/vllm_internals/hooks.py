@@ -20,11 +20,11 @@ from vllm.v1.engine import core as engine_core
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from redpeft.adapters.files import read_config
+from redpeft.adapters.folder import read_config
 from redpeft.errors import UserError
-from redpeft.serving.folder import ServedFolder
 from redpeft.serving.options import KEY, Options
-from redpeft.serving.vllm_internals import frontend, metrics, self_check
+from redpeft.serving.served_folder import ServedFolder
+from redpeft.serving.vllm_internals import adapter_metrics, frontend, self_check
 from redpeft.serving.vllm_internals.engine import RedWorkerManager
 from redpeft.storage import CONFIG_NAME
 
@@ -161,5 +161,5 @@ def install() -> None:
     EngineCore.add_lora = _counted(EngineCore.add_lora)
     kv_cache_utils._gen_lora_extra_hash_keys = lora_hash_keys
     frontend.install()
-    metrics.install()
+    adapter_metrics.install()
     FilesystemResolver._get_lora_req_from_path = _with_red(FilesystemResolver._get_lora_req_from_path)

@@ -1,17 +1,24 @@
-"""What an adapter has learned, site by site: how far its scales are from 1, how large its biases are in units."""
+"""Numbers of adapters, site by site: what one has learned, how two differ, and how large one would be on a model."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from transformers import PreTrainedModel
 
-from redpeft.adapters.files import Adapter
+from redpeft.adapters.folder import Adapter
+from redpeft.models import empty_model
+from redpeft.tuner.sites import Site, find_sites
+
+LORA_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def plot(adapters: Sequence[Adapter], path: str | Path) -> Path:
     figure = Figure(figsize=(9, 0.6 + 2.7 * len(adapters)), layout="constrained")
     panels = figure.subplots(len(adapters), 2, squeeze=False, sharey="col")
     for (left, right), adapter in zip(panels, adapters, strict=True):
-        for name, rows in _by_place(summarize(adapter)).items():
+        for name, rows in _by_pattern(summarize(adapter)).items():
             depth = range(len(rows))
             (line,) = left.plot(depth, [row.scale_rms for row in rows], "o-", markersize=3, label=name)
             right.plot(depth, [row.bias_rms for row in rows], "o-", markersize=3, color=line.get_color())
@@ -145,8 +152,8 @@ def plot(adapters: Sequence[Adapter], path: str | Path) -> Path:
     return path
 
 
-def place(site: str) -> str:
-    """The site's name with `*` for the layer's number, the same in every layer: `layers.*.mlp.down_proj`."""
+def layer_pattern(site: str) -> str:
+    """A site's name with `*` for the layer's number, the same in every layer: `layers.*.mlp.down_proj`."""
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", site, count=1)
 
 
@@ -155,11 +162,11 @@ def _by_depth(sites: Iterable[str]) -> list[str]:
     return sorted(sites, key=lambda site: [part.zfill(6) if part.isdigit() else part for part in site.split(".")])
 
 
-def _by_place(rows: Sequence[SiteSummary]) -> dict[str, list[SiteSummary]]:
-    places: dict[str, list[SiteSummary]] = {}
+def _by_pattern(rows: Sequence[SiteSummary]) -> dict[str, list[SiteSummary]]:
+    groups: dict[str, list[SiteSummary]] = {}
     for row in rows:
-        places.setdefault(place(row.site), []).append(row)
-    return places
+        groups.setdefault(layer_pattern(row.site), []).append(row)
+    return groups
 
 
 def _rms(values: torch.Tensor) -> float:
@@ -172,3 +179,86 @@ def _cosine_and_size(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, fl
     if size_a == 0:
         return None, None
     return ((a @ b).item() / (size_a * size_b) if size_b else None), size_b / size_a
+
+
+# --- before there is an adapter -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Counts of parameters. `lora_*` are those of LoRA r=16 on PEFT's default modules, None where PEFT has none."""
+
+    model: str
+    architecture: str
+    sites: list[Site]
+    parameters: int
+    base_parameters: int
+    share_percent: float
+    times_fewer_than_full: float
+    lora_modules: list[str] | None
+    lora_parameters: int | None
+    times_fewer_than_lora: float | None
+
+
+def preview(model: str, sites: str | Sequence[str] = "ffn", layers: Sequence[int] | int | None = None) -> Preview:
+    """Where RED would edit `model`, a hub name or a folder with a config.json; no weights are read.
+
+    `layers` keeps the blocks with these indices. Raises `UserError` for a model that cannot be found or built, and for
+    one without such sites or blocks.
+    """
+    empty = empty_model(model)
+    found = find_sites(empty, sites, layers)
+    parameters = sum(2 * site.width for site in found)
+    base_parameters = sum(parameter.numel() for parameter in empty.parameters())
+    architecture = type(empty).__name__
+    lora_modules, lora_parameters = _lora(empty)
+    return Preview(
+        model=model,
+        architecture=architecture,
+        sites=found,
+        parameters=parameters,
+        base_parameters=base_parameters,
+        share_percent=100 * parameters / base_parameters,
+        times_fewer_than_full=base_parameters / parameters,
+        lora_modules=lora_modules,
+        lora_parameters=lora_parameters,
+        times_fewer_than_lora=lora_parameters and lora_parameters / parameters,
+    )
+
+
+def preview_table(preview: Preview) -> Table:
+    """One row per place in the layers, then the sums."""
+    table = Table(show_footer=True)
+    groups: dict[str, list[Site]] = {}
+    for site in preview.sites:
+        added = site.added and f" + {site.added.rpartition('.')[2]}"  # one edit of the sum of both
+        groups.setdefault(layer_pattern(site.name) + (added or ""), []).append(site)
+    table.add_column("module", "all", overflow="fold")
+    table.add_column("kind")
+    table.add_column("sites", f"{len(preview.sites)}", justify="right")
+    table.add_column("width", justify="right")
+    table.add_column("parameters", f"{preview.parameters:,}", justify="right")
+    for name, found in groups.items():
+        count = sum(2 * site.width for site in found)
+        table.add_row(name, found[0].kind, str(len(found)), str(found[0].width), f"{count:,}")
+    lora = "n/a (PEFT has no default modules for this model)"
+    if preview.lora_modules:
+        modules = ", ".join(preview.lora_modules)
+        lora = f"{preview.lora_parameters:,} on {modules}: {preview.times_fewer_than_lora:,.0f} times as many"
+    table.caption = (
+        f"{preview.share_percent:.4f} % of the base model's {preview.base_parameters:,} parameters, "
+        f"{preview.times_fewer_than_full:,.0f} times fewer than full fine-tuning\nLoRA r={LORA_RANK}: {lora}"
+    )
+    return table
+
+
+def _lora(empty: PreTrainedModel) -> tuple[list[str] | None, int | None]:
+    """The modules that PEFT's LoRA chooses by itself in this model, and its parameters. Changes the model."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nobody asked to train a LoRA
+            lora = get_peft_model(empty, LoraConfig(r=LORA_RANK), low_cpu_mem_usage=True)
+    except ValueError:  # PEFT: "Please specify `target_modules`"
+        return None, None
+    count = sum(parameter.numel() for name, parameter in lora.named_parameters() if ".lora_" in name)
+    return sorted(lora.peft_config["default"].target_modules), count

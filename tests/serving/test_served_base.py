@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig, GPT2Config, LlamaConfig, Mixtra
 
 from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
-from redpeft.serving.base import ServedBase, find_module, widths_of_sites
+from redpeft.serving.served_base import ServedBase, find_module, widths_of_sites
 
 from .making import SITES, adapter
 

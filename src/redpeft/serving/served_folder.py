@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from redpeft.adapters import Adapter, read_adapter
-from redpeft.adapters.files import read_config, read_sites
+from redpeft.adapters.folder import read_config, read_sites
 from redpeft.adapters.listing import Found, search_adapters
 from redpeft.errors import UserError
 from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, find_adapter, find_run, is_below

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
-from redpeft.serving import command, folder
-from redpeft.serving.folder import Refusals, ServedFolder, check_numbers, file_signature, is_red, read
+from redpeft.serving import launch, served_folder
+from redpeft.serving.served_folder import Refusals, ServedFolder, check_numbers, file_signature, is_red, read
 
 from .making import SITES, WIDTH, adapter, edits
 
@@ -83,10 +83,10 @@ def test_new_folders_are_seen_and_removed_ones_gone(served):
 
 
 def test_a_list_is_kept_as_long_as_nothing_changes(served, monkeypatch):
-    monkeypatch.setattr(folder, "SETTLED", 0)
+    monkeypatch.setattr(served_folder, "SETTLED", 0)
     time.sleep(0.02)  # a later tick of the clock than that of the last change
     first = served.adapters
-    monkeypatch.setattr(folder, "search_adapters", None)
+    monkeypatch.setattr(served_folder, "search_adapters", None)
     assert served.adapters is first
     monkeypatch.undo()
     adapter(served.root / "teams" / "three", 3)
@@ -154,7 +154,7 @@ def test_what_was_refused_is_known_until_it_changes():
     assert refusals.reason("a", (1, 2)) == "it is damaged"
     assert refusals.reason("a", (1, 3)) is None
     assert refusals.reason("b", (1, 2)) is None
-    for number in range(folder.REMEMBERED):
+    for number in range(served_folder.REMEMBERED):
         refusals.add(f"{number}", (0,), "")
     assert refusals.reason("a", (1, 2)) is None  # of thousands the oldest is forgotten
 
@@ -173,18 +173,18 @@ def test_a_file_larger_than_any_edit_is_not_read(tmp_path):
 
 
 def test_before_the_start_no_more_is_read_than_names(served, caplog, monkeypatch):
-    monkeypatch.setattr(folder, "read_adapter", None)
+    monkeypatch.setattr(served_folder, "read_adapter", None)
     adapter(served.root / "other-sites", 3, ["model.layers.7.mlp.down_proj"])
     with (served.root / "one" / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(200)
     (served.root / "no-json").mkdir()
     (served.root / "no-json" / "adapter_config.json").write_text("[" * 100_000)
-    assert command.scan(served) == command.AdapterScan(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
+    assert launch.scan(served) == launch.AdapterScan(["model.layers.7.mlp.down_proj", *SITES], only_red=True)
     assert "not served as it is: " in caplog.text
     assert f"{served.root / 'one' / 'adapter_model.safetensors'}: corrupt or truncated" in caplog.text
     assert "no-json/adapter_config.json: not valid JSON" in caplog.text
     adapter(served.root / "lora", 4, peft_type="LORA")
-    assert command.scan(served).only_red is False
+    assert launch.scan(served).only_red is False
 
 
 def test_other_adapters_are_told_apart_and_bad_ones_refused(tmp_path):

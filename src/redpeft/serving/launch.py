@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from redpeft.errors import UserError
-from redpeft.serving.folder import ServedFolder, sites_of
 from redpeft.serving.options import KEY
 from redpeft.serving.plugin import check_version
+from redpeft.serving.served_folder import ServedFolder, sites_of
 
 logger = logging.getLogger(__name__)
 
