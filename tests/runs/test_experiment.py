@@ -296,10 +296,13 @@ def test_the_best_of_halving_is_the_best_jobs_point(fake_fleets, call, sweep, tm
     """Points have not trained for as long as each other, so that their means say little."""
 
     def score(recipe):
-        return {0.001: (0.7, 0.7), 0.01: (0.6, 0.75), 0.1: (0.4, 0.4)}[recipe.learning_rate][recipe.seed]
+        return {0.001: (0.7, 0.7), 0.01: (0.6, 0.75), 0.1: (0.0, 0.4)}[recipe.learning_rate][recipe.seed]
 
     fake_fleets(score)
     code, out, _ = call(*sweep, "--halving")
     assert code == 0
     assert "Best on validation: learning_rate=0.01\n" in out
     assert "stopped early" in (tmp_path / "out" / "report.md").read_text()
+    fake_fleets(lambda recipe: 0.0 if recipe.learning_rate == 0.01 else 0.1)
+    sweep[-1] = tmp_path / "losses"
+    assert "Best on validation: learning_rate=0.01\n" in call(*sweep, "--halving", "metric=loss")[1]

@@ -97,7 +97,7 @@ class Scheduler:
         self._start(self.first, self.first_run)
         while True:
             while self._free_slots() and not self.control.terminated:
-                loaded = self.loader.next(self.template.kind)
+                loaded = self.loader.next(self.first.kind)
                 if loaded is None:
                     break
                 self._start(loaded)

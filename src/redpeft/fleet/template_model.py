@@ -1,4 +1,4 @@
-"""The model that the jobs of a fleet are made on, one after the other: loaded once, and as new for each."""
+"""The model on which the runs of a fleet's jobs are prepared, one after the other: loaded once, reset for each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ADAPTER_NAME = "default"
 
 
 def why_alone(recipe: Recipe) -> str | None:
-    """What keeps a recipe from being trained in a fleet, or None."""
+    """The reason why a fleet cannot train a recipe, or None."""
     reasons = {
         f"method {recipe.method}": recipe.method != "red",
         f"task {recipe.task}": TASKS[recipe.task].task_type not in ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
@@ -55,7 +55,6 @@ class TemplateModel:
     """
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
-        self.kind = kind_of(recipe), task.shape
         self.learner = build_learner(recipe, task)
         self.model = self.learner.model.to(_training_device())
         self._base = self.model.get_base_model()

@@ -212,7 +212,7 @@ def _best(scores: Iterable[PointScore]) -> str | None:
 
 def _best_job(results: Iterable[JobResult]) -> str | None:
     """The point of the best job: with halving, points have trained for different times, so means say little."""
-    scores = [(each, score) for each in results if (score := each.score("validation"))]
+    scores = [(each, score) for each in results if (score := each.score("validation")) is not None]
     if len({each.metric for each, _ in scores}) != 1:
         return None
     return max(scores, key=lambda found: sort_score(found[0].metric, found[1]))[0].folder.parent.name
