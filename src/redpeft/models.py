@@ -54,7 +54,7 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     folder = require_folder(base)
     try:
         return auto_class.from_pretrained(str(folder), **kwargs)
-    except Exception as error:  # of transformers, tokenizers, safetensors, the hub's client: of every kind
+    except Exception as error:  # errors of transformers, tokenizers, safetensors and the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
         reason, kind = first_line(error), getattr(auto_class, "__name__", "")
         if reason.endswith(":"):
@@ -177,7 +177,7 @@ def new_weights(model: PreTrainedModel, base: str | Path, revision: str | None =
     info = loading_report(model, Path(base).expanduser(), revision=revision)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
-    # a checkpoint that was saved quantised stores those weights in other shapes and names
+    # a quantised checkpoint stores these weights in other shapes and under other names
     return sorted(new - quantised_weights(model))
 
 
@@ -205,12 +205,12 @@ def draw_weights(model: torch.nn.Module, weights: Iterable[str], seed: int) -> N
     for name, weight in model.named_parameters():
         weight._is_hf_initialized = name not in new
     for owner in owners.values():
-        owner.to("cpu")  # a GPU draws other numbers
+        owner.to("cpu")  # a GPU would draw other numbers
     transformers.set_seed(seed)
     base.initialize_weights()
     for name, owner in owners.items():
         owner.to(devices[name])
-    for name, weight in kept.items():  # transformers 4 draws whole modules
+    for name, weight in kept.items():  # transformers 4 initialises whole modules
         model.get_parameter(name).copy_(weight)
 
 
@@ -249,7 +249,7 @@ def bf16_slowdown() -> float:
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(64, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         times = []
-        for _ in range(20):  # the fastest counts: on a busy machine most wait for another process
+        for _ in range(20):  # the fastest counts: on a busy machine many wait for other processes
             start = time.perf_counter()
             left @ right
             times.append(time.perf_counter() - start)
@@ -259,12 +259,12 @@ def bf16_slowdown() -> float:
 
 # --- quantised weights ----------------------------------------------------------------------------------------------
 
-QUANTISERS = {  # what loads a base so, and the extra that brings it
+QUANTISERS = {  # the package, and the extra that installs it
     "8bit": ("bitsandbytes", "bnb"),
     "4bit": ("bitsandbytes", "bnb"),
     "int8_weight_only": ("torchao", "torchao"),
 }
-PACKS = "support_avx512bf16_for_cpu"  # bitsandbytes' Linear4bit: whether it may pack its weight
+PACKS = "support_avx512bf16_for_cpu"  # an attribute of bitsandbytes' Linear4bit: whether it may pack its weight
 
 
 def require_quantiser(load_in: str) -> None:
@@ -326,7 +326,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     if backend is None:
         words: Any = sorted(tokenizer.get_vocab().items())
     else:
-        backend.no_truncation(), backend.no_padding()  # left from the last call, and set at each
+        backend.no_truncation(), backend.no_padding()  # they are left from the last call
         words = backend.to_str()
     limits = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side)
     parts = (type(tokenizer).__name__, words, tokenizer.special_tokens_map, tokenizer.chat_template, limits)
@@ -363,7 +363,7 @@ def pad_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], si
 
 # --- how long a row may be ------------------------------------------------------------------------------------------
 
-LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # what configurations call it
+LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # names in configurations
 RELATIVE_POSITIONS = ("relative_attention_num_buckets", "relative_attention", "alibi")  # of models without a limit
 
 

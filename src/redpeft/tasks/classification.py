@@ -134,7 +134,7 @@ class ClassificationTask(Task):
             self.labels(dataset)
 
     def labels(self, dataset: Dataset) -> list:
-        """Each row's label as the model wants it: an id, a list of 0.0 and 1.0 by label, or a float."""
+        """Each row's label in the form that the model needs: an id, a list of 0.0 and 1.0 by label, or a float."""
         column = self.columns["label"]
         raw = _label_values(dataset, column)
         if self.problem_type == REGRESSION:
@@ -165,7 +165,7 @@ class ClassificationTask(Task):
 
     @property
     def strata(self) -> Callable[[Dataset], list[int]] | None:
-        """Gives each row's class, where it has one."""
+        """Gives each row's class, if a row has one label."""
         return self.labels if self.problem_type == SINGLE else None
 
     def describe(self, dataset: Dataset) -> list[str]:
@@ -196,7 +196,7 @@ class ClassificationTask(Task):
         return encoded.add_column("labels", self._targets(dataset, tokenizer)) if with_labels else encoded
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
-        """The base model with a head for these labels; a decoder without a pad token gets the tokenizer's."""
+        """The base model with a head for these labels. A decoder without a pad token gets the tokenizer's."""
         names = self.label_names or ["LABEL_0"]
         model = load_pretrained(
             AutoModelForSequenceClassification,
@@ -205,7 +205,7 @@ class ClassificationTask(Task):
             id2label=dict(enumerate(names)),
             label2id=label_ids(names),
             problem_type=self.problem_type,
-            ignore_mismatched_sizes=True,  # a base that was trained for other labels: its head is replaced
+            ignore_mismatched_sizes=True,  # the head of a base with other labels is replaced
             **kwargs,
         )
         set_pad_token(model, tokenizer)
@@ -224,7 +224,8 @@ class ClassificationTask(Task):
 
     @property
     def confusion(self) -> Callable[[EvalPrediction], np.ndarray] | None:
-        """Counts rows by their label, in the order of `label_names`, and the one predicted; None without classes."""
+        """Counts rows by their label, in the order of `label_names`, and by the predicted one. None without
+        classes."""
         return self._confusion if self.problem_type == SINGLE else None
 
     def _confusion(self, prediction: EvalPrediction) -> np.ndarray:
@@ -258,10 +259,10 @@ class ClassificationTask(Task):
         return sort_label_names({label_name(label, feature) for row in rows for label in row}, feature)
 
     def _label_lists(self, dataset: Dataset, raw: list) -> list[Any]:
-        """Each row's labels in a list: texts that hold several are cut.
+        """Each row's labels in a list. Texts that hold several labels are split.
 
-        Not every file of a task need write them in one way: where the training rows' separator leaves labels that are
-        not known, another one that leaves none is taken.
+        The files of a task may write labels in different ways: if the training rows' separator gives unknown labels,
+        another separator that gives none is taken.
         """
         texts = {label for label in raw if isinstance(label, str)}
         if self.problem_type == SINGLE or not texts:
@@ -312,10 +313,10 @@ def _as_list(value: Any) -> list:
 
 
 def _label_values(dataset: Dataset, column: str | list[str]) -> list:
-    """Each row's label as it stands in the data, a list where there are several.
+    """Each row's label as it is in the data; a list if there are several.
 
     Raises:
-        UserError: a row without a label, or something in its place that is none.
+        UserError: a row without a label, or with something that is not a label.
     """
     cols.require_columns(dataset, _as_list(column))
     if isinstance(column, list):
@@ -333,7 +334,7 @@ def _label_values(dataset: Dataset, column: str | list[str]) -> list:
 def _problem_type(
     train: Dataset, column: str | list[str], labels: list, separator: str | None, asked: str | None
 ) -> tuple[str, str | None]:
-    """The problem type that is asked for or guessed, and what separates several labels in a text, if anything does.
+    """The problem type, as asked for or guessed, and what separates several labels in one text, if anything does.
 
     Raises:
         UserError: labels that contradict what is asked for.
@@ -379,7 +380,7 @@ def _problem_type(
 
 
 def _check_variety(train: Dataset, column: str | list[str], first: Any, labels: list, kind: str) -> None:
-    """Raises UserError where there is nothing to learn: one class for all rows, or one for each."""
+    """Raises `UserError` if there is nothing to learn: all rows have one label, or each row has its own."""
     distinct = len(set(map(str, labels)))
     if distinct < 2:
         raise UserError(f"{cols.source(train)}: every row has the label {first!r}, so there is nothing to learn")

@@ -22,7 +22,7 @@ CUT = "__cut__"
 
 # --- guesses --------------------------------------------------------------------------------------------------------
 #
-# What columns are called that nobody names, in lower case; the first that is there is taken.
+# Usual names of columns, in lower case. If the user names no column, the first of these that exists is taken.
 
 LABEL_COLUMNS = ["label", "labels", "class", "category", "intent", "target", "sentiment", "topic"]
 LABEL_COLUMNS += ["score", "rating", "stars"]
@@ -46,7 +46,7 @@ TEXT_COLUMNS = [
     "body",
     "question",
 ]
-NUMBER_COLUMNS = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}  # which only number the rows
+NUMBER_COLUMNS = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}  # they only number the rows
 WORD_COLUMNS = ["tokens", "words"]
 TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
 MESSAGE_COLUMNS = ["messages", "conversation", "chat"]
@@ -61,7 +61,7 @@ PROMPT_PAIRS = [
 ]
 MEANING_COLUMNS = ["mr", "meaning_representation"]
 REFERENCE_COLUMNS = ["ref", "reference", "human_reference", "target"]
-DOCUMENT_COLUMNS = ["document_id", "doc_id", "docid", "document", "doc"]  # which say from which document a row is
+DOCUMENT_COLUMNS = ["document_id", "doc_id", "docid", "document", "doc"]  # they name the document of a row
 
 
 # --- columns --------------------------------------------------------------------------------------------------------
@@ -87,25 +87,25 @@ def source(dataset: Dataset) -> str:
 
 
 def where(dataset: Dataset, index: int) -> str:
-    """`train.csv, row 17`: the place of row `index` in its source; the first row of data is row 1."""
+    """`train.csv, row 17`: the place of row `index` in its source. The first row of data is row 1."""
     row = dataset[index][ROW] if ROW in dataset.column_names else index + 1
     return f"{source(dataset)}, row {row}"
 
 
 def first_of(dataset: Dataset, rows: Sequence[int]) -> str:
-    """`train.csv, row 17 (and 3 more of 200)`: the place of the first of some rows, and how many they are."""
+    """`train.csv, row 17 (and 3 more of 200)`: the place of the first of some rows, and how many more there are."""
     more = f" (and {len(rows) - 1} more of {len(dataset)})" if len(rows) > 1 else ""
     return where(dataset, rows[0]) + more
 
 
 def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] = ()) -> str | None:
-    """The first of `names` (in lower case) that is a column, whatever its case, and not one of those in `without`."""
+    """The first of `names` (in lower case) that is a column, in any case, and is not in `without`."""
     present = {name.lower(): name for name in reversed(column_names(dataset)) if name not in without}
     return next((present[name] for name in names if name in present), None)
 
 
 def with_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
-    """The dataset with a task's `columns` under the names that the task knows, where they differ in case alone."""
+    """The dataset with a task's `columns` under the task's names. Columns are renamed that differ in case alone."""
     present = column_names(dataset)
     for wanted in _names(columns):
         alike = [name for name in present if name.lower() == wanted.lower()]
@@ -119,8 +119,8 @@ def _names(columns: Mapping[str, Any]) -> list[str]:
 
 
 def unread_columns(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
-    """The user's columns that are none of a task's `columns`; of a column of chats also the fields of its messages
-    that are neither role nor content, such as `messages.weight`."""
+    """The user's columns that are not among a task's `columns`. For a column of chats also the fields of its messages
+    beside role and content, such as `messages.weight`."""
     read = _names(columns)
     unread = [name for name in column_names(dataset) if name not in read]
     fields = value_feature(dataset, columns["messages"]) if "messages" in columns else {}
@@ -129,7 +129,8 @@ def unread_columns(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
 
 
 def require_columns(dataset: Dataset, columns: Iterable[str]) -> None:
-    """Raises UserError, with the columns seen and the nearest one, if one of `columns` is not there."""
+    """Raises `UserError` if one of `columns` is missing. The message names the columns that exist and the nearest
+    one."""
     present = column_names(dataset)
     for column in columns:
         if column not in present:
@@ -146,10 +147,10 @@ def text_columns(dataset: Dataset) -> list[str]:
 
 
 def choose_column(dataset: Dataset, named: str | None, known: Iterable[str], what: str) -> str:
-    """The column that is named, else the first of those known.
+    """The column that is named, or else the first of those known.
 
     Raises:
-        UserError: the column named is not there, or none is named or known; `what` is the field that names it.
+        UserError: the named column does not exist, or none is named or known; `what` is the field that names it.
     """
     column = named or find_column(dataset, known)
     if column is None:
@@ -162,7 +163,8 @@ def choose_column(dataset: Dataset, named: str | None, known: Iterable[str], wha
 
 
 def check_texts(dataset: Dataset, column: str) -> None:
-    """Raises UserError if there is no such column, or a row's text is missing, empty (`Missing`), or not text."""
+    """Raises `UserError` if the column does not exist, or a row's text is missing, empty (`Missing`), or not a
+    text."""
     require_columns(dataset, [column])
     texts = values(dataset, column)
     if empty := [index for index, text in enumerate(texts) if is_missing(text)]:
@@ -173,20 +175,21 @@ def check_texts(dataset: Dataset, column: str) -> None:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a cell is empty: null, NaN, or nothing but white space."""
+    """Whether a cell is empty: null, NaN, or white space alone."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def value_feature(dataset: Dataset, column: str) -> Any:
-    """The type of a column's values; of their elements if they are lists."""
+    """The type of a column's values, or of their elements if they are lists."""
     feature = dataset.features[column]
     return getattr(feature, "feature", feature)
 
 
 def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
-    """`function` applied to batches of rows; its columns replace all others.
+    """`function`, applied to batches of rows. Its columns replace all others.
 
-    In memory and under a random fingerprint: to hash a tokenizer for the cache takes longer than to predict a batch.
+    The result stays in memory under a random fingerprint: hashing a tokenizer for the cache takes longer than
+    predicting a batch.
 
     Raises:
         UserError: `function` fails; the message names the first row on which it does.
@@ -198,14 +201,14 @@ def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, l
         progress.show("tokenising: row", indices[0], len(dataset))
         try:
             return function(rows)
-        except Exception as error:  # tokenizers and chat templates raise many kinds
+        except Exception as error:  # tokenizers and chat templates raise errors of many kinds
             for place, index in enumerate(indices):
                 try:
                     function({name: column[place : place + 1] for name, column in rows.items()})
                 except Exception as reason:
                     says = "" if isinstance(reason, UserError) else f"the tokenizer fails: {type(reason).__name__}: "
                     raise UserError(f"{where(dataset, index)}: {says}{first_line(reason)}") from error
-            raise  # on no row alone
+            raise  # no single row fails
 
     return dataset.map(
         explained,
@@ -260,7 +263,7 @@ KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number
 
 
 def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
-    """The cells of a column. UserError, with the place of the cell, for kinds that differ and for broken texts."""
+    """The cells of a column. Raises `UserError`, with the place of the cell, for mixed kinds and broken texts."""
     try:
         return pa.array(cells)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -287,7 +290,7 @@ _NONE = object()
 
 
 def _field(row: dict, column: str) -> Any:
-    """A row's value in a column: by its name in any case, or by a dotted one in objects within objects."""
+    """A row's value in a column: by its name in any case, or by a dotted name for an object in an object."""
     if column in row:
         return row[column]
     if len(alike := [name for name in row if name.lower() == column.lower()]) == 1:
@@ -297,8 +300,8 @@ def _field(row: dict, column: str) -> Any:
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, *texts: list, limit: int | None, **options: Any) -> BatchEncoding:
-    """What the tokenizer makes of a batch of texts, or pairs of texts, each cut at `limit` tokens; the column `CUT`
-    says which were longer.
+    """A batch of texts, or pairs of texts, in tokens, each cut at `limit` tokens. The column `CUT` says which were
+    longer.
 
     Raises:
         UserError: `limit` leaves no room for a text.
@@ -308,7 +311,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, *texts: list, limit: int | Non
         encoded[CUT] = [False] * len(texts[0])
         return encoded
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
-    if limit < special + len(texts):  # of which tokenizers take no notice
+    if limit < special + len(texts):  # tokenizers ignore this
         raise UserError(f"{limit} tokens leave no room for a text beside {special} special ones: raise max_length")
     encoded = tokenizer(*texts, truncation=True, max_length=limit, **options)
     full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]

@@ -27,10 +27,10 @@ SPLIT_NAMES = {
 
 
 def read_data(kind: str, data: DataConfig, seed: int = 0, **options: Any) -> tuple[Task, dict[str, Dataset]]:
-    """The task that `data` is for, and its splits "train", "validation" and, where there is one, "test".
+    """The task of `data`, and its splits "train", "validation" and, if there is one, "test".
 
     The task (its columns, problem type and labels) comes from all training rows, before a validation split or a limit
-    takes some away.
+    takes some of them.
 
     Raises:
         UserError: data that is missing, empty, unreadable, or wrong for this task.
@@ -47,11 +47,11 @@ def read_data(kind: str, data: DataConfig, seed: int = 0, **options: Any) -> tup
 
 
 def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
-    """The splits "train" and, where they are there, "validation" and "test", with all their rows.
+    """The splits "train" and, if they exist, "validation" and "test", with all their rows.
 
-    The test split of a folder or hub data set is left out if its labels are all missing or -1 (as GLUE publishes
-    them); `protocol` makes one as `glue_splits` says, drawn by the seed. A split's `info.description` says where it
-    comes from.
+    The test split of a folder or hub data set is left out if its labels are all missing or -1, as GLUE publishes them.
+    `protocol` makes a test split (see `glue_splits`), drawn by the seed. `info.description` of a split names its
+    source.
 
     Raises:
         UserError: data that is missing, empty or unreadable.
@@ -67,7 +67,8 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
 
 
 def read_evaluation(path: str, config_name: str | None = None, header: str | None = None) -> Dataset:
-    """All rows of a file; of a folder or hub data set the test split, or where it has none the validation split."""
+    """All rows of a file, or of the test split of a folder or hub data set, or of its validation split if it has no
+    test split."""
     if path == "-":
         raise UserError("standard input can only be predicted: to score rows, give them in a file")
     splits = _read_path(path, config_name, header=header)
@@ -97,7 +98,7 @@ def _read_path(
 
 
 def _is_unlabelled(test: Dataset, train: Dataset | None, label: str | list[str] | None) -> bool:
-    """Whether all labels of a test split are missing, or -1 where that is no label of the training rows."""
+    """Whether all labels of a test split are missing, or are -1 and the training rows have no such label."""
     column = find_column(test, [label.lower()] if isinstance(label, str) else LABEL_COLUMNS)
     if column is None:
         return False
@@ -111,7 +112,9 @@ def _is_unlabelled(test: Dataset, train: Dataset | None, label: str | list[str] 
 def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
     try:
         found = load_dataset(path, config_name)
-    except Exception as error:  # the hub's client raises many kinds, from no network to no such configuration
+    except (
+        Exception
+    ) as error:  # the hub's client raises errors of many kinds, from no network to no such configuration
         raise UserError(
             f"no file or folder {path!r}, and not read from the Hugging Face hub: {first_line(error)}"
         ) from None
@@ -119,7 +122,7 @@ def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
 
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:
-    """The data files of a folder that are of a split, by what they are called."""
+    """The data files of a folder by split, found by their names."""
     return _named_splits(_data_files(folder))
 
 
@@ -138,7 +141,7 @@ def _read_folder(folder: Path, header: str | None) -> dict[str, Dataset]:
     chosen = _named_splits(files)
     if chosen:
         return {name: read_parts(parts, header) for name, parts in chosen.items()}
-    if (folder / "data").is_dir():  # as in a snapshot of the Hub
+    if (folder / "data").is_dir():  # a snapshot from the Hub
         return _read_folder(folder / "data", header)
     inside = {child.name.lower(): child for child in sorted(folder.iterdir()) if child.is_dir()}
     if by_class := {name: _read_classes(child) for name, child in _named_splits(inside).items()}:
@@ -154,12 +157,12 @@ def _read_folder(folder: Path, header: str | None) -> dict[str, Dataset]:
 
 
 def _read_saved(folder: Path) -> dict[str, Dataset]:
-    """The splits that `save_to_disk` wrote, of a data set or of several; none where it did not."""
+    """The splits that `save_to_disk` wrote, for one data set or several. Empty if it did not write this folder."""
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return {}
     try:
         found = load_from_disk(str(folder), keep_in_memory=True)
-    except Exception as error:  # of datasets, pyarrow and json
+    except Exception as error:  # errors of datasets, pyarrow or json
         raise UserError(f"cannot read {folder}, which save_to_disk wrote: {first_line(error)}") from None
     splits = found if isinstance(found, DatasetDict) else {"train": found}
     named = _named_splits({str(name).lower(): rows for name, rows in splits.items()})
@@ -167,7 +170,8 @@ def _read_saved(folder: Path) -> dict[str, Dataset]:
 
 
 def _read_classes(folder: Path) -> Dataset | None:
-    """The texts in folders that are named after their classes, `pos/1.txt`; None where it is no such folder."""
+    """The texts in folders that are named after their classes, such as `pos/1.txt`. None if this is not such a
+    folder."""
     files = sorted(folder.glob("*/*.txt"))
     if len({file.parent for file in files}) < 2:
         return None
@@ -176,6 +180,6 @@ def _read_classes(folder: Path) -> Dataset | None:
 
 
 def _named_splits(found: dict) -> dict:
-    """Of what was found by name, the first that is known as each split."""
+    """For each split, the first name that is known to mean it."""
     chosen = {split: [found[name] for name in names if name in found] for split, names in SPLIT_NAMES.items()}
     return {split: candidates[0] for split, candidates in chosen.items() if candidates}

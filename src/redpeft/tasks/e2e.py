@@ -21,7 +21,7 @@ from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.files import READERS, existing, extension, read_file, read_text
 from redpeft.tasks.metrics import IGNORED, choose_metric, require_scorers, score_texts
 
-MR_TOKENS, REFERENCE_TOKENS = 64, 100  # as published, each with the end token behind it
+MR_TOKENS, REFERENCE_TOKENS = 64, 100  # as published, each with its end token
 
 
 @dataclass
@@ -47,7 +47,7 @@ class E2ETask(Task):
         "length_penalty": 0.9,
         "no_repeat_ngram_size": 4,
         "do_sample": False,
-        "max_new_tokens": REFERENCE_TOKENS,  # no longer one was learned
+        "max_new_tokens": REFERENCE_TOKENS,  # training has no longer texts
     }
     own_limits: ClassVar[str] = f", an MR of {MR_TOKENS} or a text of {REFERENCE_TOKENS} tokens"
 
@@ -67,7 +67,7 @@ class E2ETask(Task):
 
     @classmethod
     def find_columns(cls, dataset: Dataset, data: DataConfig | None = None) -> dict[str, str]:
-        """The columns that `data` names, or those that the public files have. UserError where they are not there."""
+        """The columns that `data` names, or those of the public files. Raises `UserError` if they do not exist."""
         prompt, response = (data.prompt, data.response) if data else (None, None)
         return {
             "prompt": cols.choose_column(dataset, prompt, cols.MEANING_COLUMNS, "prompt"),
@@ -140,14 +140,14 @@ class E2ETask(Task):
         return cols.tokenise(dataset, tokenise)
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
-        """The base model as a language model that stops at the tokenizer's end token, which is what it learns."""
+        """The base model as a language model that stops at the tokenizer's end token, as it learns to."""
         model = load_decoder(base, tokenizer, **kwargs)
         model.generation_config.eos_token_id = tokenizer.eos_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         return model
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, list[int]]]], BatchEncoding]:
-        """Pads rows with labels on the right, and rows to continue on the left, whatever the tokenizer's own side."""
+        """Pads rows with labels on the right, and rows to continue on the left, whatever side the tokenizer pads."""
         ensure_pad_token(tokenizer)
         return partial(_pad, tokenizer)
 
@@ -157,7 +157,7 @@ class E2ETask(Task):
         return dataset.select(self.unanswered(dataset, set()))
 
     def unanswered(self, dataset: Dataset, answered: set[str]) -> list[int]:
-        """The rows whose MR is neither among those `answered`, to which it is added, nor in a row before."""
+        """The first row of each MR that is not in `answered`. The MRs are added to `answered`."""
         rows = []
         for index, mr in enumerate(cols.values(dataset, self.columns["prompt"])):
             if mr not in answered:
@@ -173,13 +173,13 @@ class E2ETask(Task):
         return list(groups.values())
 
     def score_answers(self, texts: Collection[str], dataset: Dataset) -> dict[str, float | None]:
-        """The official scores (`metrics.score_texts`) of one generated text a distinct MR, as `questions` has them."""
+        """The official scores (`metrics.score_texts`) of one generated text for each row of `questions(dataset)`."""
         return score_texts([row["text"] for row in self.decode(list(texts))], self.references(dataset))
 
     def decode(
         self, predictions: list[str], dataset: Dataset | None = None, encoded: Dataset | None = None
     ) -> list[dict[str, str]]:
-        """Generated texts as {"text"}, each up to the first empty line and on one line, as published."""
+        """Generated texts as {"text"}: up to the first empty line, on one line, as published."""
         return [{"text": " ".join(text.strip().split("\n\n")[0].split())} for text in predictions]
 
 
@@ -198,7 +198,7 @@ def _pad(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, list[int]]]) -
 
 
 def score_files(references: str | Path, predictions: str | Path) -> dict[str, float | None]:
-    """The scores of `metrics.score_texts` of a file of predictions, one a group of references, in order.
+    """The scores (`metrics.score_texts`) of a file of predictions: one for each group of references, in their order.
 
     Raises:
         UserError: a file that is missing, empty or not UTF-8, an empty line, or files of different lengths.
@@ -214,7 +214,7 @@ def score_files(references: str | Path, predictions: str | Path) -> dict[str, fl
 
 
 def read_predictions(path: str | Path) -> list[str]:
-    """One text a line, or the texts of rows as `redpeft predict` writes them (.jsonl), which may be empty."""
+    """One text a line, or the texts of the rows that `redpeft predict` writes (.jsonl), which may be empty."""
     if extension(existing(path)) not in READERS:
         return _lines(path)
     rows = read_file(path)
@@ -227,8 +227,8 @@ def read_predictions(path: str | Path) -> list[str]:
 
 
 def read_references(path: str | Path) -> list[list[str]]:
-    """Groups of lines with an empty line after each, or a table of meaning representations and references, where the
-    references of one meaning representation make a group, in the order of its first row."""
+    """Groups of lines with an empty line after each, or a table of meaning representations and references. In a table,
+    the references of one meaning representation are a group, in the order of its first row."""
     if extension(existing(path)) in READERS:
         rows = read_file(path)
         task = E2ETask(E2ETask.find_columns(rows))
@@ -239,7 +239,8 @@ def read_references(path: str | Path) -> list[list[str]]:
 
 
 def _lines(path: str | Path, separators: bool = False) -> list[str]:
-    """A file's lines without space around them. An empty one is an error, or with `separators` the second of two."""
+    """A file's lines without white space around them. An empty line is an error; with `separators`, two in a row
+    are."""
     text = read_text(existing(path))
     if not text.strip():
         raise UserError(f"{path} is empty: it holds no rows")

@@ -44,10 +44,10 @@ READERS |= {".parquet": "parquet", ".xlsx": "xlsx"}
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 DELIMITERS = {"csv": ",;\t|", "tsv": "\t,;|"}
-ALONE = "\x1f"  # between the columns of a table that has one; no text holds it
+ALONE = "\x1f"  # stands for the delimiter of a table with one column; no text holds it
 
 Records = Iterator[list[str]]
-Rows = Iterable[tuple[int, dict[str, Any]]]  # each with its number, for errors
+Rows = Iterable[tuple[int, dict[str, Any]]]  # each with its number, for messages
 
 
 def read_file(path: str | Path, header: str | None = None, form: str | None = None) -> Dataset:
@@ -84,7 +84,7 @@ def read_file(path: str | Path, header: str | None = None, form: str | None = No
 
 
 def existing(path: str | Path) -> Path:
-    """The path of a file that is there. UserError where there is none."""
+    """The path of a file. Raises `UserError` if it does not exist."""
     path = Path(path).expanduser()
     if path.is_dir():
         raise UserError(f"{path} is a folder, but a file is needed here")
@@ -104,7 +104,7 @@ def stem(path: Path) -> str:
 
 
 def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
-    """All rows of one file or, where it was cut into parts named as the Hub names them, of all its parts in order.
+    """All rows of a file, or of all its parts in order if it was split into parts with the Hub's names.
 
     Raises:
         UserError: files of two kinds for the same rows, parts that are missing, or what `read_file` raises.
@@ -120,14 +120,14 @@ def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
         return read_file(first, header)
     try:
         rows = concatenate_datasets([read_file(file, header).remove_columns(ROW) for file in files])
-    except ValueError as error:  # of datasets: the columns do not agree
+    except ValueError as error:  # from datasets: the columns differ
         raise UserError(f"{first.parent}: the parts of {first.name} do not agree: {first_line(error)}") from None
     return with_rows(rows, f"{SHARD.sub('', stem(first))} ({total} parts)")
 
 
 def with_rows(dataset: Dataset, name: str, numbers: Sequence[int | str] | None = None) -> Dataset:
-    """The dataset with what errors say of a row: its number (by default its place), and the name of where it comes
-    from. What it holds in fields within fields gets columns of its own."""
+    """The dataset with what messages need: the number of each row (default: its place), and the name of its source.
+    Nested fields become columns of their own."""
     if any(isinstance(feature, dict) for feature in dataset.features.values()):
         dataset = dataset.flatten()
     dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1) if numbers is None else list(numbers))
@@ -156,14 +156,14 @@ NOT_TEXT = {
 
 
 def read_bytes(path: Path) -> bytes:
-    """What is in a file, or compressed in it."""
+    """The content of a file, decompressed if it is compressed."""
     data = path.read_bytes()
     codec = COMPRESSED.get(path.suffix.lower())
     return pa.CompressedInputStream(pa.BufferReader(data), codec).read() if codec else data
 
 
 def read_text(path: Path) -> str:
-    """A file's text, in whatever encoding it is. UserError for a file that holds none."""
+    """A file's text, whatever its encoding. Raises `UserError` for a file without text."""
     data = read_bytes(path)
     encoding = encoding_of(data, str(path))
     say_encoding(encoding, str(path))
@@ -171,7 +171,8 @@ def read_text(path: Path) -> str:
 
 
 def read_texts(paths: Sequence[Path], name: str) -> list[str]:
-    """The texts of many files, one each. Those that are not UTF-8 say together in which encoding they are."""
+    """The texts of many files, one each. If some are not UTF-8, all of them together show in which encoding they
+    are."""
     found = [read_bytes(path) for path in paths]
     others = b"\n".join(data for data in found if not _is_utf8(data))
     encoding = encoding_of(others, name)
@@ -208,13 +209,13 @@ def say_encoding(encoding: str, name: str) -> None:
 
 
 def encoding_of(data: bytes, name: str, whole: bool = True) -> str:
-    """How bytes encode text: as their first ones say, else UTF-8, else a guess.
+    """The encoding of a text in bytes: by its byte order mark, else UTF-8, else a guess.
 
     Args:
-        whole: whether this is all; otherwise the rest of the last character may be to come.
+        whole: whether this is all; otherwise the rest of the last character may follow.
 
     Raises:
-        UserError: they are no text, or some lines are UTF-8 and others are not.
+        UserError: the bytes are not a text, or some lines are UTF-8 and others are not.
     """
     if kind := next((kind for mark, kind in NOT_TEXT.items() if re.match(mark, data)), None):
         raise UserError(f"{name} is not a text file: it is {kind}")
@@ -229,10 +230,12 @@ def encoding_of(data: bytes, name: str, whole: bool = True) -> str:
     odd = [(number, line) for number, line in lines if not _is_utf8(line)]
     if len(lines) >= 2 * len(odd):
         raise UserError(f"{name}, line {odd[0][0]}: not UTF-8, unlike the rest of the file; save it as UTF-8")
-    sample = b"\n".join(line for _, line in odd[:500])[:50_000]  # chardet takes seconds for more
+    sample = b"\n".join(line for _, line in odd[:500])[:50_000]  # more would take chardet seconds
     guess = (chardet.detect(sample, encoding_era=chardet.EncodingEra.MODERN_WEB)["encoding"] or "").lower()
     little = guess == "windows-1250" and len({byte for byte in sample if byte > 127}) < 3
-    return "windows-1252" if little or guess in ("", "ascii", "utf-8") else guess  # the commonest, where little tells
+    return (
+        "windows-1252" if little or guess in ("", "ascii", "utf-8") else guess
+    )  # the most common one, if there is little to tell by
 
 
 def _is_utf8(data: bytes, whole: bool = True) -> bool:
@@ -247,7 +250,7 @@ LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+$")
 
 
 def lines_of(text: str) -> Iterator[str]:
-    """The lines of a text with their ends, of Unix, Windows or an old Mac."""
+    """The lines of a text with their ends: of Unix, Windows or an old Mac."""
     return (match[0] for match in LINE.finditer(text))
 
 
@@ -259,8 +262,7 @@ SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 
 
 def delimited(path: Path, text: str, form: str) -> Records:
-    """The records of CSV or TSV text. What separates its cells is found out, and logged where the extension says
-    another."""
+    """The records of CSV or TSV text. The delimiter is found out, and logged if it is not the extension's."""
     if re.match(r'\s*(\[\s*)?{\s*"', text):
         raise UserError(f"{path} holds JSON, not a table: rename it to .jsonl")
     sample = list(itertools.islice(lines_of(text), 200))
@@ -272,15 +274,15 @@ def delimited(path: Path, text: str, form: str) -> Records:
 
 
 def _find_delimiter(sample: list[str], delimiters: str) -> str:
-    """The first delimiter by which all records have as many cells, and more than one; else the first by which the
-    header has several: the records that differ are errors. Else there is one column."""
+    """The first delimiter that gives all records the same number of cells, more than one; else the first that gives
+    the header several cells, so that records that differ are errors; else none: there is one column."""
     by_header = ALONE
     for delimiter in delimiters:
         try:
             found = [record for record in csv.reader(sample, delimiter=delimiter) if record]
         except csv.Error:
             continue
-        whole = found[:-1] if len(sample) == 200 else found  # the last one may go on
+        whole = found[:-1] if len(sample) == 200 else found  # the last one may continue
         if found and len(found[0]) > 1:
             if len({len(record) for record in whole}) == 1:
                 return delimiter
@@ -289,10 +291,10 @@ def _find_delimiter(sample: list[str], delimiters: str) -> str:
 
 
 def records(lines: Iterable[str], delimiter: str, name: str) -> Records:
-    """The cells of each record, as lines bring them: quoted cells may hold line ends. Empty lines are passed over.
+    """The cells of each record, from lines: quoted cells may hold line ends. Empty lines are skipped.
 
     Raises:
-        UserError: quotation marks that do not fit.
+        UserError: quotation marks that do not match.
     """
     csv.field_size_limit(2**31 - 1)  # a text may be long
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -320,8 +322,8 @@ def _place(name: str, number: int) -> str:
 
 
 def table_rows(found: Records, name: str, header: str | None = None) -> Rows:
-    """The rows of a table, by the names of their columns. An empty cell is None. Records without any text are passed
-    over, and logged.
+    """The rows of a table by the names of their columns. An empty cell is None. Records without any text are skipped,
+    and logged.
 
     Raises:
         UserError: two columns of one name, a row with more or fewer cells than the first, the header once more.
@@ -374,7 +376,7 @@ def _table(name: str, found: Records, header: str | None) -> Dataset | None:
 
 
 def _looks_like_data(columns: dict[str, list[str | None]]) -> str | None:
-    """A name that no column has: a number, a long text, or what stands in the column itself."""
+    """Whether this is not the name of a column: a number, a long text, or a value of the column itself."""
     for name, cells in columns.items():
         if re.fullmatch(r"[-+]?\d+([.,]\d+)?", name) or len(name) > 60 or name in cells:
             return name
@@ -388,7 +390,7 @@ def _sheet(path: Path) -> Records:
     try:
         book = openpyxl.load_workbook(io.BytesIO(read_bytes(path)), read_only=True, data_only=True)
         rows = [list(row) for row in book.worksheets[0].iter_rows()]
-    except Exception as error:  # of zip files, XML, and openpyxl's own
+    except Exception as error:  # errors of zip files, XML and openpyxl
         raise UserError(f"cannot read {path}: it is not an Excel workbook ({first_line(error)})") from None
     if len(book.sheetnames) > 1:
         logger.info("%s has %d sheets; the first one, %r, is read", path, len(book.sheetnames), book.sheetnames[0])
@@ -400,7 +402,7 @@ def _sheet(path: Path) -> Records:
 
 
 def _written(value: Any, cell: Any) -> str:
-    """A cell of a workbook as a person sees it: a number by a format such as 000 or 0.00, a date without a time."""
+    """A cell of a workbook as a person sees it: a number in a format such as 000 or 0.00, a date without a time."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -430,17 +432,18 @@ def objects(name: str, text: str) -> list[tuple[int, Any]]:
 
 
 def parse_lines(name: str | Path, text: str) -> list[tuple[int, Any]]:
-    """The values in JSON lines, with the number of each line; empty ones are passed over. UserError: a broken one."""
+    """The values in JSON lines, with the number of each line. Empty lines are skipped. Raises `UserError` for a broken
+    one."""
     return [(number, parse_line(name, number, line)) for number, line in numbered_lines(text)]
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that hold something, with their numbers."""
+    """The lines that are not empty, with their numbers."""
     return ((number, line) for number, line in enumerate(lines_of(text), start=1) if line.strip())
 
 
 def parse_line(name: str | Path, number: int, line: str) -> Any:
-    """The value of a line of JSON. UserError: it is broken."""
+    """The value of a line of JSON. Raises `UserError` if it is broken."""
     try:
         return json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
@@ -448,7 +451,7 @@ def parse_line(name: str | Path, number: int, line: str) -> Any:
 
 
 def checked(name: str, rows: Rows) -> list[tuple[int, dict[str, Any]]]:
-    """The rows. UserError for one that is no object."""
+    """The rows. Raises `UserError` for one that is not an object."""
     rows = list(rows)
     for number, row in rows:
         if not isinstance(row, dict):
@@ -469,7 +472,7 @@ def _from_objects(name: str, rows: Rows) -> Dataset | None:
 
 
 def _typed(table: pa.Table) -> Dataset:
-    """A parquet table; where pandas wrote a category, a column of its texts."""
+    """A parquet table. A category that pandas wrote becomes a column of texts."""
     for place, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):
             table = table.set_column(place, field.name, table[place].cast(field.type.value_type))

@@ -85,7 +85,7 @@ class InstructionTask(Task):
         return {**found, "input": more} if more else found
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises UserError for a missing column, an empty prompt or response, or a chat that is none."""
+        """Raises `UserError` for a missing column, an empty prompt or response, or a value that is not a chat."""
         if "messages" in self.columns:
             cols.require_columns(dataset, [self.columns["messages"]])
             for index, messages in enumerate(cols.values(dataset, self.columns["messages"])):
@@ -96,7 +96,7 @@ class InstructionTask(Task):
             cols.check_texts(dataset, self.columns[key])
 
     def groups(self, dataset: Dataset) -> list[str]:
-        """Each row's prompt; of a chat what stands before its first answer."""
+        """Each row's prompt; for a chat, what comes before its first answer."""
         chats = (self._pairs(row, with_labels=True)[0][0] for row in dataset)
         return [json.dumps(chat) for chat in chats]
 
@@ -166,19 +166,19 @@ class InstructionTask(Task):
         return encoded
 
     def prompt_tokens(self, prompts: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The tokens to continue. UserError, which names no row, where the chat template refuses a chat."""
+        """The tokens to continue. Raises `UserError`, without a row, if the chat template refuses a chat."""
         plain, end = self._is_plain(tokenizer), [tokenizer.eos_token_id]
         texts = [self.format_prompt(prompt, tokenizer) for prompt in prompts]
         found = tokens_of(tokenizer, texts, limit=None, add_special_tokens=plain)["input_ids"]
-        # a template writes what it wants to; a tokenizer that puts an end behind every text would end the prompt
+        # a template decides itself; a tokenizer that adds an end token to every text would end the prompt
         return [ids[:-1] if plain and ids[-1:] == end else ids for ids in found]
 
     def format_prompt(self, prompt: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
-        """A chat as the text to continue. UserError, which names no row, where the chat template refuses it."""
+        """A chat as the text to continue. Raises `UserError`, without a row, if the chat template refuses it."""
         return _plain_prompt(prompt) if self._is_plain(tokenizer) else _render(prompt, tokenizer, True)
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
-        """The base model as a language model; without a pad token it gets the tokenizer's."""
+        """The base model as a language model. Without a pad token it gets the tokenizer's."""
         if tokenizer.eos_token_id is None:
             logger.warning(
                 "the tokenizer has no end token, so answers are learned without an end and run to the maximum length"
@@ -206,7 +206,8 @@ class InstructionTask(Task):
         return text if text.endswith(end) else text + end
 
     def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[tuple[Chat, Chat]]:
-        """What comes before an answer, and the answer; without labels the last question alone, and nothing."""
+        """What comes before each answer, and the answer. Without labels: what comes before the next answer, and
+        nothing."""
         if "messages" in self.columns:
             chat = [{"role": turn["role"], "content": turn["content"]} for turn in row[self.columns["messages"]]]
         else:
@@ -220,7 +221,7 @@ class InstructionTask(Task):
 
 
 def _answers(chat: Chat) -> list[int]:
-    """Where the assistant answers something that the user said."""
+    """The places of the assistant's answers to something that the user said."""
     roles = [turn["role"] for turn in chat]
     return [index for index, role in enumerate(roles) if role == "assistant" and "user" in roles[:index]]
 
@@ -230,10 +231,10 @@ def _plain_prompt(chat: Chat) -> str:
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> str:
-    """A chat by the tokenizer's chat template, with what begins an answer where there is one to come."""
+    """A chat as text by the tokenizer's chat template. With `to_answer` it ends with what begins an answer."""
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=to_answer)
-    except Exception as error:  # Jinja's, and whatever a template's own code raises
+    except Exception as error:  # errors of Jinja, or of the template's own code
         raise UserError(
             f"the tokenizer's chat template rejects this chat ({first_line(error)}); change the chat or the template, "
             "or set data.template to plain"
@@ -244,13 +245,14 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> 
 
 
 def _common(prompt: list[int], whole: list[int]) -> int:
-    """How many tokens both begin with."""
+    """How many tokens are equal at the start of both."""
     pairs = enumerate(zip(prompt, whole, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
 
 
 def _problem(messages: Any, with_answer: bool) -> str | None:
-    """Why `messages` is no chat, has no answer to learn, or nothing to answer; None if all is well."""
+    """What is wrong with `messages`: it is not a chat, or has no answer to learn, or nothing to answer. None if it is
+    fine."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
         return f"expected a list of {{'role': ..., 'content': ...}}, found {str(messages)[:60]}"
     for turn in messages:

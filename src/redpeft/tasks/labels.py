@@ -26,12 +26,11 @@ THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+", re.ASCII)
 
 
 def label_name(value: Any, feature: Any = None) -> str:
-    """The name of a label: a text itself, or what JSON writes for a number (1 and 1.0 are one) or a truth value.
-
-    White space around a text is no part of it.
+    """The name of a label: the text itself, or what JSON writes for a number (1 and 1.0 are one label) or true and
+    false. White space around a text is removed.
 
     Args:
-        feature: the column's type in `dataset.features`; a `ClassLabel` brings its own names.
+        feature: the column's type in `dataset.features`; a `ClassLabel` has names of its own.
     """
     if isinstance(value, bool):
         return str(value).lower()
@@ -43,7 +42,7 @@ def label_name(value: Any, feature: Any = None) -> str:
 
 
 def sort_label_names(names: Iterable[str], feature: Any = None) -> list[str]:
-    """The names in the order of their ids: as the data set declares them, else by number, else by alphabet."""
+    """The names in the order of their ids: as the data set declares them, else as numbers, else by alphabet."""
     if isinstance(feature, ClassLabel):
         return list(feature.names)
     names = set(names)
@@ -53,7 +52,7 @@ def sort_label_names(names: Iterable[str], feature: Any = None) -> list[str]:
 
 
 def count_names(names: Iterable[str], shown: int = 20) -> str:
-    """`labels: good 120, bad 80`: how often each occurs, for people."""
+    """How often each label occurs, for people: `labels: good 120, bad 80`."""
     counts = Counter(names)
     more = f", and {len(counts) - shown} more" if len(counts) > shown else ""
     return f"labels: {', '.join(f'{name} {count}' for name, count in counts.most_common(shown))}{more}"
@@ -67,11 +66,11 @@ def label_ids(names: Sequence[str]) -> dict[str, int]:
 def find_labels(dataset: Dataset, column: str, rows: Sequence[Sequence[Any]], names: Sequence[str]) -> list[list[int]]:
     """The ids of each row's labels, by their `names`.
 
-    A number or truth value, which has no spelling of its own, is also the one label that spells it in another way:
-    1 is "1.0", where training read that from a CSV file.
+    A number or a truth value can be written in several ways, so it also means the one label that has the same value: 1
+    means "1.0" if training read that from a CSV file.
 
     Raises:
-        UserError: a label that training lacks.
+        UserError: a label that training does not have.
     """
     feature, ids = value_feature(dataset, column), label_ids(names)
     found: dict[Any, int] = {}
@@ -102,9 +101,9 @@ def _spells(name: str, value: Any) -> bool:
 
 
 def as_numbers(values: Sequence[Any]) -> list[float | None]:
-    """Each value as a number, None for what is none.
+    """Each value as a number, or None if it is not a number.
 
-    Texts may have decimal commas, if none has a point and it cannot be that the commas part thousands.
+    Texts may have decimal commas, if none has a point and the commas cannot separate thousands.
     """
     texts = {value.strip() for value in values if isinstance(value, str)}
     commas = [text for text in texts if DECIMAL_COMMA.fullmatch(text)]
@@ -124,10 +123,10 @@ def _as_number(value: Any) -> float | None:
 
 
 def are_measured(values: Sequence[Any], most_classes: int = 20) -> bool:
-    """Whether labels are measured numbers rather than classes: all are numbers, and more than `most_classes` differ.
+    """Whether labels are measured numbers, not classes: all are numbers, and more than `most_classes` of them differ.
 
-    Texts with leading zeros are codes, and the whole numbers from 0 or 1 on, each of them there and more often than
-    not twice, are the ids of classes.
+    Texts with leading zeros are codes. Whole numbers that start from 0 or 1, without gaps and with at least two rows
+    each on average, are the ids of classes.
     """
     if any(isinstance(value, str) and re.match(r"\s*[-+]?0\d", value) for value in values):
         return False
@@ -143,7 +142,7 @@ def are_measured(values: Sequence[Any], most_classes: int = 20) -> bool:
 
 
 def split_labels(text: str, separator: str | None) -> list[str] | None:
-    """The labels in a text, each once. None: with `LIST`, for a text that is no list."""
+    """The labels in a text, each once. None with `LIST` for a text that is not a list."""
     if separator is None:
         return [text.strip()]
     parts = _read_list(text) if separator == LIST else text.split(separator)
@@ -151,7 +150,7 @@ def split_labels(text: str, separator: str | None) -> list[str] | None:
 
 
 def _read_list(text: str) -> list[str] | None:
-    """The entries of a list as JSON, Python and YAML write it, each as it is written."""
+    """The entries of a list in the notation of JSON, Python or YAML, each as it is written."""
     if not re.fullmatch(r"\s*\[.*\]\s*", text, re.DOTALL):
         return None
     try:
@@ -162,10 +161,10 @@ def _read_list(text: str) -> list[str] | None:
 
 
 def find_separator(texts: Iterable[str]) -> str | None:
-    """What separates the labels in texts that hold several; None where nothing shows that any does.
+    """What separates the labels in texts that hold several. None if nothing shows that they do.
 
-    A text such as `rock|pop` or `Washington, DC` may be one label. A separator shows by its parts: more than half of
-    those in combinations are in another combination too, or alone; and some part stands at two places, or in
+    A text such as `rock|pop` or `Washington, DC` may be one label. Labels that recur show a separator: more than half
+    of the parts of combinations also occur in another combination or alone, and some part stands at two places or in
     combinations of two sizes.
     """
     texts = set(texts)
@@ -176,7 +175,7 @@ def find_separator(texts: Iterable[str]) -> str | None:
 
 
 def unused_separator(texts: Iterable[str]) -> tuple[str, str] | None:
-    """A text that could be cut, and the separator that would cut it."""
+    """A text that could be split, and the separator that would split it."""
     return next(
         (
             (text, mark)

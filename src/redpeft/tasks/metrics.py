@@ -37,7 +37,8 @@ IGNORED = -100
 
 
 def choose_metric(asked: str | None, kind: str) -> str:
-    """The metric asked for, else the usual one of this kind of task. UserError if the kind does not have it."""
+    """The metric asked for, or else the usual one for this kind of task. Raises `UserError` if the kind does not have
+    it."""
     offered = METRICS[kind]
     if asked is not None and asked not in offered:
         raise UserError(f"no metric {asked!r} for this task; it has {', '.join(offered)}")
@@ -45,7 +46,8 @@ def choose_metric(asked: str | None, kind: str) -> str:
 
 
 def logits_of(predictions: Any) -> np.ndarray:
-    """The logits of a Trainer's predictions, which may come with hidden states. Raises RunError if not finite."""
+    """The logits in a Trainer's predictions, which may hold hidden states too. Raises `RunError` if they are not
+    finite."""
     logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
     if not np.isfinite(logits).all():
         raise RunError("the model's predictions are not finite: lower the learning rate")
@@ -53,17 +55,17 @@ def logits_of(predictions: Any) -> np.ndarray:
 
 
 def count_classes(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """The confusion matrix: how many rows of each class (first axis) were given each class (second axis)."""
+    """The confusion matrix: how many rows of each class (first axis) were predicted as each class (second axis)."""
     matrix = np.zeros((classes, classes), dtype=int)
     np.add.at(matrix, (labels, predicted), 1)
     return matrix
 
 
 def score_matrix(matrix: np.ndarray) -> dict[str, float]:
-    """Scores of a confusion matrix, all 0 without rows; "f1_macro" is the mean over the classes that occur, and
-    "matthews" 0 where all rows are of one class, or were given one.
+    """The scores of a confusion matrix, all 0 without rows. "f1_macro" is the mean over the classes that occur;
+    "matthews" is 0 if all rows have one class, or one prediction.
 
-    Not by scikit-learn's functions, which warn of a single class, and of many classes in few rows.
+    scikit-learn's functions are not used: they warn of a single class, and of many classes in few rows.
     """
     rows, true, given, right = matrix.sum(), matrix.sum(1), matrix.sum(0), matrix.diagonal()
     if not rows:
@@ -78,7 +80,7 @@ def score_matrix(matrix: np.ndarray) -> dict[str, float]:
 
 
 def score_label_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Several labels a row, each predicted where its logit is positive. Shape: both (rows, labels)."""
+    """Several labels a row; a label is predicted if its logit is positive. Shape: both (rows, labels)."""
     predicted, labels = logits > 0, labels > 0.5
     return {
         "f1_micro": float(f1_score(labels, predicted, average="micro", zero_division=0)),
@@ -88,7 +90,7 @@ def score_label_sets(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def score_values(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Regression. A constant prediction correlates with nothing: 0, not NaN. Shape: both (rows,)."""
+    """Regression. The correlation with a constant prediction is 0, not NaN. Shape: both (rows,)."""
     values, labels = values.astype(np.float64), labels.astype(np.float64)
     constant = np.ptp(values) == 0 or np.ptp(labels) == 0
     return {
@@ -99,7 +101,8 @@ def score_values(values: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def score_tags(predicted: list[list[str]], expected: list[list[str]], with_entities: bool) -> dict[str, float]:
-    """Token classification, a list of tags a row: scores of the words' tags and, if asked, of the entities (micro)."""
+    """Token classification, with a list of tags for each row: scores of the words' tags and, if asked, of the entities
+    (micro average)."""
     flat_predicted, flat_expected = ([tag for row in rows for tag in row] for rows in (predicted, expected))
     names, ids = np.unique(flat_expected + flat_predicted, return_inverse=True)
     labels, given = np.split(ids, 2)
@@ -120,7 +123,8 @@ def marks_entities(tags: list[str]) -> bool:
 
 
 def entities(rows: list[list[str]]) -> set[tuple[int, int, int, str]]:
-    """The entities (row, start, end, type) of BIO tags, read as CoNLL's script does: a stray I- begins one."""
+    """The entities (row, start, end, type) of BIO tags, as CoNLL's script reads them: an I- without a B- starts
+    one."""
     found = set()
     for row, tags in enumerate(rows):
         start, kind = 0, None
@@ -151,14 +155,14 @@ Tokens = Sequence[str]
 
 
 def require_scorers() -> None:
-    """Raises `UserError` where a package that computes the scores is missing."""
+    """Raises `UserError` if a package that computes the scores is missing."""
     for package in ("sacrebleu", "pycocoevalcap"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"the scores of E2E need {package}: pip install redpeft[e2e]")
 
 
 def has_java() -> bool:
-    """Whether `java` runs: on a Mac without Java there is a command of that name which does not."""
+    """Whether `java` runs. A Mac without Java has a command of that name which does not run."""
     try:
         return subprocess.run(["java", "-version"], capture_output=True).returncode == 0
     except OSError:
@@ -189,7 +193,7 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
     tokenise = Tokenizer13a()
     tokens = [tokenise(text.lower()).split() for text in predictions]
     reference_tokens = [[tokenise(text.lower()).split() for text in group] for group in references]
-    streams = list(zip_longest(*references))  # the first reference of each, the second or None, ...
+    streams = list(zip_longest(*references))  # the first reference of each text, then the second or None, ...
     scores: dict[str, float | None] = {
         "bleu": corpus_bleu(predictions, streams, lowercase=True, tokenize="13a", force=True).score,
         "nist": nist(tokens, reference_tokens),
@@ -244,14 +248,14 @@ def _caption_scores(predictions: Sequence[str], references: Sequence[Sequence[st
     try:
         answers, expected = _penn_tokens([[text] for text in predictions]), _penn_tokens(references)
         meteor = _meteor(expected, answers)
-    except (OSError, ValueError) as error:  # Java ended early, or pycocoevalcap may not write beside its own files
+    except (OSError, ValueError) as error:  # Java stopped early, or pycocoevalcap cannot write into its own folder
         raise RunError(f"pycocoevalcap did not compute METEOR, ROUGE-L and CIDEr: {first_line(error)}") from error
     rouge, cider = (scorer().compute_score(expected, answers)[0] for scorer in (Rouge, Cider))
     return {"meteor": 100 * float(meteor), "rouge_l": 100 * float(rouge), "cider": float(cider)}
 
 
 def _penn_tokens(groups: Sequence[Sequence[str]]) -> dict[int, list[str]]:
-    """Texts in the tokens of pycocoevalcap's tokeniser, which wants one a line. METEOR separates texts by |||."""
+    """Texts in the tokens of pycocoevalcap's tokeniser, which takes one text a line. METEOR separates texts by |||."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     captions = {
@@ -271,5 +275,5 @@ def _meteor(expected: dict[int, list[str]], answers: dict[int, list[str]]) -> fl
     try:
         return scorer.compute_score(expected, answers)[0]
     finally:
-        if scorer.lock.locked():  # it failed, and would wait for its own lock while it is deleted
+        if scorer.lock.locked():  # it failed, and its deletion would wait for this lock
             scorer.lock.release()

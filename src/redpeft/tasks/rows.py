@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def leave_out_missing(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
-    """The rows that have something in each of a task's columns, but for "input", which may be empty."""
+    """The rows with a value in each of a task's columns, except "input", which may be empty."""
     needed = [name for key, names in columns.items() if key != "input" for name in np.atleast_1d(names).tolist()]
     require_columns(dataset, needed)
     empty = {index for name in needed for index, value in enumerate(values(dataset, name)) if _lacks(value)}
@@ -35,14 +35,14 @@ def _lacks(value: Any) -> bool:
 
 
 def choose_rows(splits: dict[str, Dataset], task: Any, config: DataConfig, seed: int) -> dict[str, Dataset]:
-    """The splits with no more rows than their limits, and a validation split made of training rows if there is none.
+    """The splits, limited to their numbers of rows, with a validation split made of training rows if there is none.
 
-    Rows that ask the same (`task.groups`: one meaning representation, one text), or are of one group of `data.group`,
-    are never parted: no answer to a validation row is seen in training, and no limit cuts references away. The rows
-    are drawn by the seed, and of each class (`task.strata`) its share.
+    Rows that ask the same (`task.groups`, such as one text), or have the same value in `data.group`, stay together: no
+    answer to a validation row is seen in training, and no limit removes some of the references. The rows are drawn by
+    the seed, with each class (`task.strata`) in proportion.
 
     Raises:
-        UserError: one row, or one group, where a validation split is to be taken.
+        UserError: there is one row, or one group, to take a validation split from.
     """
     splits = dict(splits)
     if "validation" not in splits:
@@ -55,7 +55,7 @@ def choose_rows(splits: dict[str, Dataset], task: Any, config: DataConfig, seed:
 
 
 def _split_off(train: Dataset, task: Any, config: DataConfig, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows without, and with only, the rows that become the validation split."""
+    """The training rows that stay, and those that become the validation split."""
     if len(train) < 2:
         raise UserError(f"{source(train)} has one row: too few to take a validation split from it")
     what, groups = _groups(train, task, config)
@@ -95,7 +95,7 @@ def _at_most(dataset: Dataset, limit: int, task: Any, config: DataConfig, seed: 
 
 
 def _groups(dataset: Dataset, task: Any, config: DataConfig) -> tuple[str, np.ndarray]:
-    """What the rows of a group have in common, and the number of each row's group, from 0."""
+    """What the rows of a group share, and the number of each row's group, from 0."""
     if config.group:
         require_columns(dataset, [config.group])
         return config.group, _number(values(dataset, config.group))
@@ -108,7 +108,7 @@ def _groups(dataset: Dataset, task: Any, config: DataConfig) -> tuple[str, np.nd
 
 
 def _number(keys: list[Hashable]) -> np.ndarray:
-    """Equal keys get equal numbers, from 0; each missing one a number of its own."""
+    """Equal keys get equal numbers, from 0. Each missing key gets a number of its own."""
     seen: dict[Hashable, int] = {}
     return np.array(
         [seen.setdefault((index,) if is_missing(key) else key, len(seen)) for index, key in enumerate(keys)]
@@ -118,10 +118,11 @@ def _number(keys: list[Hashable]) -> np.ndarray:
 def _draw(
     groups: np.ndarray, strata: list[int] | None, rows: int, seed: int, leave_singles: bool = False
 ) -> np.ndarray:
-    """Sorted numbers of at most `rows` rows, in whole groups; where no group is small enough, those of the smallest.
+    """The sorted numbers of at most `rows` rows, in whole groups. If no group is small enough, those of the smallest
+    group.
 
-    The groups come in random order, in which each class is spread evenly, and with `leave_singles` a class's only
-    group comes last.
+    The groups come in random order, with each class spread evenly. With `leave_singles` the only group of a class
+    comes last.
     """
     random = np.random.default_rng(seed)
     sizes, firsts = np.bincount(groups), np.unique(groups, return_index=True)[1]
@@ -198,7 +199,7 @@ def _validation_rows(public: Dataset, name: str, protocol: str) -> int:
 
 
 def _cut(dataset: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """The first `rows` of the permuted rows, and the others."""
+    """The first `rows` of the permuted rows, and the rest."""
     if not 0 < rows < len(dataset):
         raise UserError(f"{source(dataset)} has {len(dataset)} rows: too few to take {rows or 1} of them out")
     order = np.random.RandomState(seed).permutation(len(dataset))

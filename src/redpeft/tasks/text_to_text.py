@@ -63,7 +63,7 @@ class TextToTextTask(ClassificationTask):
         problem_type: str | None = None,
         metric: str | None = None,
     ) -> TextToTextTask:
-        """As classification's, with the prefix of `data`. UserError too for several labels a row."""
+        """As in classification, with the prefix of `data`. Raises `UserError` also for several labels a row."""
         task: Any = super().from_splits(splits, data, problem_type=problem_type, metric=metric)
         if task.problem_type == MULTI:
             raise UserError(
@@ -74,7 +74,7 @@ class TextToTextTask(ClassificationTask):
         return task
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
-        """The base model as an encoder-decoder with its language model's head."""
+        """The base model as an encoder-decoder with the head of its language model."""
         return load_pretrained(AutoModelForSeq2SeqLM, base, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -91,7 +91,7 @@ class TextToTextTask(ClassificationTask):
         return metrics.score_matrix(matrix) | {"unreadable": float(matrix[:, -1].sum() / matrix.sum())}
 
     def _confusion(self, prediction: EvalPrediction) -> np.ndarray:
-        """As classification's, with one class more: texts that are no label."""
+        """As in classification, with one more class: texts that are not a label."""
         ids = label_ids(self.label_names)
         expected, generated = (
             np.array([ids.get(text.strip(), len(ids)) for text in texts])
@@ -102,7 +102,8 @@ class TextToTextTask(ClassificationTask):
     def decode(
         self, predictions: Any, dataset: Dataset | None = None, encoded: Dataset | None = None
     ) -> list[dict[str, Any]]:
-        """Texts as {"label", "generated"} or {"value", "generated"}; None for what is no label or number."""
+        """Texts as {"label", "generated"} or {"value", "generated"}; None for a text that is not a label or a
+        number."""
         texts = [text.strip() for text in predictions]
         if self.problem_type == REGRESSION:
             return [{"value": _number(text), "generated": text} for text in texts]
@@ -116,10 +117,11 @@ class TextToTextTask(ClassificationTask):
         return [[" ".join([self.prefix, *parts]) for parts in named]]
 
     def _targets(self, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """The tokens of each row's label and an end. UserError for a label that the tokenizer cannot write as is.
+        """The tokens of each row's label, and an end token. Raises `UserError` for a label that the tokenizer cannot
+        write.
 
-        T5's tokenizer writes the end, others leave it to the caller. One without an end token (BERT's, in a pair of
-        encoder and decoder) is left to what it writes itself.
+        T5's tokenizer writes the end token; others leave it to the caller. A tokenizer without an end token (BERT's,
+        in a pair of encoder and decoder) is used as it is.
         """
         labels = self.labels(dataset)
         numbers = self.problem_type == REGRESSION
@@ -134,7 +136,7 @@ class TextToTextTask(ClassificationTask):
                     f"{LABEL_TOKENS}): give it another name"
                 )
             end = tokenizer.eos_token_id
-            if end is not None and end not in tokens[text]:  # mBART's stands before a language code
+            if end is not None and end not in tokens[text]:  # mBART puts a language code after it
                 tokens[text].append(end)
         return [tokens[text] for text in texts]
 

@@ -92,7 +92,8 @@ class TokenClassificationTask(Task):
         return self.label_names
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises UserError for a missing column, a row without words, or tags that are missing, too few or unknown."""
+        """Raises `UserError` for a missing column, a row without words, or tags that are missing, too few or
+        unknown."""
         cols.require_columns(dataset, [self.columns["tokens"]])
         _check_lists(dataset, self.columns["tokens"])
         if with_labels:
@@ -121,8 +122,8 @@ class TokenClassificationTask(Task):
     ) -> Dataset:
         """Token ids, cut at `max_length`, and "labels": the tag's id on the first token of each word, -100 elsewhere.
 
-        Without labels it is the word's place in its row instead, so that `decode` knows whose token it is: a tokenizer
-        may drop a word whole, such as a zero-width space.
+        Without labels it is the word's place in its row instead, so that `decode` knows to which word a token belongs:
+        a tokenizer may drop a whole word, such as a zero-width space.
         """
         self.check(dataset, with_labels=False)
         if not tokenizer.is_fast:
@@ -157,7 +158,7 @@ class TokenClassificationTask(Task):
             num_labels=len(self.label_names),
             id2label=dict(enumerate(self.label_names)),
             label2id=label_ids(self.label_names),
-            ignore_mismatched_sizes=True,  # a base that was trained for other tags: its head is replaced
+            ignore_mismatched_sizes=True,  # the head of a base with other tags is replaced
             **kwargs,
         )
         set_pad_token(model, tokenizer)
@@ -179,13 +180,13 @@ class TokenClassificationTask(Task):
         )
 
     def decode(self, predictions: np.ndarray, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
-        """Logits of shape (rows, tokens, tags) as {"tokens", "tags"}, a tag a word.
+        """Logits of shape (rows, tokens, tags) as {"tokens", "tags"}, with a tag for each word.
 
-        The tag is None for words that the model did not see: those that were cut off, and those without a token.
+        The tag is None for words that the model did not see: they were cut off, or have no token.
 
         Args:
             dataset: the rows that were encoded.
-            encoded: what `encode` made of them without labels.
+            encoded: the same rows from `encode` without labels.
         """
         best = metrics.logits_of(predictions).argmax(-1)
         rows = []
@@ -214,7 +215,7 @@ class TokenClassificationTask(Task):
 
 
 def _check_lists(dataset: Dataset, column: str) -> None:
-    """Raises UserError if a row of `column` is not a list, or is empty, or holds something that is missing."""
+    """Raises `UserError` if a row of `column` is not a list, is empty, or holds a missing value."""
     for index, row in enumerate(cols.values(dataset, column)):
         if row is not None and (not isinstance(row, list) or not row):
             raise UserError(
@@ -226,7 +227,7 @@ def _check_lists(dataset: Dataset, column: str) -> None:
 
 
 def _align(word_ids: list[int | None], tags: list[int]) -> list[int]:
-    """The tag of each token that begins a word, `IGNORED` for the others."""
+    """The tag of each token that begins a word, and `IGNORED` for the other tokens."""
     previous = [None, *word_ids]
     return [
         IGNORED if word is None or word == before else tags[word]

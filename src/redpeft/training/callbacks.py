@@ -22,7 +22,7 @@ from redpeft.console import Progress, is_first_process, log_main, rounded
 from redpeft.errors import Stopped
 from redpeft.storage import append_metrics, set_default_modes, write_metrics
 
-TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are no scores
+TIMES = ("_runtime", "_per_second", "_time")  # endings of log entries that are not scores
 
 
 class RunCallback(TrainerCallback):
@@ -35,12 +35,12 @@ class RunCallback(TrainerCallback):
         self.writes = trainer.args.process_index == 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A resumed run's history ends at its checkpoint; lines of steps after it are done anew.
+        # The history of a resumed run ends at its checkpoint: later steps are done again.
         if self.writes:
             write_metrics(self.folder, state.log_history)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # accelerate does not reach the sampler behind skipped batches of several processes
+        # accelerate does not do it where several processes skip batches
         self.trainer.order.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -49,7 +49,7 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
         due = self.save_steps is not None and state.global_step % self.save_steps == 0
-        # The end of an epoch saves after its evaluation; a checkpoint before that would skip the evaluation.
+        # At the end of an epoch the evaluation comes before saving; a checkpoint before it would skip the evaluation.
         epoch_ends = control.should_training_stop or float(state.epoch).is_integer()
         if (due or self.trainer.should_stop) and not epoch_ends:
             control.should_save = True
@@ -57,7 +57,7 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.writes:
             set_default_modes(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-        [stop] = self.trainer.on_any_process(self.trainer.terminated)  # it may have come during the evaluation
+        [stop] = self.trainer.on_any_process(self.trainer.terminated)  # a signal may have come during the evaluation
         if stop:
             raise Stopped(f"stopped at step {state.global_step}; run the same command again to continue")
 
@@ -145,7 +145,7 @@ def show_progress(trainer: Any) -> None:
 
 def attach(trainer: Any, folder: Path, save_steps: int | None) -> RunCallback:
     """Give the trainer this module's callbacks."""
-    # Checkpoints less than a second apart make it say that the file system's times are not reliable.
+    # It warns of unreliable times of files when checkpoints are less than a second apart.
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     show_progress(trainer)
     callback = RunCallback(trainer, folder, save_steps)
@@ -160,7 +160,7 @@ def stop_on_signals(trainer: Any) -> Iterator[None]:
     A second Ctrl-C stops at once, unless a launcher runs several processes: the launcher passes on a signal that each
     process already got from the terminal. A signal that is ignored (nohup) stays ignored.
     """
-    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread alone
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
 
@@ -168,7 +168,7 @@ def stop_on_signals(trainer: Any) -> Iterator[None]:
         if trainer.terminated and number == signal.SIGINT and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise KeyboardInterrupt
         if not trainer.terminated and number == signal.SIGINT and is_first_process():
-            # not print, in the middle of which the signal may have come
+            # not print: the signal may have interrupted a print
             os.write(2, b"\nstopping: this step is finished and saved first; Ctrl-C again stops at once\n")
         trainer.terminated = True
 

@@ -135,7 +135,7 @@ def encode_questions(
 
 def by_length(rows: Dataset) -> Dataset:
     """The longest rows first, so that batches to score have rows of similar length and less padding."""
-    if "completion_mask" in rows.column_names:  # the loss of TRL's trainer is a mean over batches
+    if "completion_mask" in rows.column_names:  # TRL's loss is a mean over batches: other batches would change it
         return rows
     lengths = [len(ids) for ids in cols.values(rows, "input_ids")]
     return rows.select(sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True))
@@ -144,7 +144,7 @@ def by_length(rows: Dataset) -> Dataset:
 def _encode(
     task: Task, dataset: Dataset, model: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, with_labels: bool
 ) -> Encoded:
-    continues = task.task_type == "CAUSAL_LM" and not with_labels  # a prompt is not cut: its answer stands behind it
+    continues = task.task_type == "CAUSAL_LM" and not with_labels  # a prompt is not cut: its answer follows it
     limit = input_limit(model, tokenizer, None if continues else max_length)
     rows = task.encode(dataset, tokenizer, limit.tokens, with_labels)
     known = known_tokens(model)

@@ -94,7 +94,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
         raise UserError(f"base.dtype {recipe.base.dtype} needs a precision of 16 bits too: bf16, or fp16 on a GPU")
     else:
         dtype = DTYPES[recipe.base.dtype]
-    with quiet():  # transformers' report of a head that is new is no news here
+    with quiet():  # transformers would report that the head is new
         tokenizer = load_tokenizer(name, revision=revision)
         options: dict[str, Any] = {DTYPE_ARGUMENT: dtype}
         if load_in is not None:
@@ -107,7 +107,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
             f"base.load_in {load_in} changes no weight of {type(model).__name__}: choose another of "
             f"{', '.join(QUANTISERS)}, or leave it out"
         )
-    leave_unpacked(model)  # for every method, and a loaded run scores as it did in training
+    leave_unpacked(model)  # for every method, so that a loaded run scores as it did in training
     return model, tokenizer
 
 
@@ -136,7 +136,7 @@ def save_model(
     with replaced_folder(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)) as target:
         if isinstance(model, PeftModel) or whole:
             model.save_pretrained(target, state_dict=state)
-        else:  # what was trained, to be put into the base model
+        else:  # only the trained weights; they are put into the base model later
             tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}
             model.config.save_pretrained(target)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / TRAINED)
@@ -155,14 +155,14 @@ def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrai
         whole = recipe.base.model_copy(update={"model": str(saved), "revision": None})
         return load_base(recipe.model_copy(update={"base": whole}), task)
     base, tokenizer = load_base(recipe, task)
-    if (saved / "tokenizer_config.json").is_file():  # it is not the base's, or the run is an older one
+    if (saved / "tokenizer_config.json").is_file():  # it differs from the base's, or the run is old
         tokenizer = load_tokenizer(saved)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
     if method.is_peft:
         _fit(recipe, base)
         return PeftModel.from_pretrained(base, saved), tokenizer
-    model = apply_method(base, recipe)  # bottleneck adapters and added biases are no part of the base
+    model = apply_method(base, recipe)  # adds bottleneck adapters or biases, which the base does not have
     trained, own = load_file(saved / TRAINED), dict(model.named_parameters())
     wrong = [name for name, tensor in trained.items() if name not in own or own[name].shape != tensor.shape]
     if wrong:
@@ -259,7 +259,7 @@ def _add_adapter(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> tor
     config = _options(recipe, values)
     with _explained():
         trained = get_peft_model(model, config, revision=recipe.base.revision)
-    for each in trained.peft_config.values():  # to which PEFT adds the names of heads, also those that are there
+    for each in trained.peft_config.values():  # PEFT adds the names of heads again
         if heads := getattr(each, "modules_to_save", None):
             each.modules_to_save = list(dict.fromkeys(heads))
     return trained

@@ -155,7 +155,7 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
         dataset = leave_out_missing(dataset, run.task.columns)
     run.task.check(dataset)
     if run.task.score_answers is not None:
-        run.task.questions(dataset)  # what they cannot be scored without is missed now
+        run.task.questions(dataset)  # raises now if a package for the scores is missing
     encoded = encode(run.task, dataset, run.model, run.tokenizer, run.recipe.max_length, run.recipe.learn_prompt)
     if encoded.note:
         log_main(encoded.note)
@@ -166,8 +166,8 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
             model=run.model,
             args=arguments(recipe, Path(folder), run.task, arguments_class, extra),
             data_collator=run.task.collator(run.tokenizer),
-            train_dataset=encoded.rows,  # TRL wants one
-            eval_dataset=by_length(encoded.rows),  # as in training, batch for batch
+            train_dataset=encoded.rows,  # TRL needs one
+            eval_dataset=by_length(encoded.rows),  # the same batches as in training
             processing_class=run.tokenizer,
             compute_metrics=metrics_function(run.task, run.tokenizer),
         )
@@ -211,7 +211,7 @@ def answer_batches(
     time. `total`: the number of rows, if it is known. `source`: the name of the rows in messages."""
     first, answered = 1, set[str]()
     progress = Progress()
-    notes: dict[str, int] = {}  # what happened to rows, and to how many
+    notes: dict[str, int] = {}  # how often each note was made
 
     def note(what: str, dataset: Dataset, rows: np.ndarray) -> None:
         if len(rows):

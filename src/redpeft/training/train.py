@@ -76,8 +76,8 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     if result is None:
         check_recipe(recipe)
         with locked(folder):
-            result = recipe.result_in(folder) or _train(recipe, folder)  # another process may just have done it
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # also what a kill in the last moment left
+            result = recipe.result_in(folder) or _train(recipe, folder)  # another process may have just finished it
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # also after a kill in the last moment
     return result
 
 

@@ -43,8 +43,8 @@ else:
     Mixin = object
 
 CALIBRATION_ROWS = 32
-EVALUATION_ROWS = 8  # of a batch, at least
-MEGABATCH = 50  # rows are sorted by length within so many batches
+EVALUATION_ROWS = 8  # at least, in a batch
+MEGABATCH = 50  # batches, within which rows are sorted by length
 
 
 def make_trainer(
@@ -76,8 +76,8 @@ def make_trainer(
         callbacks=callbacks,
     )
     if task.task_type != "CAUSAL_LM":
-        # Trainer takes it from the signature that a model averages its loss over all the pieces of a batch, and
-        # classifiers and T5, which do not, would learn from the sum of the pieces' means.
+        # By the signature of its forward, Trainer assumes that a model averages its loss over all pieces of a batch.
+        # Classifiers and T5 do not, and would learn from the sum of the pieces' means.
         trainer.model_accepts_loss_kwargs = False
     rows = trainer.train_dataset
     if recipe.method == "red":
@@ -181,7 +181,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         greater_is_better=task.greater_is_better,
         restore_callback_states_from_checkpoint=True,
         logging_steps=0.01,  # of all steps
-        logging_nan_inf_filter=False,  # it would hide what RunTrainer stops at
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
         report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
         disable_tqdm=True,  # callbacks.ProgressBar
         label_names=["labels"],
@@ -315,16 +315,16 @@ class GeneratingTrainer(Seq2SeqTrainer):
         return {**self.generation, "max_new_tokens": new_tokens(self.model, self.processing_class, asked, prompt)}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Seq2SeqTrainer's own would count the rows again that fill up the last batch of several processes.
+        # The default counts rows twice that only fill up the last batch of several processes.
         self.gather_function = self.accelerator.gather_for_metrics
         return super().evaluation_loop(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = vars(self.model.generation_config)
         before = dict(config)
-        with self.accelerator.autocast():  # `generate` passes by the forward that accelerate wraps in it
+        with self.accelerator.autocast():  # `generate` does not use the forward that accelerate wraps
             loss, tokens, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        config.update(before)  # Seq2SeqTrainer fills in defaults, which the next `generate` would warn of
+        config.update(before)  # Seq2SeqTrainer changes it, and the next `generate` would warn
         if tokens is not None and not self.model.config.is_encoder_decoder:
             tokens = tokens[:, inputs["input_ids"].shape[1] :].contiguous()
         return loss, tokens, labels
