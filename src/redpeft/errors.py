@@ -17,7 +17,7 @@ class Stopped(RunError):
     """The run was told to stop (Ctrl-C, SIGTERM) and has kept what it did. No run after it starts; exit code 130."""
 
 
-def some(names: Sequence[str], at_most: int = 3) -> str:
+def shorten_list(names: Sequence[str], at_most: int = 3) -> str:
     """The first few names, and how many more there are."""
     rest = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {rest} more" if rest > 0 else "")

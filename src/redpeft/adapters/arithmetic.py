@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import fingerprint_difference
 from redpeft.storage import TASK, find_adapter, find_run
 from redpeft.tuner import compose as edit_arithmetic
@@ -61,7 +61,8 @@ def inverse(adapter: Adapter) -> Adapter:
     zero = [site for site, edit in adapter.edits.items() if bool((edit.scale == 0).any())]
     if zero:
         raise UserError(
-            f"{adapter.folder} has no inverse: a scale is 0 at {some(zero)}. Its negation, a weight of -1, exists"
+            f"{adapter.folder} has no inverse: a scale is 0 at {shorten_list(zero)}. Its negation, a weight of -1, "
+            "exists"
         )
     return _each(adapter, lambda edit: _edit(edit_arithmetic.inverse(_difference(edit))))
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import nn
 
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import compile_in_place, fingerprint, fingerprint_difference, output_width, plain_name
 from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME, new_folder
 from redpeft.tuner.config import FORMAT, check_format
@@ -234,7 +234,9 @@ def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Ten
         (f"has tensors that {CONFIG_NAME} does not name:", left_over),
     ):
         if names:
-            raise UserError(f"{folder / WEIGHTS_NAME}: {what} {some(names)}; the folder is damaged or was mixed up")
+            raise UserError(
+                f"{folder / WEIGHTS_NAME}: {what} {shorten_list(names)}; the folder is damaged or was mixed up"
+            )
     return name
 
 
@@ -263,7 +265,7 @@ def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     modules = dict(base_model.named_modules(remove_duplicate=False))
     unknown = [site for site in adapter.edits if site not in modules]
     if unknown:
-        return f"this one ({type(base_model).__name__}) has no module {some(unknown)}"
+        return f"this one ({type(base_model).__name__}) has no module {shorten_list(unknown)}"
     for site, edit in adapter.edits.items():
         width = output_width(modules[site], base_model)
         if width != edit.scale.numel():
@@ -279,7 +281,7 @@ def _head_misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     heads = [name for name, _ in base_model.named_modules() if name.endswith(saved)] if saved else []
     expected = {key for key in state if any(key.startswith(f"{name}.") for name in heads)}
     if missing := sorted(expected - adapter.head.keys()):
-        return f"the adapter has no tensors for its head {some(missing)}"
+        return f"the adapter has no tensors for its head {shorten_list(missing)}"
     for key, tensor in adapter.head.items():
         if key not in state:
             return f"this one ({type(base_model).__name__}) has no head {key}"

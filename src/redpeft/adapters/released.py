@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.folder import Adapter, EffectiveEdit, write_adapter
 from redpeft.console import counted
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import load_config, on_meta
 from redpeft.storage import new_folder
 from redpeft.tuner.config import RedConfig
@@ -125,13 +125,14 @@ def export_released(adapter: Adapter, out: str | Path) -> Exported:
     edits = {site.removeprefix(ENCODER): edit for site, edit in adapter.edits.items()}
     if strange := [site for site in adapter.edits if not site.removeprefix(ENCODER).startswith(tuple(MODELS))]:
         raise UserError(
-            f"{adapter.folder}: the released code edits RoBERTa, T5, GPT-2 and Llama, which have no {some(strange)}"
+            f"{adapter.folder}: the released code edits RoBERTa, T5, GPT-2 and Llama, which have no "
+            f"{shorten_list(strange)}"
         )
     head = {key.removeprefix(CLASSIFIER): tensor for key, tensor in adapter.head.items()}
     if head and (head.keys() != set(HEAD_NAMES) or not all(site.startswith(ENCODER) for site in adapter.edits)):
         raise UserError(
-            f"{adapter.folder}: the released format has no place for {some(sorted(adapter.head))}, but only for the "
-            "head of RobertaForSequenceClassification"
+            f"{adapter.folder}: the released format has no place for {shorten_list(sorted(adapter.head))}, but only "
+            "for the head of RobertaForSequenceClassification"
         )
     files, dtype = write_released(edits, head, Path(out))
     return Exported(files, len(edits), dtype)
@@ -179,7 +180,7 @@ def _check_sites(path: Path, base: str, model: PreTrainedModel, edits: Mapping[s
     found = find_sites(model, RED_PLUS)
     widths = {site.name: site.width for site in found}
     if left_over := [name for name in edits if name not in widths]:
-        raise UserError(f"{path}: {base} has no {some(left_over)} to edit; name the edited model as --base")
+        raise UserError(f"{path}: {base} has no {shorten_list(left_over)} to edit; name the edited model as --base")
     for name, edit in edits.items():
         if edit.scale.numel() != widths[name]:
             raise UserError(
@@ -189,7 +190,9 @@ def _check_sites(path: Path, base: str, model: PreTrainedModel, edits: Mapping[s
     ffn = [site.name for site in found if site.kind == "ffn"]
     sites, expected = ("ffn", ffn) if edits.keys() <= set(ffn) else (RED_PLUS, list(widths))
     if missing := [name for name in expected if name not in edits]:
-        raise UserError(f"{path}: no tensors for {some(missing)}, which {base} has; name the edited model as --base")
+        raise UserError(
+            f"{path}: no tensors for {shorten_list(missing)}, which {base} has; name the edited model as --base"
+        )
     return sites
 
 
@@ -317,7 +320,9 @@ def _read_edits(path: Path) -> tuple[dict[str, EffectiveEdit], torch.dtype]:
 def _read_head(path: Path) -> dict[str, torch.Tensor]:
     head = _load(path)
     if head.keys() != set(HEAD_NAMES) or head["out_proj.weight"].ndim != 2:
-        raise UserError(f"{path}: it holds {some(list(head))}, which is not RoBERTa's head ({', '.join(HEAD_NAMES)})")
+        raise UserError(
+            f"{path}: it holds {shorten_list(list(head))}, which is not RoBERTa's head ({', '.join(HEAD_NAMES)})"
+        )
     return head
 
 

@@ -10,7 +10,7 @@ import typer
 
 from redpeft.cli.command import CommandOutput, RunFolder, command
 from redpeft.console import counted
-from redpeft.errors import RunError, UserError, some
+from redpeft.errors import RunError, UserError, shorten_list
 
 
 @command("redpeft sites roberta-base --sites red+")
@@ -154,7 +154,7 @@ def list_(
 
     rows = list_adapters(path)
     damaged = [row for row in rows if row.status == "damaged"]
-    names = some([row.name for row in damaged])
+    names = shorten_list([row.name for row in damaged])
     error = RunError(f"damaged: {len(damaged)} of {counted(len(rows), 'adapter')}: {names}") if damaged else None
     reasons = [f"{row.name}: {row.reason}" for row in damaged]
     return CommandOutput({"path": path, "adapters": rows}, [adapters_table(rows, str(path)), *reasons], error)

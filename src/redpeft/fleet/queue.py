@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from redpeft.console import log_main
-from redpeft.errors import RunError, Stopped, UserError, some
+from redpeft.errors import RunError, Stopped, UserError, shorten_list
 from redpeft.fleet.memory import NoRoom
 from redpeft.fleet.template_model import kind_of
 from redpeft.storage import RESULT
@@ -220,7 +220,7 @@ class JobLoader:
             check_recipe(job.recipe)
             task, splits = read_task(job.recipe)
             if unread := unread_columns(splits["train"], task.columns):
-                note = f"{source(splits['train'])}: columns not read: {some(unread, 8)}"
+                note = f"{source(splits['train'])}: columns not read: {shorten_list(unread, 8)}"
                 if note not in self._notes:  # many jobs may share a file
                     log_main(note)
                     self._notes.add(note)

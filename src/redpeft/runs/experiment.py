@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from redpeft.console import counted, log_main
-from redpeft.errors import RunError, UserError, some
+from redpeft.errors import RunError, UserError, shorten_list
 from redpeft.fleet.queue import Event, Job, Report
 from redpeft.fleet.template_model import why_alone
 from redpeft.runs.on_ray import require_ray, run_fleets_on_ray, run_on_ray
@@ -151,7 +151,9 @@ def run_experiment(
 def failures(results: Sequence[JobResult]) -> RunError | None:
     """The error of an experiment in which jobs failed."""
     failed = [f"{result.name}: {result.error}" for result in results if result.error]
-    return RunError(f"{len(failed)} of {counted(len(results), 'job')} failed: {some(failed)}") if failed else None
+    return (
+        RunError(f"{len(failed)} of {counted(len(results), 'job')} failed: {shorten_list(failed)}") if failed else None
+    )
 
 
 def _run(experiment: Experiment, usage: Usage, progress: JobProgress, before: set[str], report: Report | None) -> None:

@@ -19,7 +19,7 @@ import redpeft
 from redpeft.adapters.card import write_card
 from redpeft.adapters.folder import read_adapter
 from redpeft.console import log_main
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import choose_precision, require_folder, require_quantiser
 from redpeft.plots import plot_run
 from redpeft.storage import (
@@ -86,7 +86,7 @@ def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
     task, splits = read_task(recipe)
     unread = unread_columns(splits["train"], task.columns)
     said = ", ".join(f"{key} = {value}" for key, value in task.columns.items())
-    log_main(f"columns: {said}{'; not read: ' + some(unread, 8) if unread else ''}")
+    log_main(f"columns: {said}{'; not read: ' + shorten_list(unread, 8) if unread else ''}")
     for line in task.describe(splits["train"]):
         log_main(line)
     set_seed(recipe.seed)

@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import (
     add_biases,
     allow_fast_path,
@@ -162,7 +162,7 @@ class RedModel(BaseTuner):
         if missing or left_over:
             raise UserError(
                 f"the file of adapter '{adapter_name}' does not fit this model; "
-                f"keys missing: {some(missing) or 'none'}; left over: {some(left_over) or 'none'}. "
+                f"keys missing: {shorten_list(missing) or 'none'}; left over: {shorten_list(left_over) or 'none'}. "
                 "Load it on the base model that it was trained on, or save it again"
             )
         return remapped
@@ -379,15 +379,15 @@ class RedModel(BaseTuner):
             model_config.tie_word_embeddings = tied
         if with_bias and not (isinstance(model, PreTrainedModel) and add_biases(model, with_bias)):
             warnings.warn(
-                f"{len(with_bias)} layers without a bias now have one ({some(with_bias)}): the model in memory is "
-                "right, but its configuration has no place for them, so a checkpoint of it loads without these "
-                "biases. `redpeft fold` writes a checkpoint that is right, or says why there is none",
+                f"{len(with_bias)} layers without a bias now have one ({shorten_list(with_bias)}): the model in "
+                "memory is right, but its configuration has no place for them, so a checkpoint of it loads without "
+                "these biases. `redpeft fold` writes a checkpoint that is right, or says why there is none",
                 stacklevel=2,
             )
         if shared:
             warnings.warn(
-                f"{len(shared)} layers no longer share their weights with others ({some(shared)}): the model in "
-                "memory is right, but a checkpoint of it may load with shared weights",
+                f"{len(shared)} layers no longer share their weights with others ({shorten_list(shared)}): the model "
+                "in memory is right, but a checkpoint of it may load with shared weights",
                 stacklevel=2,
             )
         return model

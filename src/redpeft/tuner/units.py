@@ -24,7 +24,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from redpeft.errors import UserError, first_line, some
+from redpeft.errors import UserError, first_line, shorten_list
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.first_step import check_first_step
@@ -59,7 +59,9 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any] | None = None) -> dict[
             except UserError as error:
                 raise UserError(f"{error}: pass a batch to calibrate(model, batch)") from error
         if missed := [layer.site for layer in pending if not sizes[layer]]:
-            raise UserError(f"the batch does not reach {len(missed)} sites ({some(missed)}): pass another batch")
+            raise UserError(
+                f"the batch does not reach {len(missed)} sites ({shorten_list(missed)}): pass another batch"
+            )
         _set_units(base, pending, sizes)
     return {layer.site: float(edit.unit) for layer in layers for edit in layer.active_edits}
 
@@ -104,10 +106,10 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
             sizes = _measure(base, pending, partial(base.forward, *args, **kwargs), _masks(kwargs))
         if missed := [layer.site for layer in pending if not sizes[layer]]:
             if len(missed) == len(pending):
-                raise UserError(f"no forward pass reaches {some(missed)}: an edit there would do nothing")
+                raise UserError(f"no forward pass reaches {shorten_list(missed)}: an edit there would do nothing")
             warnings.warn(
-                f"the forward pass that measures the units does not reach {some(missed)}: the bias has the typical "
-                "unit of the other sites there",
+                f"the forward pass that measures the units does not reach {shorten_list(missed)}: the bias has the "
+                "typical unit of the other sites there",
                 stacklevel=2,
             )
         _set_units(base, pending, sizes, trained=True)

@@ -21,7 +21,7 @@ from redpeft.adapters.fold.plan import LEFT, FoldPreview, Plan, empty_adapted_mo
 from redpeft.adapters.fold.write import find_changes, write_other_files, write_weights
 from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.adapters.stats import layer_pattern
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import (
     DTYPE_ARGUMENT,
     DTYPES,
@@ -55,7 +55,7 @@ class FoldResult:
         other = "fp32" if self.dtype == torch.float16 else "fp32 or fp16"
         return [
             f"Warning: at {len(poor)} of {len(self.sites)} sites {self.dtype} rounds away more than {WARN_ABOVE:.0%} "
-            f"of the edit or of its scales ({some(poor)}): fold to {other} (--dtype), or write a bundle"
+            f"of the edit or of its scales ({shorten_list(poor)}): fold to {other} (--dtype), or write a bundle"
         ]
 
     def summary(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
 def _no_place(plan: Plan, original: PreTrainedModel) -> str:
     llama = "write it as Llama, which is the same function (--as llama), " if why_not_llama(original) is None else ""
     whole = [site for site, placement in plan.placements.items() if placement == LEFT]
-    what = f"{'the edits' if whole else 'the biases'} of {some(whole or plan.left)}"
+    what = f"{'the edits' if whole else 'the biases'} of {shorten_list(whole or plan.left)}"
     return (
         f"a stock {type(plan.model).__name__} has no place for {what}: {llama}write a bundle (--format bundle), which "
         "leaves what cannot be folded as an adapter beside the checkpoint, or use the adapter as it is"
@@ -177,8 +177,9 @@ def _check_loads(folder: Path, model: PreTrainedModel) -> None:
     info = loading_report(model, folder)
     if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise UserError(
-            f"a {type(model).__name__} does not load from what the fold would write: {some(list(map(str, wrong)))}; "
-            "the base model's folder may hold another model, or the adapter lacks its head"
+            f"a {type(model).__name__} does not load from what the fold would write: "
+            f"{shorten_list(list(map(str, wrong)))}; the base model's folder may hold another model, or the adapter "
+            "lacks its head"
         )
 
 

@@ -30,7 +30,7 @@ from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.checkpoint import is_quantised
 from redpeft.adapters.fold.llama import as_llama
 from redpeft.adapters.folder import Adapter
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.models import empty_model, load_config, on_meta, switch_on_biases
 from redpeft.storage import TASK
 from redpeft.tuner.sites import find_sites
@@ -91,7 +91,7 @@ def plan_fold(model: PreTrainedModel, sites: Mapping[str, Parts]) -> Plan:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if unknown := [site for site in sites if site not in modules]:
-        raise UserError(f"this base model ({type(model).__name__}) has no module {some(unknown)}")
+        raise UserError(f"this base model ({type(model).__name__}) has no module {shorten_list(unknown)}")
     tied = {name for group in tied_weights(model) for name in group}
     placements = {site: placement(site, modules[site], parts, model.config, tied) for site, parts in sites.items()}
     without_bias = [site for site, placed in placements.items() if placed == BIAS_LEFT]
@@ -189,8 +189,9 @@ def untie(model: PreTrainedModel, head: Mapping[str, torch.Tensor]) -> tuple[Pre
         mine = [name for group in groups for name in group if name in head]
         others = [name for group in groups for name in group if name not in head] or mine[1:]
         raise UserError(
-            f"the adapter has a {some(mine)} of its own (modules_to_save), which is one tensor with {some(others)} in "
-            f"a stock {type(model).__name__}: a checkpoint cannot hold them apart. Use the adapter as it is"
+            f"the adapter has a {shorten_list(mine)} of its own (modules_to_save), which is one tensor with "
+            f"{shorten_list(others)} in a stock {type(model).__name__}: a checkpoint cannot hold them apart. Use the "
+            "adapter as it is"
         )
     return untied, ties
 

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from redpeft.adapters import Adapter, EffectiveEdit
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.served_base import ServedBase, find_module, widths_of_sites
 from redpeft.serving.served_folder import ServedFolder, check_numbers, is_red, read
@@ -113,7 +113,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
                 shared.register_forward_hook(table.added_hook)
         if problems:  # a folder may hold adapters of another base model, which must not stop the others
             reason = next(iter(problems.values()))
-            logger.warning("adapters that edit %s will be refused: %s", some(list(problems)), reason)
+            logger.warning("adapters that edit %s will be refused: %s", shorten_list(list(problems)), reason)
         self.modules_of_sites, self.tables, self.problems = found, tables, problems
         self.widths = {site: width for site, width in widths.items() if site not in problems}
 
@@ -151,7 +151,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
         if self.problem:
             raise UserError(f"{adapter.folder}: cannot be served with this model: {self.problem}")
         if adapter.head:
-            raise UserError(f"{adapter.folder}: it has a head of its own ({some(list(adapter.head))}); {FOLD}")
+            raise UserError(f"{adapter.folder}: it has a head of its own ({shorten_list(list(adapter.head))}); {FOLD}")
         found = {path: find_module(path, self.widths) for path in adapter.edits}
         sites = {path: site for path, site in found.items() if site is not None}
         if unknown := [path for path in found if path not in sites]:
@@ -172,7 +172,7 @@ class RedModelManager(LRUCacheLoRAModelManager):
     def _no_tables(self, unknown: list[str]) -> str:
         plugin_options = f'with those sites in --additional-config \'{{"{KEY}": {{"sites": [...]}}}}\''
         return (
-            f"it edits {some(unknown)}, and this server has tables for {some(list(self.widths))}: "
+            f"it edits {shorten_list(unknown)}, and this server has tables for {shorten_list(list(self.widths))}: "
             f"start it again{'' if self.options.folder else f' {plugin_options}'}, or {FOLD}"
         )
 

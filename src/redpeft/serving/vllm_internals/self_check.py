@@ -18,7 +18,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.sample import sampler
 
-from redpeft.errors import UserError, some
+from redpeft.errors import UserError, shorten_list
 from redpeft.serving.options import KEY, Options
 from redpeft.serving.vllm_internals.engine import CHECK, RedWorkerManager
 
@@ -57,7 +57,9 @@ def run(core: EngineCore) -> None:
         base, edited, again = _logprobs(core, sites)
         noise = _distance(base, again)
         idle = [site for site, each in edited.items() if not _distance(base, each) > max(LEAST, TIMES * noise)]
-        problem = f"an edit of {some(idle)} does not change what vLLM answers, or not in each step" if idle else ""
+        problem = (
+            f"an edit of {shorten_list(idle)} does not change what vLLM answers, or not in each step" if idle else ""
+        )
     if not problem:
         logger.info("edits act at %d sites (checked in %.1f s)", len(sites), time.monotonic() - began)
         return
