@@ -59,7 +59,7 @@ def test_measured_beside_published(report):
     ]
     assert found["IA3"] == ["- / 0.06M", "- / 93.4", "- / 73.5", "- / 83.5"]
     assert found["FT of the top 2 layers"] == ["384 / -", "[85.0](<top2/sst2/seed-42>) / -", "- / -", "- / -"]
-    assert found["standard error of one run, by its test rows"][1] == "± 3.6"  # sqrt(.85 * .15 / 101), the largest
+    assert found["standard error of one run, from its test rows"][1] == "± 3.6"  # sqrt(.85 * .15 / 101), the largest
     assert list(found)[:3] == ["LoRA", "IA3", "RED"]  # the paper's order
 
 
@@ -78,7 +78,7 @@ def test_failures_runs_sources_and_machine_are_on_the_page(report):
     assert facts["torch"] == "2.9"
     assert {"processor", "memory", "gpu", "python"} <= set(facts)
     assert "redpeft reproduce glue-roberta-base epochs=3 --rows red,lora,ia3 --settings paper --out" in text
-    assert "the mean of all follows" in text
+    assert "the mean of all seeds follows" in text
 
 
 class Links(HTMLParser):

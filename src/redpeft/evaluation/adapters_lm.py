@@ -39,7 +39,7 @@ class AdaptersLM(HFLM):
         self.use(adapter)
 
     def use(self, adapter: str | Path | None) -> None:
-        """Take what is on the base model off it, and put `adapter` on, if any."""
+        """Remove the adapter that is on the base model, and put `adapter` on it, if any."""
         if isinstance(self._model, PeftModel):
             self._model = detach(self._model)
         if adapter is not None:

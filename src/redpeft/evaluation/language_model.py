@@ -45,17 +45,17 @@ from redpeft.training.callbacks import bars_on_terminals_only
 from redpeft.training.predict import open_run
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""Said in full, since a model folder may bring other settings in its generation_config.json."""
+"""Every setting is given, since a model folder's generation_config.json may have others."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are made, beside greedily; the defaults are the paper's.
+    """Greedy decoding with these limits and penalties. The defaults are the paper's.
 
     Attributes:
-        max_new_tokens: where an answer is cut off.
-        repetition_penalty: what tokens that were seen already, in the prompt too, are held back by; 1 is nothing.
-        no_repeat_ngrams: no sequence of so many tokens comes twice, in prompt and answer together; 0 allows all.
+        max_new_tokens: the longest answer.
+        repetition_penalty: the penalty on tokens that occurred already, in the prompt too; 1: none.
+        no_repeat_ngrams: no sequence of this many tokens occurs twice in prompt and answer together; 0: no limit.
     """
 
     max_new_tokens: int = 768
@@ -73,7 +73,7 @@ class LanguageModel:
     context: Callable[[], AbstractContextManager] = nullcontext
 
     def prompt(self, chat: Chat, decoding: Decoding) -> list[int]:
-        """The tokens that the next answer of a chat goes on from.
+        """The tokens that the next answer of a chat continues.
 
         Raises `UserError` where the chat template refuses the chat, or there is no room for the answer.
         """
@@ -107,7 +107,7 @@ class LanguageModel:
 
 
 class WithoutPadding(LogitsProcessor):
-    """Other processors, each row without the padding on its left: those of transformers would count it as seen.
+    """Applies other processors to each row without its padding on the left, which they would count as seen tokens.
 
     `padding` is the number of such tokens in each row. input_ids (batch, length), scores (batch, vocabulary).
     """
@@ -188,7 +188,7 @@ def detach(model: PeftModel) -> PreTrainedModel:
 
 
 def weights_digest(adapter: str | Path | None) -> str | None:
-    """A digest of an adapter's weights, by which unfinished work notices that it was trained again; None without."""
+    """A digest of an adapter's weights, by which unfinished work notices a retrained adapter; None without one."""
     weights = find_adapter(adapter) / WEIGHTS_NAME if adapter is not None else None
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
 

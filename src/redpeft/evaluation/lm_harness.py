@@ -121,7 +121,7 @@ def results_table(result: dict[str, Any], tasks: Sequence[HarnessTask]) -> Table
 def _require_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("scores by lm-eval need its package: pip install redpeft[lm-eval]")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # a page of what it takes for granted
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs a page of defaults
 
 
 def _check_names(tasks: Sequence[HarnessTask], known: Iterable[str]) -> None:
@@ -210,7 +210,7 @@ def _cache(out: Path, base: str, model: str | None) -> Path:
 
 
 def _metrics(values: dict[str, Any]) -> Metrics:
-    """The numbers among what lm-eval says of a task; their names are `metric,filter`."""
+    """The numbers in lm-eval's result for a task; their names are `metric,filter`."""
     return {name: value for name, value in values.items() if "," in name and isinstance(value, (int, float))}
 
 
@@ -233,7 +233,7 @@ def _collect(base: str, cells: dict[tuple[str | None, HarnessTask], dict[str, An
 
 
 def _whole(task: HarnessTask, cell: dict[str, Any]) -> Metrics:
-    """What lm-eval says of the task or group itself; of a tag, of which it says nothing, the mean over its rows."""
+    """lm-eval's numbers for the task or group; for a tag, which has none, the mean over its rows."""
     metrics, rows = cell["metrics"], cell["rows"]
     if task.name in metrics:
         return metrics[task.name]

@@ -45,7 +45,7 @@ class PlannedRuns:
 
 
 def show_plan(request: Request) -> PlannedRuns:
-    """What a request would run; nothing is kept of it. Raises `UserError` as `plan` and `check_folder` do."""
+    """What a request would run; nothing is written. Raises `UserError` as `plan` and `check_folder` do."""
     bars_on_terminals_only()
     check_folder(request)
     with tempfile.TemporaryDirectory() as folder:
@@ -58,10 +58,10 @@ def show_plan(request: Request) -> PlannedRuns:
 
 
 def reproduce(request: Request, ray: bool = False) -> Report:
-    """Run what is not done of a request, and write the report. The same call goes on with what was interrupted.
+    """Run what is not done of a request, and write the report. The same call continues what was interrupted.
 
-    A run that fails does not stop the others; the report shows it. Raises `UserError`, with nothing written, for names
-    that are not there, a base model or data that is missing, and an output folder of something else.
+    A run that fails does not stop the others; the report shows it. Raises `UserError`, with nothing written, for
+    unknown names, a missing base model or data, and an output folder with something else.
     """
     if ray:
         require_ray()

@@ -1,7 +1,7 @@
 """Scores that no test split of a run gives: those of AlpacaEval, MT-Bench and lm-eval.
 
-They lie in the run folder as <benchmark>-scores.json, an object of numbers by column. lm-eval's are written there by
-`score_run`; of the others it makes the answers, and the benchmark's own judge, which asks an API, is left to the user.
+They are in the run folder as <benchmark>-scores.json, an object of numbers by column. `score_run` writes lm-eval's.
+For the others it writes the answers; the benchmark's own judge, which asks an API, is left to the user.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Scoring:
 
 
 def score_run(run: Path, benchmark: str, base: str, scoring: Scoring) -> None:
-    """Do what a benchmark takes here with one finished run, unless it is done. UserError as the benchmark's command.
+    """Run a benchmark on one finished run, unless it is done. UserError as the benchmark's command.
 
-    AlpacaEval and MT-Bench: answer the questions, where there are some. lm-eval: all of it.
+    AlpacaEval and MT-Bench: answer the questions, if there are any. lm-eval: score the run.
     """
     if scores_file(run, benchmark).is_file():
         return
@@ -77,7 +77,7 @@ def extra_scores(run: Path, benchmark: str) -> dict[str, float]:
 
 
 def what_is_left(run: Path, benchmark: str) -> str | None:
-    """What is to be done by hand until a run has its scores; None where it has them, or nothing is."""
+    """What the user has to do until a run has its scores; None if there is nothing to do."""
     file = scores_file(run, benchmark)
     if file.is_file() or benchmark not in JUDGES:
         return None

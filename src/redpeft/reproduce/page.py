@@ -18,8 +18,8 @@ from redpeft.runs.reports import machine
 from redpeft.storage import to_json, write_atomically
 
 LEGEND = (
-    "Measured: the mean over seeds ± their standard deviation, on the test split; behind the stroke: published. Each "
-    "figure leads to its runs."
+    "Each cell: measured / published. Measured is the mean over seeds ± their standard deviation, on the test split, with "
+    "a link to the runs."
 )
 RUN_HEAD = ["run", "test", "validation", "best epoch", "learning rate", "epochs", "trained", "minutes"]
 
@@ -55,7 +55,7 @@ def grid(report: Report) -> tuple[list[str], list[list[Inline]]]:
     if any(error is not None for error in errors):
         shown: list[Inline] = [["" if error is None else f"± {error:.{digits}f}"] for error in errors]
         rest: list[Inline] = [[""]] * (len(head) - 2 - len(errors))
-        rows.append([["standard error of one run, by its test rows"], [""], *shown, *rest])
+        rows.append([["standard error of one run, from its test rows"], [""], *shown, *rest])
     return head, rows
 
 
@@ -64,10 +64,12 @@ def page_blocks(report: Report, pictures: Sequence[Path]) -> list[pages.Block]:
     table, request = report.table, report.request
     published = base_of(table.values)
     base = (
-        f"Base model: {request.model}; what was published is {published}'s." if request.model else f"On {published}."
+        f"Base model: {request.model}. The published figures are {published}'s."
+        if request.model
+        else f"On {published}."
     )
     if request.smoke:
-        base = "A smoke test, a few steps of a tiny model to see that everything runs: its scores mean nothing."
+        base = "A smoke test: a few steps of a tiny model, to check that everything runs. The scores mean nothing."
     head, rows = grid(report)
     blocks: list[pages.Block] = [
         pages.Heading(table.title, 1),
@@ -114,7 +116,7 @@ def command_line(request: Request) -> str:
 
 def _best_note(report: Report) -> str:
     chosen = any(cell.is_chosen for line in report.lines for cell in line.cells.values())
-    note = " Where the paper averages the best of its seeds, by their test scores, the mean of all follows."
+    note = " Where the paper averages the best of its seeds by test score, the mean of all seeds follows."
     return note if chosen else ""
 
 

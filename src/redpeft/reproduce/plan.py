@@ -25,20 +25,19 @@ PAPER_RULE = ("unit", "scale_origin")  # and the options of RED
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be run of a table, and on what.
+    """Which runs of a table are asked for, and on which models and data.
 
     Attributes:
-        rows, tasks, seeds: what is asked for; None: the rows, tasks and seeds of the paper (of its tasks, those that
-            `data` has).
+        rows, tasks, seeds: None: those of the paper (of its tasks, those that `data` has).
         model: a base model (a folder, or a name on the Hub) instead of the paper's.
-        base_folder: where the paper's base models lie, by their names on the Hub or the last parts of these.
-        data: a folder with a folder for each task; the Hub when not given.
-        questions: what AlpacaEval or MT-Bench asks, for the tables that they score.
+        base_folder: the folder of the paper's base models, by their names on the Hub or the last parts of these.
+        data: a folder with a folder for each task; None: the Hub.
+        questions: the questions of AlpacaEval or MT-Bench, for the tables that they score.
         settings: whose values: "paper" (as published), "released" (those of the authors' released scripts where they
             differ), or "default" (this library's own learning rates and units, for a base model that the published
             ones were not chosen for).
-        changes: fields of all recipes, and `row_changes` of the recipes of one row.
-        smoke: a few steps of a tiny model on made-up data, but for a `model` or `data` that is given.
+        changes: fields of all recipes; `row_changes`: of the recipes of one row.
+        smoke: a few steps of a tiny model on generated data, unless `model` or `data` is given.
     """
 
     table: Table
@@ -141,7 +140,7 @@ def check_folder(request: Request) -> None:
 
 
 def claim(request: Request) -> None:
-    """Write into the output folder whose it is."""
+    """Record in the output folder what all its runs have in common."""
     experiment.claim(request.out / IDENTITY, request.identity())
 
 
@@ -199,7 +198,7 @@ def _data(table: Table, task: str, data: Path | None) -> dict[str, Any]:
 
 
 def recipes_folder() -> Path:
-    """Where the paper's recipes lie: in the package, or in a checkout beside it."""
+    """The folder of the paper's recipes: in the package, or in a checkout beside it."""
     packaged = Path(__file__).parent / "recipes"
     return packaged if packaged.is_dir() else Path(__file__).parents[3] / "recipes" / "paper"
 
@@ -228,7 +227,8 @@ def source_of(model: str, row: str) -> str:
 def row_values(model: str, row: str, task: str, settings: str = "paper") -> dict[str, Any]:
     """The fields of a recipe that the values of one row set for one task.
 
-    A task that the paper has not takes what is no list: the recipe's epochs, the method's default learning rate.
+    A task that is not in the paper gets the fields that are the same for all tasks, the recipe's epochs and the
+    method's default learning rate.
     """
     block = values()[model]
     released = block["rows"][row].get("released", {}) if settings == "released" else {}
@@ -245,7 +245,8 @@ def row_values(model: str, row: str, task: str, settings: str = "paper") -> dict
 
 
 def recipe_for(model: str, row: str, task: str, settings: str, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe of one run. `changes` go last; keys may have dots. Raises `UserError` as `load_recipe` does."""
+    """The recipe of one run. `changes` override the other values; keys may have dots. Raises `UserError` as
+    `load_recipe` does."""
     overrides = copy.deepcopy({**row_values(model, row, task, settings), **changes})
     return load_recipe(recipes_folder() / values()[model]["recipe"], overrides)
 

@@ -109,7 +109,7 @@ def average(cells: Collection[Cell]) -> float | None:
 
 
 def sampling_error(run: ScoredRun) -> float | None:
-    """The standard error that a score on so many test rows has of itself, as a share of 1.
+    """The standard error of a score from the number of its test rows, as a share of 1.
 
     Of an accuracy p on n rows sqrt(p (1 - p) / n), of a Pearson correlation r (1 - r^2) / sqrt(n - 1), else None.
     """

@@ -1,4 +1,4 @@
-"""What `--budget smoke` runs on: tiny models of random weights and made-up rows, to tell that a table runs."""
+"""What `--budget smoke` runs on: tiny models with random weights and generated rows, to check that a table runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def make_model(folder: Path, family: str) -> Path:
 
 
 def make_data(folder: Path, tasks: Sequence[str]) -> Path:
-    """`folder`, with made-up train, validation and test rows of each task (of the paper's) in a folder in it."""
+    """`folder`, with generated train, validation and test rows of each task of the paper, in a folder each."""
     for task in tasks:
         draw = random.Random(task)
         (folder / task).mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def make_data(folder: Path, tasks: Sequence[str]) -> Path:
 
 
 def make_scoring(folder: Path, benchmark: str) -> Scoring:
-    """Two made-up questions or one made-up task of lm-eval, in files in `folder`."""
+    """Two generated questions, or one generated task of lm-eval, in files in `folder`."""
     folder = folder.resolve()
     draw, asked = random.Random(benchmark), folder / f"{benchmark}.jsonl"
     rows = [QUESTIONS[benchmark](draw, number) for number in range(2)]
