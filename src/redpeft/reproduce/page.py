@@ -18,8 +18,8 @@ from redpeft.runs.reports import machine
 from redpeft.storage import to_json, write_atomically
 
 LEGEND = (
-    "Each cell: measured / published. Measured is the mean over seeds ± their standard deviation, on the test split, with "
-    "a link to the runs."
+    "Each cell: measured / published. Measured is the mean over seeds ± their standard deviation, on the test split, "
+    "with a link to the runs."
 )
 RUN_HEAD = ["run", "test", "validation", "best epoch", "learning rate", "epochs", "trained", "minutes"]
 
