@@ -49,14 +49,14 @@ def test_demo_compares_saves_and_predicts(tiny_demo, tmp_path):
     assert "redpeft train base=" in text
 
 
-def test_a_second_call_answers_at_once(tiny_demo, tmp_path, monkeypatch):
+def test_a_second_call_does_not_train_again(tiny_demo, tmp_path, monkeypatch):
     first, _ = demo.run_demo(tmp_path / "demo", methods=("red",), seeds=(0,))
     assert first["scores"][0]["spread"] is None
     monkeypatch.setattr("redpeft.training.train._train", lambda *_: pytest.fail("trained again"))
     assert demo.run_demo(tmp_path / "demo", methods=("red",), seeds=(0,))[0] == first
 
 
-def test_a_folder_of_something_else_is_refused(tiny_demo, tmp_path, monkeypatch):
+def test_a_folder_with_something_else_is_refused(tiny_demo, tmp_path, monkeypatch):
     monkeypatch.setattr("redpeft.runs.runner.train", lambda *_: pytest.fail("trained"))
     (tmp_path / "demo" / "seed-1").mkdir(parents=True)
     with pytest.raises(

@@ -60,7 +60,7 @@ def alone(talker, *turns):
     return answers
 
 
-def test_alpaca_evals_format(talker, alpaca, tmp_path, monkeypatch, capsys):
+def test_alpaca_eval_answers_are_in_its_format(talker, alpaca, tmp_path, monkeypatch, capsys):
     out = tmp_path / "answers" / "base.json"
     monkeypatch.setattr(console, "SECONDS", 0.0)
     done = generate("alpaca-eval", str(talker), alpaca, out, decoding=SHORT, batch_size=2)
@@ -74,7 +74,7 @@ def test_alpaca_evals_format(talker, alpaca, tmp_path, monkeypatch, capsys):
     assert done == {"benchmark": "alpaca-eval", "model": "base", "questions": 5, "generated": 5, "out": str(out)}
 
 
-def test_mt_benchs_format(talker, mt, tmp_path):
+def test_mt_bench_answers_are_in_fastchats_format(talker, mt, tmp_path):
     out = tmp_path / "model_answer" / "red.jsonl"
     generate("mt-bench", str(talker), mt, out, name="red", decoding=SHORT, batch_size=3)
     rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -105,7 +105,7 @@ def test_the_second_turn_sees_the_first_answer(talker, mt, tmp_path, monkeypatch
     assert [json.loads(chats) for chats in asked] == [first, second]
 
 
-def test_an_empty_first_answer_is_no_obstacle(talker, mt, tmp_path):
+def test_an_empty_first_answer_does_not_stop_the_second_turn(talker, mt, tmp_path):
     model = open_language_model(str(talker))
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}]
     assert len(model.answer([chat], SHORT)) == 1
@@ -133,7 +133,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("benchmark", ["alpaca-eval", "mt-bench"])
-def test_a_killed_call_goes_on_and_gives_the_same_file(benchmark, talker, alpaca, mt, tmp_path, monkeypatch):
+def test_a_killed_call_continues_and_writes_the_same_file(benchmark, talker, alpaca, mt, tmp_path, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 1700000000.5)
     questions = alpaca if benchmark == "alpaca-eval" else mt
     generate(benchmark, str(talker), questions, tmp_path / "whole", name="m", decoding=SHORT, batch_size=2)
@@ -158,7 +158,7 @@ def test_a_killed_call_goes_on_and_gives_the_same_file(benchmark, talker, alpaca
     assert out.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_finished_call_does_nothing_again(talker, alpaca, tmp_path, monkeypatch):
+def test_a_finished_call_does_not_load_the_model_again(talker, alpaca, tmp_path, monkeypatch):
     generate("alpaca-eval", str(talker), alpaca, tmp_path / "out.json", decoding=SHORT)
     before = (tmp_path / "out.json").read_bytes()
     monkeypatch.setattr("redpeft.evaluation.generate.open_language_model", lambda *_: pytest.fail("loaded the model"))
@@ -167,7 +167,7 @@ def test_a_finished_call_does_nothing_again(talker, alpaca, tmp_path, monkeypatc
     assert (tmp_path / "out.json").read_bytes() == before
 
 
-def test_answers_of_something_else_are_not_mixed_in(talker, alpaca, tmp_path):
+def test_other_settings_are_refused_for_the_same_output(talker, alpaca, tmp_path):
     red, out = write_red(tmp_path / "red", talker, seed=1), tmp_path / "out.json"
     generate("alpaca-eval", str(talker), alpaca, out, adapter=red, decoding=SHORT)
     assert json.loads(out.read_text())[0]["generator"] == "red"
@@ -215,7 +215,7 @@ def test_answers_of_something_else_are_not_mixed_in(talker, alpaca, tmp_path):
         ),
     ],
 )
-def test_bad_questions(benchmark, text, message, tmp_path, monkeypatch):
+def test_bad_questions_are_errors_that_name_the_row(benchmark, text, message, tmp_path, monkeypatch):
     monkeypatch.setattr("redpeft.evaluation.generate.open_language_model", lambda *_: pytest.fail("loaded the model"))
     path = tmp_path / "questions.jsonl"
     if text is not None:
@@ -226,7 +226,7 @@ def test_bad_questions(benchmark, text, message, tmp_path, monkeypatch):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_a_file_that_is_there_is_not_overwritten(talker, alpaca, tmp_path):
+def test_an_existing_file_is_not_overwritten(talker, alpaca, tmp_path):
     out = tmp_path / "out.json"
     out.write_text("mine")
     with pytest.raises(UserError, match=r"out.json exists already and has no journal to continue: choose another"):
@@ -287,7 +287,7 @@ def test_the_journal_refuses_another_file(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_the_journal_on_a_full_disk(tmp_path, monkeypatch):
+def test_the_journal_continues_after_a_full_disk(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "out.journal", JOURNAL_SETTINGS)
     journal.append(ENTRIES[:1])
 
@@ -304,13 +304,13 @@ def test_the_journal_on_a_full_disk(tmp_path, monkeypatch):
     assert [json.loads(line) for line in lines[1:]] == ENTRIES
 
 
-def test_a_wrong_model_leaves_nothing(alpaca, tmp_path):
+def test_a_missing_model_writes_nothing(alpaca, tmp_path):
     with pytest.raises(UserError, match="no such model folder"):
         generate("alpaca-eval", str(tmp_path / "nowhere"), alpaca, tmp_path / "new" / "out.json")
     assert not (tmp_path / "new").exists()
 
 
-def test_the_command(talker, mt, tmp_path, capsys):
+def test_the_command_answers_with_its_options(talker, mt, tmp_path, capsys):
     red, out = write_red(tmp_path / "red", talker, seed=1), tmp_path / "out.jsonl"
     call = ["generate", "mt-bench", str(talker), "--adapter", str(red), "--questions", str(mt), "--out", str(out)]
     call += ["--max-new-tokens", "6", "--batch-size", "2", "--repetition-penalty", "1.3", "--no-repeat-ngrams", "3"]
@@ -333,7 +333,7 @@ def test_the_command(talker, mt, tmp_path, capsys):
         (["generate", "mt-bench", "m", "--questions", "q", "--out", "o", "--batch-size", "0"], "'--batch-size'"),
     ],
 )
-def test_wrong_calls(call, message, capsys):
+def test_wrong_calls_are_one_line(call, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(call)
     assert exit_.value.code == 2
@@ -342,7 +342,7 @@ def test_wrong_calls(call, message, capsys):
     assert said.count("\n") == 1
 
 
-def test_the_public_questions(shared_data, talker, tmp_path):
+def test_the_published_question_files_are_read(shared_data, talker, tmp_path):
     """As AlpacaEval and FastChat publish them, but for FastChat's name of the turns."""
     rows = FORMATS["alpaca-eval"].read(shared_data / "alpaca_eval" / "validation.jsonl")
     assert len(rows) == 105

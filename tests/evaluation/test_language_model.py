@@ -62,7 +62,7 @@ def test_what_is_generated_is_what_greedy_decoding_by_hand_gives(opened, talker)
     assert opened.answer(CHATS[:1], decoding) == [tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()]
 
 
-def test_penalties_see_no_padding():
+def test_penalties_ignore_padding():
     torch.manual_seed(0)
     ids = torch.tensor([[9, 9, 9, 4, 5, 6, 4, 5], [1, 2, 3, 1, 2, 7, 1, 2]])
     scores = torch.randn(2, 12)
@@ -76,7 +76,7 @@ def test_penalties_see_no_padding():
     assert penalties(decoding)(ids, scores.clone())[0, 9] != scores[0, 9]  # what transformers makes of the padding
 
 
-def test_the_papers_decoding():
+def test_default_decoding_is_the_papers():
     penalty, ngrams = penalties(Decoding())
     assert (type(penalty), penalty.penalty) == (RepetitionPenaltyLogitsProcessor, 1.1)
     assert (type(ngrams), ngrams.ngram_size) == (NoRepeatNGramLogitsProcessor, 5)
@@ -84,7 +84,7 @@ def test_the_papers_decoding():
     assert not penalties(Decoding(repetition_penalty=1, no_repeat_ngrams=0))
 
 
-def test_settings_of_the_model_folder_do_not_count(opened, talker, tmp_path):
+def test_generation_settings_of_the_model_folder_are_ignored(opened, talker, tmp_path):
     folder = tmp_path / "sampling"
     model, tokenizer = load_language_model(str(talker))
     for part in (model, tokenizer):
@@ -115,7 +115,7 @@ def test_a_chat_template_is_used_where_there_is_one(talker, tiny_chat_tokenizer,
 
 
 @pytest.mark.parametrize("write", [write_red, write_lora, write_prompt])
-def test_an_adapter_changes_the_answers_and_comes_off_again(write, talker, opened, tmp_path):
+def test_an_adapter_changes_the_answers_and_can_be_removed(write, talker, opened, tmp_path):
     write(tmp_path / "adapter", talker, seed=1)
     adapted = open_language_model(str(talker), tmp_path / "adapter")
     base = opened.answer(CHATS, SHORT)
@@ -129,7 +129,7 @@ def test_an_adapter_changes_the_answers_and_comes_off_again(write, talker, opene
     assert torch.equal(off(torch.arange(5, 15)[None]).logits, logits)
 
 
-def test_an_adapter_of_another_base(talker, tiny_decoder_folder, tmp_path):
+def test_an_adapter_of_another_base_is_refused(talker, tiny_decoder_folder, tmp_path):
     other = write_talker(tmp_path / "other", tiny_decoder_folder, seed=7)
     write_red(tmp_path / "red", other, seed=1)
     with pytest.raises(UserError, match=r"red: this adapter is for another base model .*weights differ"):
@@ -141,7 +141,7 @@ def test_an_adapter_of_another_base(talker, tiny_decoder_folder, tmp_path):
         open_language_model(str(talker), tmp_path / "lora")
 
 
-def test_what_is_no_model(talker, tmp_path):
+def test_a_folder_without_a_model_is_refused(talker, tmp_path):
     with pytest.raises(UserError, match="no such model folder: "):
         open_language_model(str(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
@@ -151,7 +151,7 @@ def test_what_is_no_model(talker, tmp_path):
         open_language_model(str(talker), tmp_path / "nowhere")
 
 
-def test_a_prompt_that_is_too_long(opened, monkeypatch):
+def test_a_prompt_that_is_too_long_is_an_error(opened, monkeypatch):
     short, long = ([{"role": "user", "content": "a" * length}] for length in (20, 600))
     with pytest.raises(
         UserError, match=r"^a prompt of \d+ tokens and 240 new ones are more than the tok.* 256: lower"
@@ -194,7 +194,7 @@ def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     assert open_language_model(str(moved), tmp_path / "run" / "adapter").answer(CHATS, SHORT) == answers
 
 
-def test_runs_that_do_not_answer(tmp_path):
+def test_runs_of_other_tasks_are_refused(tmp_path):
     (tmp_path / "seeds" / "seed-3").mkdir(parents=True)
     (tmp_path / "seeds" / "seed-3" / "recipe.yaml").touch()
     with pytest.raises(UserError, match="holds one run for each seed: choose seed-3"):

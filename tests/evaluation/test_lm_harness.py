@@ -144,7 +144,7 @@ def test_scores_are_those_of_a_naive_loop(folder, alone, adapter):
     assert alone[adapter or "base"]["tiny_large"]["acc,none"] == pytest.approx(sum(right) / len(right))
 
 
-def test_the_result(folder, tmp_path):
+def test_the_result_has_scores_shots_and_versions(folder, tmp_path):
     result = score(folder, ["one"], tmp_path / "scores.json", tasks="tiny_small", shots=2)
     from lm_eval import __version__
 
@@ -165,7 +165,7 @@ def test_a_tag_has_the_mean_over_its_rows(folder, tmp_path):
     assert set(tag["tiny"]) == {"acc,none", "acc_norm,none"}
 
 
-def test_shots_and_limit_reach_the_harness(folder, tmp_path, monkeypatch):
+def test_shots_and_limit_reach_lm_eval(folder, tmp_path, monkeypatch):
     import lm_eval
 
     calls, real = [], lm_eval.simple_evaluate
@@ -182,7 +182,7 @@ def test_shots_and_limit_reach_the_harness(folder, tmp_path, monkeypatch):
     assert calls == [[5], 4]
 
 
-def test_a_task_file_by_its_path(folder, alone, tmp_path):
+def test_a_task_can_be_a_file(folder, alone, tmp_path):
     path = str(folder / "tasks" / "tiny_large.yaml")
     result = score(folder, ["one"], tmp_path / "scores.json", tasks=path, include_path=None)
     assert by_name(folder, result)["one"][path] == alone["one"]["tiny_large"]
@@ -277,7 +277,7 @@ def test_errors_come_before_anything_is_scored(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_task_whose_data_cannot_be_loaded(folder, tmp_path):
+def test_a_task_whose_data_cannot_be_loaded_is_named(folder, tmp_path):
     path = tmp_path / "gone.yaml"
     text = (folder / "tasks" / "tiny_open.yaml").read_text()
     path.write_text(text.replace(str(folder / "tiny_small.jsonl"), str(tmp_path / "gone.jsonl")))
@@ -285,7 +285,7 @@ def test_a_task_whose_data_cannot_be_loaded(folder, tmp_path):
         score(folder, [], tmp_path / "scores.json", tasks=str(path), include_path=None)
 
 
-def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
+def test_an_existing_file_is_not_overwritten(folder, tmp_path):
     (tmp_path / "scores.json").write_text("mine")
     with pytest.raises(
         UserError, match=r"scores.json exists already and holds no scores: choose another --out, or remove it"
@@ -294,14 +294,14 @@ def test_a_file_that_is_there_is_not_overwritten(folder, tmp_path):
     assert (tmp_path / "scores.json").read_text() == "mine"
 
 
-def test_without_the_extra(folder, tmp_path, monkeypatch):
+def test_a_missing_extra_is_named(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"scores by lm-eval need its package: pip install redpeft\[lm-eval\]"):
         score(folder, [], tmp_path / "scores.json")
 
 
-def test_it_is_registered(folder):
+def test_lm_eval_knows_the_model_redpeft(folder):
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
@@ -320,7 +320,7 @@ def test_it_is_registered(folder):
     assert 0 <= found["results"]["tiny_small"]["acc,none"] <= 1
 
 
-def test_virtual_tokens_leave_less_to_a_prompt(tiny_gpt2_folder, tmp_path):
+def test_virtual_tokens_shorten_the_longest_prompt(tiny_gpt2_folder, tmp_path):
     """lm-eval cuts prompts that are too long, and a learned position beyond the last is an IndexError."""
     from lm_eval.api.instance import Instance
     from peft import PromptTuningConfig, get_peft_model
@@ -338,7 +338,7 @@ def test_virtual_tokens_leave_less_to_a_prompt(tiny_gpt2_folder, tmp_path):
     assert AdaptersLM(str(tiny_gpt2_folder), max_length=100).max_length == 100
 
 
-def test_a_task_whose_answers_are_longer_than_the_model_reads(folder, tmp_path):
+def test_answers_longer_than_the_models_positions_are_an_error(folder, tmp_path):
     short = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=4, n_embd=16, n_layer=1, n_head=2))
     short.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(folder / "base").save_pretrained(tmp_path / "base")
@@ -347,7 +347,7 @@ def test_a_task_whose_answers_are_longer_than_the_model_reads(folder, tmp_path):
         evaluate_adapters(str(tmp_path / "base"), [], tasks, tmp_path / "scores.json", include_path=files)
 
 
-def test_the_papers_tasks():
+def test_the_preset_has_the_papers_tasks_and_shots():
     shots = {task.name: task.shots for task in parse_tasks("open-llm-leaderboard", num_fewshot=3)}
     assert shots == {"ai2_arc": 25, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5, "hellaswag": 10, "mmlu": 10}
     assert all(task.metric for task in PRESETS["open-llm-leaderboard"])
@@ -358,7 +358,7 @@ def test_the_papers_tasks():
 
 
 @pytest.mark.slow
-def test_the_harness_knows_the_papers_tasks():
+def test_lm_eval_knows_the_papers_tasks():
     from lm_eval.tasks.manager import TaskManager
 
     manager = TaskManager()
@@ -366,7 +366,7 @@ def test_the_harness_knows_the_papers_tasks():
     assert manager.task_index["ai2_arc"].tags == {"arc_easy", "arc_challenge"}
 
 
-def test_the_table_and_the_average(monkeypatch):
+def test_the_table_shows_scores_and_their_average(monkeypatch):
     tasks = [HarnessTask("a", 5, "acc,none"), HarnessTask("b", 0, "exact_match,strict")]
     scores = {"a": {"acc,none": 0.5, "acc_stderr,none": 0.25}, "b": {"exact_match,strict": 0.75, "other,none": 3.0}}
     cells = {
@@ -388,7 +388,7 @@ def test_the_table_and_the_average(monkeypatch):
     assert list(everything.columns[2].cells) == ["acc", "exact_match (strict)", "other"]
 
 
-def test_the_command(folder, alone, tmp_path, capsys):
+def test_the_command_prints_json_or_a_table(folder, alone, tmp_path, capsys):
     call = ["lm-eval", str(folder / "base"), "--adapter", str(folder / "one"), "--adapter", str(folder / "lora")]
     call += ["--tasks", "tiny_large", "--include-path", str(folder / "tasks"), "--out", str(tmp_path / "scores.json")]
     with pytest.raises(SystemExit) as exit_:

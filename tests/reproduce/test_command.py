@@ -54,7 +54,7 @@ def test_a_table_is_run_and_reported(done, capsys):
     }  # fmt: skip
 
 
-def test_the_same_call_answers_at_once_for_all_that_lies_there(done, capsys, monkeypatch):
+def test_the_same_call_again_reports_every_finished_run(done, capsys, monkeypatch):
     (done / "glue-roberta-base.md").unlink()
     monkeypatch.setattr(command, "run_jobs", lambda jobs: [pytest.fail("trained") for _ in jobs])
     code, text, err = call(capsys, *SMOKE[:-1], "stsb", "--rows", "red", "--seeds", "42", "--out", done, "--json")
@@ -64,7 +64,7 @@ def test_the_same_call_answers_at_once_for_all_that_lies_there(done, capsys, mon
     assert (done / "glue-roberta-base.md").is_file()
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path, capsys, monkeypatch, no_estimate):
+def test_an_interrupted_call_continues(tmp_path, capsys, monkeypatch, no_estimate):
     trained = []
 
     def stop_at_the_second(recipe, folder):
@@ -104,7 +104,7 @@ def test_a_failed_run_is_a_failed_cell_and_exit_code_1(tmp_path, capsys, monkeyp
     assert call(capsys, *asked)[0] == 0  # done again, and the other is kept
 
 
-def test_a_run_that_cannot_be_tried_leaves_the_others_their_turn(tmp_path, capsys):
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys):
     asked = [*SMOKE[:-1], "stsb", "--rows", "adapter,head", "adapter:method_options.drop_layers=6"]
     code, text, err = call(capsys, *asked, "--out", tmp_path / "out", "--json")
     assert code == 1
@@ -114,7 +114,7 @@ def test_a_run_that_cannot_be_tried_leaves_the_others_their_turn(tmp_path, capsy
     assert "leaves no block" in cells["adapter"]["failed"]["42"]
 
 
-def test_missing_data_and_bases_are_found_out_before_anything_is_written(tmp_path, capsys):
+def test_missing_data_and_bases_are_errors_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "data" / "cola").mkdir(parents=True)
     asked = ["reproduce", "glue-roberta-base", "--rows", "red", "--out", tmp_path / "out", "--data", tmp_path / "data"]
     code, _, err = call(capsys, *asked)
@@ -124,7 +124,7 @@ def test_missing_data_and_bases_are_found_out_before_anything_is_written(tmp_pat
     assert not [path for path in (tmp_path / "out").rglob("*") if ".smoke" not in path.parts]
 
 
-def test_a_plan_tells_how_many_and_how_long_and_keeps_nothing(tmp_path, capsys):
+def test_a_plan_shows_runs_and_time_and_writes_nothing(tmp_path, capsys):
     out = tmp_path / "out"
     code, text, err = call(capsys, *SMOKE, "--rows", "red", "--plan", "--json", "--out", out, "epochs=2")
     assert code == 0, err

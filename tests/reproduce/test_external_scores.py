@@ -19,13 +19,13 @@ def test_scores_of_a_judge_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"a": "b"}', "{", '{"a": null}'])
-def test_what_is_no_scores_file_is_named(tmp_path, text):
+def test_a_broken_scores_file_is_named(tmp_path, text):
     (tmp_path / "mt-bench-scores.json").write_text(text)
     with pytest.raises(UserError, match="mt-bench-scores.json must hold one JSON object of numbers"):
         extra_scores(tmp_path, "mt-bench")
 
 
-def test_answers_are_made_once_and_the_rest_is_left(tmp_path, monkeypatch):
+def test_answers_are_written_once_and_judging_is_left_to_the_user(tmp_path, monkeypatch):
     calls = []
 
     def generate(benchmark, model, questions, out, decoding):

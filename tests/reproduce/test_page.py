@@ -40,7 +40,7 @@ def rows_of(markdown, heading):
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
 
 
-def test_measured_beside_published(report):
+def test_the_table_shows_measured_beside_published(report):
     page = write_report(report)
     head, _, *rows = rows_of(page.with_suffix(".md").read_text(), "# GLUE")
     assert head == ["method", "trained / published", "sst2", "rte", "average"]
@@ -110,7 +110,7 @@ def test_the_html_page_is_well_formed_and_its_links_lead_somewhere(report):
         assert (page.parent / f"glue-roberta-base-{kind}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_data_for_machines(report):
+def test_the_json_file_has_every_score_and_failure(report):
     write_report(report)
     data = json.loads((report.request.out / "glue-roberta-base.json").read_text())
     assert data == json.loads(json.dumps(as_data(report)))
@@ -123,14 +123,14 @@ def test_data_for_machines(report):
     assert data["changes"] == {"epochs": 3}
 
 
-def test_nothing_came_to_an_end(tmp_path):
+def test_a_report_without_finished_runs_has_no_pictures(tmp_path):
     run = asked(tmp_path, "red", "sst2", 42)
     page = write_report(make_report(Request(GLUE, tmp_path), [run], {run.job.folder: "broke"}))
     assert "[failed](<red/sst2>)" in page.with_suffix(".md").read_text()
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_what_a_judge_has_to_do_is_on_the_page(tmp_path):
+def test_the_page_says_how_to_run_a_judge(tmp_path):
     fake_run(tmp_path, "red", "ultrafeedback", 42, None, metric="loss")
     report = make_report(Request(find_table("alpaca-eval"), tmp_path), [], {})
     text = write_report(report).with_suffix(".md").read_text()
@@ -138,7 +138,7 @@ def test_what_a_judge_has_to_do_is_on_the_page(tmp_path):
     assert f"--questions FILE --out {tmp_path}/red/ultrafeedback/seed-42/alpaca-eval.json" in text
 
 
-def test_the_call_is_written_out(tmp_path):
+def test_the_page_shows_the_whole_command(tmp_path):
     request = Request(
         GLUE, tmp_path, tasks=("cola",), seeds=(1, 2), model="my model", settings="default", smoke=True,
         changes={"data.text": None}, row_changes={"red": {"method_options.unit": 1}},

@@ -40,7 +40,7 @@ def runs(request, tmp_path):
     return plan(request, tmp_path / "assets")
 
 
-def test_all_of_a_table(tmp_path):
+def test_a_whole_table_has_the_papers_rows_tasks_and_seeds(tmp_path):
     found = runs(Request(GLUE, tmp_path / "out"), tmp_path)
     assert len(found) == 8 * (3 * 1 + 3 * 5 + 2 * 15)
     assert {run.row for run in found} == {name for name, row in GLUE.rows.items() if row.is_published}
@@ -63,7 +63,7 @@ def test_every_row_and_task_has_its_first_seed_before_any_has_its_second(tmp_pat
     ]  # fmt: skip
 
 
-def test_rows_that_the_paper_has_not_are_run_when_named(tmp_path):
+def test_rows_that_are_not_in_the_paper_are_run_only_when_named(tmp_path):
     [run] = runs(Request(GLUE, tmp_path, rows=("head", "head"), tasks=("mnli",)), tmp_path)
     assert (run.row, run.job.recipe.method) == ("head", "head")
 
@@ -82,14 +82,14 @@ def test_local_data_and_another_base(tmp_path, data):
     assert (cola.epochs, cola.data.max_train_rows, cola.method_options) == (2, 9, {"sites": "qkv"})
 
 
-def test_the_tasks_that_the_data_has(tmp_path, data):
+def test_only_tasks_with_data_are_run(tmp_path, data):
     request = Request(GLUE, tmp_path, rows=("red",), seeds=(1,), data=data)
     assert [run.task for run in runs(request, tmp_path)] == ["sst2", "cola"]
     e2e = Request(find_table("rank-1"), tmp_path, rows=("red",), data=data)
     assert {run.job.recipe.data.path for run in runs(e2e, tmp_path)} == {str(data / "e2e")}
 
 
-def test_base_models_in_a_folder(tmp_path):
+def test_base_models_are_found_in_a_folder(tmp_path):
     request = Request(GLUE, tmp_path, rows=("red",), tasks=("mnli",), base_folder=tmp_path / "models")
     (tmp_path / "models" / "roberta-base").mkdir(parents=True)
     assert runs(request, tmp_path)[0].job.recipe.base.model == str(tmp_path / "models" / "roberta-base")
@@ -114,7 +114,7 @@ def test_base_models_in_a_folder(tmp_path):
         ({"smoke": True, "data": None, "tasks": ("ag_news",)}, "other data sets need --data"),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path, data, changes, message):
+def test_unknown_names_and_missing_folders_are_errors(tmp_path, data, changes, message):
     for name in ("data", "base_folder"):
         if changes.get(name):
             changes = {**changes, name: tmp_path / changes[name]}
@@ -125,7 +125,7 @@ def test_what_is_not_there_is_named(tmp_path, data, changes, message):
     assert not (tmp_path / "assets").exists()
 
 
-def test_changes_of_all_and_of_one_row():
+def test_changes_apply_to_all_rows_or_to_one():
     changes, rows = parse_changes(["epochs=2", "red:learning_rate=1e-2", "red:method_options.unit=2"], GLUE)
     assert changes == {"epochs": 2}
     assert rows == {"red": {"learning_rate": 0.01, "method_options.unit": 2}}
@@ -229,7 +229,7 @@ def test_the_language_models_have_the_papers_values(model, row, values_):
     assert values_ == (recipe.learning_rate, recipe.epochs, recipe.warmup, recipe.weight_decay, recipe.batch_size)
 
 
-def test_the_released_scripts_where_they_differ():
+def test_released_settings_are_those_of_the_scripts():
     assert row_values("roberta-large", "red", "sst2", "released")["learning_rate"] == 3e-3
     assert row_values("roberta-large", "red", "mrpc", "released")["learning_rate"] == 2e-3
     assert row_values("roberta-large", "red+", "sst2", "released")["learning_rate"] == 1e-3
@@ -248,13 +248,13 @@ def test_the_librarys_own_rates_for_another_base():
     assert lora.method_options["r"] == 8
 
 
-def test_a_task_that_the_paper_has_not_takes_no_rate_of_another():
+def test_a_task_that_is_not_in_the_paper_gets_the_default_rate():
     recipe = recipe_for("roberta-base", "full", "ag_news", "paper", {"data.protocol": None})
     assert recipe.learning_rate is None
     assert (recipe.metric, recipe.weight_decay) == (None, 0.1)
 
 
-def test_changes_go_last_and_leave_the_values_alone():
+def test_changes_override_the_values():
     recipe = recipe_for("roberta-base", "red", "cola", "paper", {"method_options.sites": "qkv", "epochs": 1})
     assert recipe.method_options == {"unit": 1, "scale_origin": 0, "sites": "qkv"}
     assert recipe.epochs == 1

@@ -29,7 +29,7 @@ def test_printed_averages_are_those_of_the_columns(name):
             assert statistics.fmean(row.scores.values()) == pytest.approx(row.average, abs=0.101), row.name
 
 
-def test_seeds_and_best():
+def test_seeds_of_a_task_and_how_many_of_the_best_count():
     table = find_table("glue-roberta-base")
     assert table.seeds_of("sst2") == [42, 43, 44, 45, 46]
     assert table.seeds_of("mnli") == [42]
@@ -39,19 +39,19 @@ def test_seeds_and_best():
     assert (t5.seeds_of("rte"), t5.seeds_of("sst2"), t5.best) == (list(range(42, 51)), [42], {"cola": 3, "rte": 3})
 
 
-def test_parameters_as_numbers():
+def test_printed_parameters_are_read_as_numbers():
     rows = find_table("glue-roberta-base").rows
     assert rows["full"].parameter_count == 125e6
     assert rows["red"].parameter_count == pytest.approx(2e4)
     assert rows["head"].parameter_count is None
 
 
-def test_decimals_as_printed():
+def test_a_table_has_as_many_decimals_as_printed():
     digits = {name: table.digits for name, table in tables().items()}
     assert (digits["glue-roberta-base"], digits["e2e-gpt2-medium"], digits["mt-bench"]) == (1, 2, 3)
 
 
-def test_columns_of_data_that_the_table_has_not():
+def test_a_task_outside_the_table_is_a_column_of_its_own():
     glue, e2e = find_table("glue-roberta-base"), find_table("e2e-gpt2-medium")
     assert glue.columns_of(["cola", "ag_news"]) == [Column("cola"), Column("ag_news")]
     assert [column.metric for column in e2e.columns_of(["e2e_cleaned"])] == [

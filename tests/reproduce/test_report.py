@@ -35,7 +35,7 @@ def test_best_five_of_fifteen_and_the_mean_of_all(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_with_no_more_seeds_than_are_chosen_all_count(count):
+def test_all_seeds_count_when_there_are_no_more_than_the_best_k(count):
     found = cell_of([float(x) for x in range(count)], best=5)
     assert not found.is_chosen
     assert found.headline == found.mean == pytest.approx((count - 1) / 2)
@@ -46,7 +46,7 @@ def test_negative_scores_are_the_worst_ones():
     assert cell_of([-0.3, 0.2, -0.1], best=2).chosen == [0.2, -0.1]
 
 
-def test_an_empty_cell():
+def test_a_cell_without_runs_has_no_scores():
     found = cell_of([])
     assert (found.mean, found.headline, found.deviation) == (None, None, None)
     assert average([cell_of([1.0]), found]) is None
@@ -54,7 +54,7 @@ def test_an_empty_cell():
     assert average([]) is None
 
 
-def test_columns_of_one_run_and_a_score_that_is_missing(tmp_path):
+def test_a_missing_score_is_an_empty_cell(tmp_path):
     table = find_table("e2e-gpt2-medium")
     fake_run(tmp_path, "red", "e2e", 42, {"loss": 1.0, "bleu": 60.5, "nist": 8.1, "meteor": None}, metric="loss")
     runs = finished_runs(table, tmp_path)["red", "e2e"]
@@ -68,14 +68,14 @@ def test_without_a_test_split_validation_counts(tmp_path):
     assert cell(GLUE, Column("sst2"), runs, {}).headline == 50
 
 
-def test_other_folders_are_no_runs(tmp_path):
+def test_unfinished_and_unknown_folders_are_not_runs(tmp_path):
     fake_run(tmp_path, "red", "sst2", 1, {"accuracy": 0.9})
     fake_run(tmp_path, "not-a-row", "sst2", 1, {"accuracy": 0.9})
     (tmp_path / "lora" / "sst2" / "seed-3").mkdir(parents=True)  # not finished
     assert list(finished_runs(GLUE, tmp_path)) == [("red", "sst2")]
 
 
-def test_scores_of_a_judge(tmp_path):
+def test_scores_of_a_judge_become_cells(tmp_path):
     table = find_table("mt-bench")
     folder = fake_run(tmp_path, "red", "ultrafeedback", 42, None, metric="loss")
     (folder / "mt-bench-scores.json").write_text(json.dumps({"turn_1": 5.5, "turn_2": 3, "average": 4.25}))
@@ -83,7 +83,7 @@ def test_scores_of_a_judge(tmp_path):
     assert [cell(table, column, runs, {}).headline for column in table.columns] == [5.5, 3.0, 4.25]
 
 
-def test_what_so_few_test_rows_allow(tmp_path):
+def test_the_standard_error_from_the_number_of_test_rows(tmp_path):
     fake_run(tmp_path, "red", "sst2", 1, {"accuracy": 0.9})
     fake_run(tmp_path, "red", "stsb", 1, {"pearson": 0.8}, metric="pearson")
     fake_run(tmp_path, "red", "cola", 1, {"matthews": 0.8}, metric="matthews")
@@ -93,7 +93,7 @@ def test_what_so_few_test_rows_allow(tmp_path):
     assert sampling_error(runs["cola"]) is None
 
 
-def test_parameters_as_the_paper_counts_them():
+def test_parameters_are_counted_without_the_head():
     result = {"method": "red", "trainable_parameters": 1384, "head_parameters": 1000}
     assert beside_head(result) == 384
     assert beside_head({**result, "method": "full"}) == 1384

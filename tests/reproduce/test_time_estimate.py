@@ -51,7 +51,7 @@ def test_an_estimate_is_steps_and_rows_of_each_run(data, monkeypatch):
     assert seconds([]) == 0
 
 
-def test_equal_questions_are_answered_once(tmp_path):
+def test_equal_questions_count_once(tmp_path):
     pytest.importorskip("sacrebleu")
     for split, rows in (("train", 9), ("validation", 4), ("test", 12)):
         lines = [json.dumps({"mr": f"name[{row % 3}]", "ref": f"It is {row}."}) for row in range(rows)]
@@ -64,7 +64,7 @@ def test_equal_questions_are_answered_once(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["classification", "e2e"])
-def test_a_try_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
+def test_the_trial_run_is_short_and_leaves_nothing(data, monkeypatch, task):
     seen, clock = {}, iter((100.0, 110.0))
 
     def train(recipe, folder):
@@ -86,7 +86,7 @@ def test_a_try_trains_a_little_and_leaves_nothing(data, monkeypatch, task):
     assert not seen["folder"].parent.exists()
 
 
-def test_missing_data_and_bases_are_found_out(data, tiny_encoder_folder):
+def test_missing_data_and_bases_are_errors(data, tiny_encoder_folder):
     with pytest.raises(UserError, match="no such model folder: ./none"):
         count_rows([run(data, data / "one", base="./none")])
     with pytest.raises(UserError, match="no such file or folder"):
