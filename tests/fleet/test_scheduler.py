@@ -214,6 +214,25 @@ def test_a_pass_that_does_not_fit_is_made_smaller(make_job, queue_of, monkeypatc
     assert all("error" not in result for result in queue.results.values())
 
 
+def test_the_first_pass_is_made_smaller_until_it_fits(make_job, queue_of, monkeypatch):
+    step, most = Fleet.step, 6
+
+    def full(self, batch, slots, rates):
+        if len(slots) > most:
+            raise torch.OutOfMemoryError
+        return step(self, batch, slots, rates)
+
+    monkeypatch.setattr(Fleet, "step", full)
+    events, queue = [], queue_of([make_job("job", "tiny", batch_size=2)])
+    train_fleets(queue, report=events.append)
+    assert "error" not in queue.results["job"]
+    assert [event["tokens"] for event in events if event["event"] == "fleet"] < [scheduler.TOKENS]
+    most = 0
+    queue = queue_of([make_job("other", "tiny")])
+    train_fleets(queue)
+    assert "its batch does not fit into memory: lower batch_size or max_length" in queue.results["other"]["error"]
+
+
 def test_a_fleet_of_one_batch_that_does_not_fit(make_job, queue_of, monkeypatch):
     step = Fleet.step
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections.abc import Hashable, Mapping
@@ -17,7 +16,7 @@ from redpeft.console import counted
 from redpeft.errors import RunError, Stopped
 from redpeft.fleet.fleet import Fleet, MustTrainAlone
 from redpeft.fleet.job import ActiveJob, BatchRequest, BatchResult
-from redpeft.fleet.memory import plan_memory
+from redpeft.fleet.memory import MemoryPlan, plan_memory
 from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
 from redpeft.fleet.template_model import TemplateModel
 from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
@@ -25,6 +24,7 @@ from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
 from redpeft.training.train import TrainingRun
 
 TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, busy
+OUT_OF_MEMORY = "its batch does not fit into memory: lower batch_size or max_length"
 SLOTS = 64  # enough to find batches of similar length among them
 
 
@@ -40,7 +40,6 @@ def train_fleets(queue: Queue, slots: int | None = None, tokens: int | None = No
     saved, and `UserError` where the slots asked for do not fit into memory.
     """
     bars_on_terminals_only()
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     control = SimpleNamespace(terminated=False)
     loader = JobLoader(queue, report)
     refused: dict[Hashable, MustTrainAlone] = {}  # by kind: the model is not loaded again for each job
@@ -113,15 +112,25 @@ class Scheduler:
     def _make_fleet(self, slots: int | None) -> Fleet:
         """With as many slots as are asked for, or as help; `NoRoom` where they do not fit into memory."""
         model, autocast = self.template.model, self.template.autocast
-        batch, rows = self._full_batch()
-        probe = Fleet(model, 1, autocast=autocast)
-        probe.check_loss(batch)
-        plan = plan_memory(probe, batch, rows)
+        plan = self._measure(Fleet(model, 1, autocast=autocast))
         count = plan.choose(min(self.loader.queue.left(), slots or SLOTS), slots)
         fleet = Fleet(model, count, autocast=autocast)
         fleet.decay(Trainer.get_decay_parameter_names(cast("Trainer", None), model))  # it needs no Trainer
         self.loader.report({"event": "fleet", "slots": count, "tokens": self.tokens, **vars(plan), "plan": str(plan)})
         return fleet
+
+    def _measure(self, fleet: Fleet) -> MemoryPlan:
+        """Try a full pass with a fleet of one slot; on a GPU, passes are made smaller until one fits."""
+        while True:
+            batch, rows = self._full_batch()
+            try:
+                fleet.check_loss(batch)
+                return plan_memory(fleet, batch, rows)
+            except torch.OutOfMemoryError:
+                if rows <= self.first.job.recipe.batch_size:
+                    raise RunError(OUT_OF_MEMORY) from None
+                self.tokens //= 2
+            torch.cuda.empty_cache()
 
     def _full_batch(self) -> tuple[dict[str, Any], int]:
         """The longest training row of the first run, repeated until a pass is full: the batch, and its rows."""
@@ -164,7 +173,7 @@ class Scheduler:
             else:
                 active = self.jobs[slots[0]]
                 with self.loader.failing(active.job):
-                    raise RunError("its batch does not fit into memory: lower batch_size or max_length") from None
+                    raise RunError(OUT_OF_MEMORY) from None
                 self._remove(active)
             torch.cuda.empty_cache()
             return

@@ -59,6 +59,7 @@ class TemplateModel:
         self.model = self.learner.model.to(_training_device())
         self._base = self.model.get_base_model()
         leave_unpacked(self._base)
+        self._base.config.get_text_config().use_cache = False  # no pass continues a text
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         self._start = {
             name: tensor.clone()
