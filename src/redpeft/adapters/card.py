@@ -31,17 +31,17 @@ def write_card(
     recipe: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write `folder`/README.md for the adapter that lies there, RED's or another PEFT method's; returns its path.
+    """Write `folder`/README.md for the adapter in it, RED's or another PEFT method's; returns its path.
 
-    `metrics` are the figures of the table of results, `labels` the classes of a classifier in their order, `recipe`
-    the resolved recipe. `license` is the author's to give and is left out otherwise. UserError as `read_adapter`.
+    `metrics`: numbers for the table of results; `labels`: a classifier's classes in order; `recipe`: the resolved
+    recipe; `license`: only the author can give one. `UserError` as `read_adapter`.
     """
     config = read_config(folder)
     red = config["peft_type"] == "REDPEFT"
     base = config.get("base_model_name_or_path")
     local = base is None or Path(base).exists()
     data = ModelCardData(
-        # A path on the author's disk is not a model id: the Hub refuses a card that gives one.
+        # the Hub refuses a card whose base model is a local path
         base_model=None if local else base,
         library_name="peft",
         license=license,

@@ -1,16 +1,16 @@
-"""The one reader of adapter folders, and the one writer beside PEFT's own.
+"""The one reader of adapter folders, and a writer besides PEFT's own.
 
     adapter_config.json         what was edited and on which base model
     adapter_model.safetensors   base_model.model.<module path>.redpeft_edit.scale_offset | bias | unit, and the head's
 
-Whatever needs a trained edit (inspect, model card, fold, serve) reads it here, so all of them refuse the same folders
-with the same words. Only safetensors is read, never a pickle.
+Everything that needs a trained adapter (inspect, model card, fold, serve) reads it here, so all of them refuse the
+same folders with the same messages. Only safetensors files are read, never pickles.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +33,9 @@ EDIT = ".redpeft_edit."
 
 
 class EffectiveEdit(NamedTuple):
-    """One site's edit in the output's own size, `h' = scale * h + bias`: vectors of shape (width,).
+    """One site's edit, `h' = scale * h + bias`, with the bias in the output's own size: vectors of shape (width,).
 
-    What is read from a folder is in fp64, in which it is exact, so that writing it gives the same numbers again.
+    Edits that are read from a folder are fp64, which is exact: written again they give the same numbers.
     """
 
     scale: torch.Tensor
@@ -54,7 +54,8 @@ class Adapter:
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """`adapter_config.json` of an adapter of any PEFT type. UserError: no folder, no such file, or not JSON."""
+    """The `adapter_config.json` of an adapter of any PEFT type. `UserError`: no such folder or file, or another
+    content."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder")
@@ -62,16 +63,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{folder}: no {CONFIG_NAME} there, so this is not an adapter folder")
     try:
-        content = path.read_bytes()
+        config = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse_config(content, path)
-
-
-def parse_config(content: bytes, path: Path) -> dict[str, Any]:
-    """What an `adapter_config.json` holds that was read from `path`. UserError: not JSON, or of something else."""
-    try:
-        config = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -96,20 +90,13 @@ def read_adapter(folder: str | Path) -> Adapter:
     or a pickle, tensors missing or left over against `target_modules`, shapes that disagree and values not finite.
     """
     folder = Path(folder)
-    return as_adapter(folder, read_config(folder), lambda: read_tensors(folder))
-
-
-def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str, torch.Tensor]]) -> Adapter:
-    """The adapter of this configuration and of the tensors that `read` gives, with the checks of `read_adapter`.
-
-    `folder` is where they lie, or how the messages are to call the place.
-    """
+    config = read_config(folder)
     if config["peft_type"] != "REDPEFT":
         raise UserError(f"{folder}: this is a {config['peft_type']} adapter, not a RED adapter (REDPEFT)")
     parts: dict[str, dict[str, torch.Tensor]] = {}
     head = {}
-    for key, tensor in sorted(read().items()):  # safetensors gives them in any order
-        if (named := split_key(key)) is not None:
+    for key, tensor in sorted(read_tensors(folder).items()):  # safetensors has no fixed order
+        if (named := _split_key(key)) is not None:
             parts.setdefault(named[0], {})[named[1]] = tensor.double()
         else:
             head[plain_name(key).removeprefix(PREFIX)] = tensor
@@ -129,20 +116,20 @@ def as_adapter(folder: Path, config: dict[str, Any], read: Callable[[], dict[str
 
 
 def read_sites(folder: str | Path) -> list[str]:
-    """The modules that a RED adapter edits, by the names of its tensors: no more is read of the file than its header.
+    """The modules that a RED adapter edits, by the names of its tensors; only the file's header is read.
 
     Raises `UserError` for a file that is missing, corrupt, truncated or a pickle, or that holds no edits.
     """
     with _weights(Path(folder)) as path, safe_open(path, framework="pt") as file:
         keys = list(file.keys())
-    sites = dict.fromkeys(named[0] for key in keys if (named := split_key(key)) is not None)
+    sites = dict.fromkeys(named[0] for key in keys if (named := _split_key(key)) is not None)
     if not sites:
         raise UserError(f"{path}: no edits in it")
     return list(sites)
 
 
-def split_key(key: str) -> tuple[str, str] | None:
-    """The module that a tensor of this name edits, and by which vector; None: it is no part of an edit."""
+def _split_key(key: str) -> tuple[str, str] | None:
+    """The module that a tensor of this name edits, and the vector's name; None: it is not part of an edit."""
     site, is_edit, vector = plain_name(key).removeprefix(PREFIX).rpartition(EDIT)
     return (site, vector) if is_edit else None
 
@@ -152,8 +139,8 @@ def write_adapter(adapter: Adapter) -> None:
 
     The configuration is `adapter.config`, with the sites of the edits as its `target_modules`. Vectors are rounded to
     fp32: the scale after subtraction of its origin, the bias after division by its unit; the head is written as it is.
-    Raises `UserError` for a folder that is there and not empty or cannot be written, for no edits, shapes that
-    disagree and values not finite in fp32; nothing is left behind then.
+    Raises `UserError` for a folder that is not empty or cannot be written, for no edits, shapes that disagree and
+    values that are not finite in fp32; nothing is left behind then.
     """
     if not adapter.edits:
         raise UserError(f"{adapter.folder}: no site is left to edit, so there is nothing to write")
@@ -175,7 +162,7 @@ def write_adapter(adapter: Adapter) -> None:
 def load_adapter(
     base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default"
 ) -> PeftModel:
-    """`PeftModel.from_pretrained` that refuses what PEFT would load with a warning or without a word.
+    """`PeftModel.from_pretrained` that refuses what PEFT would load with a warning only, or silently.
 
     Raises `UserError` for whatever `read_adapter` refuses, and for an adapter of another base model: other module
     names, other widths, a head of other shapes, or other weights (by fingerprint). The base is untouched then.
@@ -189,15 +176,15 @@ def load_adapter(
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of an adapter of any PEFT type. UserError: none there, a pickle, or a damaged file."""
+    """The tensors of an adapter of any PEFT type. `UserError`: no file, a pickle, or a damaged file."""
     with _weights(folder) as path:
-        # not load_file: it keeps half a KB, and maps the file, so that one cut short meanwhile would end a server
+        # not load_file: it maps the file into memory, and a file that is truncated meanwhile would end a server
         return load(path.read_bytes())
 
 
 @contextmanager
 def _weights(folder: Path) -> Iterator[Path]:
-    """The file with an adapter's tensors, whose errors are told in a line while it is read."""
+    """The file with an adapter's tensors. Errors while it is read become a `UserError`."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
@@ -212,15 +199,15 @@ def _weights(folder: Path) -> Iterator[Path]:
 
 
 def _with_plain_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Without the names that a compiled model had; a fingerprint of such names fits no plain model."""
+    """Without the prefixes of a compiled model's names; a fingerprint of such names matches no plain model."""
     targets = config.get("target_modules")
     names = [plain_name(str(name)) for name in targets] if isinstance(targets, list) else targets
     return config if names == targets else {**config, "target_modules": names, "base_fingerprint": None}
 
 
 def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Tensor]]) -> str:
-    """Every target has a site, every site is one that a target names, and every site has its three tensors. Returns
-    the name of the scale's, one for all: files of version 1 are known by it."""
+    """Check that every target has a site, every site has a target, and every site has its three tensors. Returns the
+    name of the scale's tensors, which tells the version of the file."""
     if not targets or not isinstance(targets, list):
         raise UserError(f"{folder / CONFIG_NAME}: target_modules is not a list of the edited modules' names")
     name = next((name for name in ORIGINS if any(name in part for part in parts.values())), "scale_offset")
@@ -241,7 +228,7 @@ def _check_keys(folder: Path, targets: Any, parts: dict[str, dict[str, torch.Ten
 
 
 def _matches(target: str, site: str) -> bool:
-    """PEFT's rule: a full name, or the end of one (it shortens long lists to such)."""
+    """PEFT's rule: a full name, or the end of one (PEFT shortens long lists to common endings)."""
     return site == target or site.endswith(f".{target}")
 
 
@@ -261,7 +248,7 @@ def _check_tensors(where: str, part: dict[str, torch.Tensor]) -> None:
 
 
 def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
-    """Why the adapter does not belong on this base model, as the end of a sentence, or None."""
+    """Why the adapter does not fit this base model, as the end of a sentence; None if it fits."""
     modules = dict(base_model.named_modules(remove_duplicate=False))
     unknown = [site for site in adapter.edits if site not in modules]
     if unknown:

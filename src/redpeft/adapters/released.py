@@ -92,9 +92,9 @@ class Exported:
 def import_released(path: str | Path, base: str, out: str | Path) -> Imported:
     """Turn a `delta_vector.pth` of the released code, or the folder that holds it, into the adapter folder `out`.
 
-    `base` is the base model: a hub name, or a folder in which a config.json is enough. Values are kept, in fp32.
-    Raises `UserError`, before anything is written, for files that are not in the released format (the tensor is
-    named), for another base model than the one that was edited, and for an `out` that is not an empty folder.
+    `base` is the base model: a Hub name, or a folder with at least a config.json. Values are kept, in fp32. Raises
+    `UserError`, before anything is written, for files that are not in the released format (it names the tensor), for
+    another base model than the one that was edited, and for an `out` that is not an empty folder.
     """
     released = read_released(path)
     model, task = _base_model(released, base)
@@ -104,7 +104,7 @@ def import_released(path: str | Path, base: str, out: str | Path) -> Imported:
     _check_head(released.path.with_name(HEAD), base, model, head)
     config = RedConfig(
         sites=sites,
-        scale_origin=0.0,  # and no unit has been measured: when it is trained on, both are set
+        scale_origin=0.0,  # this and the unit are set when the adapter is trained further
         task_type=task,
         modules_to_save=[CLASSIFIER.rstrip(".")] if head else None,
         base_model_name_or_path=base,
@@ -117,10 +117,10 @@ def import_released(path: str | Path, base: str, out: str | Path) -> Imported:
 
 
 def export_released(adapter: Adapter, out: str | Path) -> Exported:
-    """Write an adapter to the folder `out` as the released code does: what was imported comes back bit for bit.
+    """Write an adapter to the folder `out` as the released code does; an imported checkpoint comes back bit for bit.
 
     The bias that is written is the effective one, `unit * bias`. Raises `UserError`, before anything is written, for
-    modules or a head that the released format has no place for, and for an `out` that is not an empty folder.
+    modules or a head that the released format cannot hold, and for an `out` that is not an empty folder.
     """
     edits = {site.removeprefix(ENCODER): edit for site, edit in adapter.edits.items()}
     if strange := [site for site in adapter.edits if not site.removeprefix(ENCODER).startswith(tuple(MODELS))]:

@@ -123,11 +123,11 @@ def comparison_table(rows: Sequence[SiteComparison], title: str) -> Table:
 
 
 def plot(adapters: Sequence[Adapter], path: str | Path) -> Path:
-    """A PNG with one row of two panels per adapter, along depth: distance of scale from 1, size of bias in units.
+    """Draw a PNG with a row of two panels per adapter: the scale's distance from 1 and the bias in units, by layer.
 
-    One line per place in the layers (for RED+: five); dotted, the layer's largest bias.
+    There is one line for each place in a layer (five for RED+); the dotted line is the layer's largest bias.
     """
-    from matplotlib.figure import Figure  # no pyplot: no display and no global state
+    from matplotlib.figure import Figure  # not pyplot, which has global state
 
     figure = Figure(figsize=(9, 0.6 + 2.7 * len(adapters)), layout="constrained")
     panels = figure.subplots(len(adapters), 2, squeeze=False, sharey="col")
@@ -158,7 +158,7 @@ def layer_pattern(site: str) -> str:
 
 
 def _by_depth(sites: Iterable[str]) -> list[str]:
-    """Sorted with the numbers in the names as numbers: layer 10 comes after layer 9."""
+    """Sorted by name, with numbers in names compared as numbers: layer 10 comes after layer 9."""
     return sorted(sites, key=lambda site: [part.zfill(6) if part.isdigit() else part for part in site.split(".")])
 
 
@@ -186,7 +186,7 @@ def _cosine_and_size(a: torch.Tensor, b: torch.Tensor) -> tuple[float | None, fl
 
 @dataclass(frozen=True)
 class Preview:
-    """Counts of parameters. `lora_*` are those of LoRA r=16 on PEFT's default modules, None where PEFT has none."""
+    """Numbers of parameters. `lora_*`: of LoRA r=16 on PEFT's default modules, None where PEFT has no default."""
 
     model: str
     architecture: str
@@ -256,7 +256,7 @@ def _lora(empty: PreTrainedModel) -> tuple[list[str] | None, int | None]:
     """The modules that PEFT's LoRA chooses by itself in this model, and its parameters. Changes the model."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nobody asked to train a LoRA
+            warnings.simplefilter("ignore")  # this LoRA is only counted
             lora = get_peft_model(empty, LoraConfig(r=LORA_RANK), low_cpu_mem_usage=True)
     except ValueError:  # PEFT: "Please specify `target_modules`"
         return None, None

@@ -1,8 +1,9 @@
-"""Models that are Llama by another name: the same function, written as Llama, whose configuration can add biases.
+"""Models that compute the same function as Llama and can be written as Llama, whose configuration can add biases.
 
-Which families these are was read from their source and is tested by their logits. A look at a few switches does not
-tell: SmolLM3 leaves the rotary embedding out of every fourth layer, Granite multiplies, Ernie rotates neighbours. So
-the whole configuration counts: a field that is not Llama's, not listed here, or not at its harmless value means no.
+These families were found by reading their source, and tests compare their logits. A few switches are not enough to
+decide: SmolLM3 leaves the rotary embedding out of every fourth layer, Granite has multipliers, Ernie rotates
+neighbours. So the whole configuration is compared: a field that Llama does not have and that is not listed here with a
+harmless value means no.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ def _all_full(value: Any, config: PretrainedConfig) -> bool:
 
 
 def _no_window(value: Any, config: PretrainedConfig) -> bool:
-    """No window, or one that no sequence outgrows."""
+    """No window, or one that is at least as long as any sequence."""
     return value is None or value >= config.max_position_embeddings
 
 
-# Fields beyond Llama's own, and when they change nothing. A bias that Llama's switch adds beside theirs is zero.
+# Fields that Llama does not have, and when they have no effect. Biases that Llama's switch adds to theirs are zero.
 FAMILIES: dict[str, dict[str, Harmless]] = {
     "mistral": {"sliding_window": _no_window},
     "qwen2": {
@@ -62,7 +63,7 @@ CLASSES = {
 def as_llama(config: PretrainedConfig, architecture: str) -> tuple[str, LlamaConfig]:
     """The Llama class and configuration that compute what `architecture` with `config` computes, tensor by tensor.
 
-    Raises `UserError` that names what is not known to be the same.
+    Raises `UserError` that names a field not known to be the same.
     """
     why_not = _difference(config)
     kind = next((kind for kind in CLASSES if architecture.endswith(kind)), None)
