@@ -105,6 +105,24 @@ def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs:
     return model
 
 
+def load_classifier(
+    auto_class: Any, base: str | Path, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str], **kwargs: Any
+) -> PreTrainedModel:
+    """The base model with a head for these labels, which replaces the head of a base with other labels. A decoder
+    without a pad token gets the tokenizer's. Raises `UserError` as `load_pretrained`."""
+    model = load_pretrained(
+        auto_class,
+        base,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+        **kwargs,
+    )
+    set_pad_token(model, tokenizer)
+    return model
+
+
 def require_folder(base: str | Path) -> Path:
     """`base` as a folder, which need not exist if `base` can be a name on the hub. Raises `UserError` if it can only
     be a folder and there is none."""

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
+from redpeft.models import ensure_pad_token, load_classifier
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
 from redpeft.tasks.base import DataConfig, Task
@@ -34,7 +34,6 @@ from redpeft.tasks.labels import (
     count_names,
     find_labels,
     find_separator,
-    label_ids,
     label_name,
     sort_label_names,
     split_labels,
@@ -197,19 +196,9 @@ class ClassificationTask(Task):
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these labels. A decoder without a pad token gets the tokenizer's."""
-        names = self.label_names or ["LABEL_0"]
-        model = load_pretrained(
-            AutoModelForSequenceClassification,
-            base,
-            num_labels=len(names),
-            id2label=dict(enumerate(names)),
-            label2id=label_ids(names),
-            problem_type=self.problem_type,
-            ignore_mismatched_sizes=True,  # the head of a base with other labels is replaced
-            **kwargs,
-        )
-        set_pad_token(model, tokenizer)
-        return model
+        labels = self.label_names or ["LABEL_0"]
+        kwargs["problem_type"] = self.problem_type
+        return load_classifier(AutoModelForSequenceClassification, base, tokenizer, labels, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadding:
         """Pads a batch to its longest row."""

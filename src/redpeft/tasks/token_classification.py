@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.models import ensure_pad_token, load_pretrained, set_pad_token
+from redpeft.models import ensure_pad_token, load_classifier
 from redpeft.tasks import columns as cols
 from redpeft.tasks import metrics
 from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.labels import count_names, find_labels, label_ids, label_name, sort_label_names
+from redpeft.tasks.labels import count_names, find_labels, label_name, sort_label_names
 from redpeft.tasks.metrics import IGNORED
 
 logger = logging.getLogger(__name__)
@@ -152,17 +152,7 @@ class TokenClassificationTask(Task):
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model with a head for these tags."""
-        model = load_pretrained(
-            AutoModelForTokenClassification,
-            base,
-            num_labels=len(self.label_names),
-            id2label=dict(enumerate(self.label_names)),
-            label2id=label_ids(self.label_names),
-            ignore_mismatched_sizes=True,  # the head of a base with other tags is replaced
-            **kwargs,
-        )
-        set_pad_token(model, tokenizer)
-        return model
+        return load_classifier(AutoModelForTokenClassification, base, tokenizer, self.label_names, **kwargs)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> DataCollatorForTokenClassification:
         """Pads a batch and its labels to its longest row."""
