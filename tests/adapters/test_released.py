@@ -494,9 +494,9 @@ SCALING, BIAS = (f"transformer.h.1.mlp.c_proj.delta_vector.activation_{part}" fo
         ({BIAS: torch.full((1, 16), float("-inf"))}, f"{BIAS} has values that are not finite"),
         (
             {"transformer.h.1.mlp.c_proj.delta_vector.activation_ln.weight": torch.ones(1, 16)},
-            "transformer.h.1.mlp.c_proj.delta_vector.activation_ln.weight is no activation_scaling",
+            "transformer.h.1.mlp.c_proj.delta_vector.activation_ln.weight is neither the activation_scaling",
         ),
-        ({"lm_head.weight": torch.ones(1, 16)}, "lm_head.weight is no activation_scaling"),
+        ({"lm_head.weight": torch.ones(1, 16)}, "lm_head.weight is neither the activation_scaling"),
     ],
 )
 def test_names_the_tensor_that_does_not_fit(tmp_path, change, message):

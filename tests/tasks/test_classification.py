@@ -251,8 +251,8 @@ def test_metric_and_problem_type_that_do_not_exist():
         ),
         (
             ["a", "b", "c", "d"],
-            "train.csv: column 'label' has another value in each of the 4 rows, such as 'a', as an identifier or a "
-            "text has, and no classes: name the label's column with data.label, or for numbers give "
+            "train.csv: column 'label' has a different value in each of the 4 rows, such as 'a', like an identifier "
+            "or a text, so it holds no classes: name the label's column with data.label, or for numbers give "
             "problem_type=regression",
         ),
         ([2.5, 2.5, 2.5, 2.5], "train.csv: every row has the label 2.5, so there is nothing to learn"),
@@ -387,7 +387,7 @@ def test_encoding_cuts_pairs_and_keeps_only_what_models_take(tiny_tokenizer):
     assert len(long.encode(texts, tiny_tokenizer, with_labels=False)[0]["input_ids"]) == 502
     for one, data, length, special in ((long, texts, 2, 2), (task, make(rows), 4, 3)):
         with pytest.raises(
-            UserError, match=f": {length} tokens leave no room for a text beside {special} special ones: "
+            UserError, match=f": {length} tokens leave no room for a text after {special} special ones: "
         ):
             one.encode(data, tiny_tokenizer, length, with_labels=False)
 

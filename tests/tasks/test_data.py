@@ -140,7 +140,7 @@ def test_hub_splits_and_errors(monkeypatch):
     with pytest.raises(UserError) as caught:
         read_splits(DataConfig(path="owner/rows"))
     assert str(caught.value) == (
-        "no file or folder 'owner/rows', and not read from the Hugging Face hub: Couldn't reach the Hub"
+        "no file or folder 'owner/rows', and reading it from the Hugging Face Hub failed: Couldn't reach the Hub"
     )
 
 

@@ -128,7 +128,7 @@ def test_long_rows_are_cut(llama_tokenizer):
 
 def test_what_cannot_be_learned(tokenizer):
     with pytest.raises(
-        UserError, match="^64 tokens leave no room for a text behind an MR of up to 64: raise max_length, or take a"
+        UserError, match="^64 tokens leave no room for a text after an MR of up to 64: raise max_length, or take a"
     ):
         task_of(ROWS).encode(make(ROWS), tokenizer, 64)
     tokenizer.eos_token = None

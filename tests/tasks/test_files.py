@@ -189,7 +189,7 @@ def test_a_column_without_a_name_gets_one(tmp_path):
 def test_a_table_without_a_header(tmp_path):
     path = write(tmp_path / "a.csv", "hello there,good\nbad stuff,bad\nso bad,bad\nwell,good\nfine,good\n")
     message = error_of(path)
-    assert "a.csv: its first row looks like data and not like the names of the columns: it holds 'good'" in message
+    assert "a.csv: its first row looks like data, not like column names: it holds 'good'" in message
     assert "data.header=none takes it as a row, data.header=first as names" in message
     assert read_file(path, header="none")["column_1"][0] == "hello there"
     assert len(read_file(path, header="first")) == 4
@@ -202,8 +202,8 @@ def test_a_table_without_a_header(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("text,label\na,b\na,b,c\n", 'a.csv, row 2: it has 3 cells, and the first row has 2; a text that holds the'),
-        ("text,label\na\n", "a.csv, row 1: it has 1 cell, and the first row has 2"),
+        ("text,label\na,b\na,b,c\n", 'a.csv, row 2: it has 3 cells, but the first row has 2; a text that holds the'),
+        ("text,label\na\n", "a.csv, row 1: it has 1 cell, but the first row has 2"),
         ("text,label\na,b\ntext,label\nc,d\n", "a.csv, row 2: it repeats the first row. Remove that line, or"),
         ("text, label\na,b\n text,label\nc,d\n", "a.csv, row 2: it repeats the first row."),
         ("hello,x\nbad,y\nhello,x\n", "row 2: it repeats the first row. Remove that line, or give data.header=none"),

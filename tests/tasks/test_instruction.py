@@ -180,7 +180,7 @@ def test_prompts_that_end_otherwise_where_an_answer_follows(tiny_chat_tokenizer,
     tokenizer.chat_template += "{% if add_generation_prompt %}thinking{% endif %}"
     encoded = task_of(PAIRS).encode(make(PAIRS), tokenizer)
     assert parts(encoded, tokenizer)[0] == ("<|user|>\nSay yes\n<|assistant|>\n", "yes</s>\n")
-    assert "train.jsonl: 2 of 2 prompts end in other tokens where a response follows" in caplog.text
+    assert "train.jsonl: 2 of 2 prompts are tokenised differently when a response follows" in caplog.text
 
 
 def test_a_tokenizer_that_raises_on_a_text(plain_tokenizer):

@@ -292,7 +292,7 @@ def test_a_part_of_a_large_set_is_halved_and_says_so(caplog):
     ("task", "protocol", "splits", "message"),
     [
         ("ag_news", "glue", {"train": 9, "validation": 9}, "splits mnli, sst2.*not 'ag_news': name one of them"),
-        ("sst2", "glue", {"train": 9}, "needs the public validation set of sst2, and there is none"),
+        ("sst2", "glue", {"train": 9}, "needs the public validation set of sst2, which is missing"),
         ("rte", "glue", {"train": 9, "validation": 1}, "has 1 rows: too few to take 1 of them out"),
         ("sst2", "glue-t5", {"train": 1000, "validation": 9}, "has 1000 rows: too few to take 1000 of them out"),
     ],

@@ -154,7 +154,7 @@ def test_a_format_that_is_named_decides(text, options, expected):
         ('[{"text": "a"},\n', "^standard input, line 2: broken JSON"),
         ("[\n1, 2]", "^standard input, row 1: expected an object .* found '1'"),
         ("hello\n" * 99 + "b\0d\n", "^standard input, line 100: it holds NUL bytes"),
-        ('id,text\n1,a\n2,b,c\n', "^standard input, row 2: it has 3 cells, and the first row has 2"),
+        ('id,text\n1,a\n2,b,c\n', "^standard input, row 2: it has 3 cells, but the first row has 2"),
         ('id,text\n1,"a\n2,b\n', "^standard input, row 1: a quotation mark is never closed"),
         ("id,text\n1,a\nid,text\n", "^standard input, row 2: it repeats the first row"),
         (b"PK\x03\x04....", "^standard input is not a text file: it is an Excel workbook"),

@@ -302,7 +302,9 @@ def _read_edits(path: Path) -> tuple[dict[str, EffectiveEdit], torch.dtype]:
     for key, tensor in tensors.items():
         name, _, part = key.rpartition(MARK)
         if not name or part not in (BIAS, SCALE):
-            raise UserError(f"{path}: {key} is no {SCALE} and no {BIAS} of a module, and redpeft reads these alone")
+            raise UserError(
+                f"{path}: {key} is neither the {SCALE} nor the {BIAS} of a module, and redpeft reads only these"
+            )
         if tensor.ndim != 2 or tensor.shape[0] != 1 or tensor.dtype != dtype:
             raise UserError(
                 f"{path}: {key} is {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, and not "

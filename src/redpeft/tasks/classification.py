@@ -375,9 +375,9 @@ def _check_variety(train: Dataset, column: str | list[str], first: Any, labels: 
         raise UserError(f"{cols.source(train)}: every row has the label {first!r}, so there is nothing to learn")
     if kind == SINGLE and distinct == len(labels) > 2:
         raise UserError(
-            f"{cols.source(train)}: column {column!r} has another value in each of the {len(labels)} rows, such as "
-            f"{str(first)[:60]!r}, as an identifier or a text has, and no classes: name the label's column with "
-            "data.label, or for numbers give problem_type=regression"
+            f"{cols.source(train)}: column {column!r} has a different value in each of the {len(labels)} rows, such "
+            f"as {str(first)[:60]!r}, like an identifier or a text, so it holds no classes: name the label's column "
+            "with data.label, or for numbers give problem_type=regression"
         )
 
 

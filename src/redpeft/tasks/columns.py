@@ -312,7 +312,7 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, *texts: list, limit: int | Non
         return encoded
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) > 1)
     if limit < special + len(texts):  # tokenizers ignore this
-        raise UserError(f"{limit} tokens leave no room for a text beside {special} special ones: raise max_length")
+        raise UserError(f"{limit} tokens leave no room for a text after {special} special ones: raise max_length")
     encoded = tokenizer(*texts, truncation=True, max_length=limit, **options)
     full = [row for row, ids in enumerate(encoded["input_ids"]) if len(ids) >= limit]
     cut = [False] * len(texts[0])

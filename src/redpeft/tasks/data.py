@@ -116,7 +116,7 @@ def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
         Exception
     ) as error:  # the hub's client raises errors of many kinds, from no network to no such configuration
         raise UserError(
-            f"no file or folder {path!r}, and not read from the Hugging Face hub: {first_line(error)}"
+            f"no file or folder {path!r}, and reading it from the Hugging Face Hub failed: {first_line(error)}"
         ) from None
     return _named_splits({name.lower(): with_rows(split, f"{path} ({name})") for name, split in found.items()})
 

@@ -112,7 +112,7 @@ class E2ETask(Task):
         self.check(dataset, with_labels)
         if max_length is not None and max_length <= MR_TOKENS:
             raise UserError(
-                f"{max_length} tokens leave no room for a text behind an MR of up to {MR_TOKENS}: raise max_length, "
+                f"{max_length} tokens leave no room for a text after an MR of up to {MR_TOKENS}: raise max_length, "
                 "or take a base model that reads longer rows"
             )
         if tokenizer.eos_token_id is None:

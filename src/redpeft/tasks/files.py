@@ -348,7 +348,7 @@ def table_rows(found: Records, name: str, header: str | None = None) -> Rows:
         if len(record) != len(names):
             seen = f"{len(record)} cell{'s' if len(record) > 1 else ''}"
             raise UserError(
-                f"{_place(name, number)}: it has {seen}, and the first row has {len(names)}; a text that holds the "
+                f"{_place(name, number)}: it has {seen}, but the first row has {len(names)}; a text that holds the "
                 'separator belongs in "quotes"'
             )
         if header != "none" and cells == names:
@@ -368,7 +368,7 @@ def _table(name: str, found: Records, header: str | None) -> Dataset | None:
     columns = {column: [row[column] for _, row in numbered] for column in numbered[0][1]}
     if header is None and (cell := _looks_like_data(columns)):
         raise UserError(
-            f"{name}: its first row looks like data and not like the names of the columns: it holds {cell[:40]!r}. "
+            f"{name}: its first row looks like data, not like column names: it holds {cell[:40]!r}. "
             "data.header=none takes it as a row, data.header=first as names"
         )
     table = pa.table({column: pa.array(cells, pa.string()) for column, cells in columns.items()})

@@ -157,8 +157,8 @@ class InstructionTask(Task):
         encoded = cols.tokenise(dataset, tokenise)
         if changed:
             logger.warning(
-                "%s: %d of %d prompts end in other tokens where a response follows, so that the model will answer "
-                "behind a text that it has not seen in training",
+                "%s: %d of %d prompts are tokenised differently when a response follows: the model will answer "
+                "after a text that it has not seen in training",
                 cols.source(dataset),
                 changed,
                 len(encoded),

@@ -175,7 +175,7 @@ def glue_splits(splits: dict[str, Dataset], task: str, protocol: str, seed: int)
             "data.config_name, or leave the protocol out"
         )
     if "validation" not in splits:
-        raise UserError(f"data.protocol {protocol} needs the public validation set of {task}, and there is none")
+        raise UserError(f"data.protocol {protocol} needs the public validation set of {task}, which is missing")
     train, public = splits["train"], splits["validation"]
     if protocol == "glue-t5" and name in LARGE[protocol]:
         validation, rest = _cut(train, HELD_OUT, seed)

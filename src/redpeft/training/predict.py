@@ -123,9 +123,7 @@ def _labels(folder: Path, model: str) -> list[str]:
     own = (".redpeft_", ".lora_", ".ia3_")
     heads = [tensor for name, tensor in read_tensors(folder).items() if not any(part in name for part in own)]
     if not heads:
-        raise UserError(
-            f"{folder} holds no head, without which it labels nothing: redpeft compose --head takes one over"
-        )
+        raise UserError(f"{folder} has no head, so it cannot predict labels: redpeft compose --head adds one")
     count = min(len(tensor) for tensor in heads)
     require_folder(model)
     known = getattr(load_config(model), "id2label", None) or {}
