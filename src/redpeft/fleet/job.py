@@ -1,4 +1,4 @@
-"""One job of a fleet, as it trains: a training loop that asks for its forward passes instead of making them.
+"""One job of a fleet as it trains: a training loop that requests its forward passes instead of making them.
 
 `ActiveJob._loop` reads as a run on its own does: epochs of batches, an evaluation after each, the best one kept, a
 checkpoint. It is a generator: it yields a `BatchRequest`, and is sent a `BatchResult` once the fleet has computed it
@@ -90,10 +90,9 @@ class BatchResult:
 
 
 class ActiveJob:
-    """A job in a slot of a fleet; it begins where its last checkpoint stands.
+    """A job in a slot of a fleet. It begins from its last checkpoint, or else as the model's own adapter is now.
 
-    `run` is made on the fleet's model, whose own adapter holds what a new job begins with. `lock` is held on the run
-    folder while the job is in the fleet.
+    `run` is prepared on the fleet's model. `lock` holds the run folder while the job is in the fleet.
     """
 
     def __init__(self, job: Job, run: TrainingRun, fleet: Fleet, slot: int, lock: ExitStack) -> None:
@@ -118,8 +117,8 @@ class ActiveJob:
         self._resume()
 
     def advance(self, result: BatchResult | None = None) -> None:
-        """Go on with the result of the last request to the next `request`. It is None where the job pauses, and where
-        the job has ended, which has `scores` then.
+        """Take the result of the last request, and continue to the next `request`. There is none where the job pauses
+        or has ended; a job that has ended has `scores`.
 
         Raises `RunError` for a loss that is not finite.
         """
@@ -164,7 +163,7 @@ class ActiveJob:
         self.run.finish(self.state, self.scores, times, plots=False)
 
     def save(self) -> None:
-        """Write a checkpoint, from which the job goes on when the process dies."""
+        """Write a checkpoint, from which the job continues if the process dies."""
         progress = {name: getattr(self.state, name) for name in KEPT}
         progress |= {"since_best": self.since_best, "seconds": self._seconds()}
         JobCheckpoint(self.fleet.read(self.slot), self.best, progress).write(self.run.folder)

@@ -86,7 +86,7 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Sequence[int]]:
-    """Gives a list whose largest number is the memory in bytes that is added on the device while inside."""
+    """Gives a list; afterwards its largest number is the memory in bytes that was added on the device inside."""
     found: list[int] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""The queue that a fleet takes its jobs from: what comes next, what has ended, and which of competing jobs go on."""
+"""The queue that a fleet takes its jobs from, successive halving of jobs that compete, and the loading of jobs."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Queue(Protocol):
 
 @dataclass
 class HalvingGroup:
-    """Jobs of which the better half goes on at each rung (Jamieson and Talwalkar 2016, arXiv 1502.07943).
+    """Jobs that compete: at each rung the better half continues (Jamieson and Talwalkar 2016, arXiv 1502.07943).
 
-    The others end there, as by early stopping. `rungs` are the epochs after which they are compared: of E epochs
-    E/2, E/4, ... as often as it takes to leave one job, without those below one epoch.
+    The others end there, as by early stopping. `rungs` are the epochs after which jobs are compared: E/2, E/4, ... of
+    E epochs, as many as it takes to leave one job, but at least one epoch each.
     """
 
     jobs: dict[Path, Recipe]
@@ -86,7 +86,7 @@ class HalvingGroup:
         return self.rungs[self.rung]
 
     def decide(self) -> list[Job]:
-        """The jobs to go on with or to end, once all others of the group have ended or wait too."""
+        """The jobs to continue and those to end, once every job of the group waits or has ended; before that none."""
         if not self.waiting or self.waiting.keys() != self.jobs.keys():
             return []
         ranked = sorted(self.waiting, key=self.waiting.__getitem__, reverse=True)
@@ -103,7 +103,7 @@ class JobQueue:
     """A `Queue` in the memory of one process, which keeps the results by run folder.
 
     `halving` gives the group of each folder that competes with others. Jobs of a worker that died can be given out
-    again (`give_back`): they go on from their checkpoints.
+    again (`give_back`): they continue from their checkpoints.
     """
 
     def __init__(self, jobs: Iterable[Job], halving: Mapping[Path, Hashable] | None = None) -> None:
@@ -204,7 +204,7 @@ class JobLoader:
 
     @contextmanager
     def failing(self, job: Job) -> Iterator[None]:
-        """An error inside becomes the result of this job, and the other jobs go on."""
+        """An error inside becomes the result of this job, and the other jobs continue."""
         try:
             yield
         except (Stopped, NoRoom):

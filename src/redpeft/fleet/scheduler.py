@@ -59,11 +59,11 @@ def train_fleets(queue: Queue, slots: int | None = None, tokens: int | None = No
 
 
 def choose_batch(waiting: Mapping[int, BatchRequest], tokens: int) -> list[int]:
-    """The slots whose requests make the next pass, of those that wait; the longest-waiting comes first in `waiting`.
+    """The slots whose requests make the next pass. In `waiting` the longest-waiting slot comes first.
 
-    That one is always chosen, however long its batch is. The others, of its kind (to train or to evaluate), are the
-    nearest to it in length, so that short rows are not padded to long ones; all of them, padded to the longest, have
-    at most `tokens` tokens.
+    That slot is always chosen, however long its batch is. The others have the same purpose (to train or to evaluate)
+    and the lengths nearest to it, so that short rows are not padded to long ones. All together, padded to the
+    longest, have at most `tokens` tokens.
     """
     first, *others = waiting
     training = waiting[first].rates is not None
@@ -144,7 +144,7 @@ class Scheduler:
         return [slot for slot in range(self.fleet.slots) if slot not in self.jobs]
 
     def _start(self, loaded: LoadedJob, prepared: TrainingRun | None = None) -> None:
-        """Put a job into a free slot, and let it go on to its first request."""
+        """Put a job into a free slot, and let it run to its first request."""
         folder, lock = loaded.job.folder, ExitStack()
         with self.loader.failing(loaded.job), explaining_full_disk(folder):
             try:
@@ -206,7 +206,7 @@ class Scheduler:
         return results
 
     def _advance(self, active: ActiveJob, result: BatchResult | None = None) -> None:
-        """Let a job go on to its next request, to a pause or to its end."""
+        """Let a job run to its next request, to a pause or to its end."""
         self.jobs[active.slot] = self.jobs.pop(active.slot)  # now the last to have its turn
         active.request = None  # also where going on fails
         with self.loader.failing(active.job), explaining_full_disk(active.job.folder):

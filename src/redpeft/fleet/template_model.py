@@ -82,7 +82,7 @@ class TemplateModel:
         return torch.bfloat16 if self._precision == "bf16" else None
 
     def prepare(self, recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]) -> TrainingRun:
-        """A run on the model, whose adapter is then as the run begins: identity edits, their units, a new head.
+        """A run on the model, whose own adapter is then that of a new run: identity edits, their units, a new head.
 
         Its rows have only the columns that `collate` takes.
         """

@@ -1,7 +1,7 @@
-"""An experiment: many jobs with run folders in one output folder, and what is known of them afterwards.
+"""An experiment: many jobs with run folders in one output folder, and their results.
 
-A file in the output folder, the record, says which experiment it belongs to: no command writes into the folder of
-another, and the same call goes on with what was interrupted.
+A file in the output folder, the record, says which experiment the folder belongs to. No command writes into the folder
+of another experiment, and the same call continues an interrupted one.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Experiment:
     options: FleetOptions = FleetOptions()
 
     def name(self, job: Job) -> str:
-        """The job's run folder, seen from the output folder."""
+        """The path of the job's run folder within the output folder."""
         return job.folder.relative_to(self.out).as_posix()
 
     @property
@@ -86,7 +86,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What is known of a job: the result in its run folder, why it failed in this call, or neither yet."""
+    """The result in a job's run folder, or the reason why it failed in this call, or neither yet."""
 
     name: str
     folder: Path
@@ -109,7 +109,7 @@ def run_experiment(
     write: Callable[[list[JobResult], Usage], None],
     report: Report | None = None,
 ) -> tuple[list[JobResult], Usage]:
-    """Run the jobs of an experiment that are not finished; the same call goes on with what was interrupted.
+    """Run the jobs of an experiment that are not finished. The same call continues an interrupted experiment.
 
     `write` gets the results at the end, also where that is an interrupt, and `report` gets what happens, event by
     event. A job that fails does not stop the others. Raises `UserError` before the first step, with nothing written,
@@ -230,6 +230,6 @@ def read_record(record: Path) -> dict[str, Any]:
 
 
 def claim(record: Path, identity: Mapping[str, Any]) -> None:
-    """Write into an output folder whose it is, and keep the other fields of its record."""
+    """Write the identity into the record of an output folder, and keep its other fields."""
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps({**read_record(record), **identity}, indent=2))

@@ -46,7 +46,7 @@ def run_fleet(
     """Train the jobs that `source` lists (JSON lines), or one for each data file or data set in it (a folder), each
     in a run folder in `out`, and write the report.
 
-    The same call goes on with what was interrupted; jobs that were added to `source` join the others. Raises as
+    The same call continues what was interrupted; jobs that were added to `source` join the others. Raises as
     `run_experiment`, `read_entries` and `jobs_of_entries`.
     """
     options = options or FleetOptions()

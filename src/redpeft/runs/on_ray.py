@@ -149,7 +149,7 @@ def run_fleets_on_ray(
     """`run_fleets` with a fleet on every GPU of a Ray cluster (where it has none, on every CPU).
 
     Run folders, data and base models must be at the same paths on all machines (a shared disk). The jobs of a worker
-    that is killed or told to stop go back into the queue, and go on from their last checkpoints; after three lost
+    that is killed or told to stop go back into the queue, and continue from their last checkpoints; after three lost
     workers for each GPU (or CPU) the jobs that are left get an error as their result. Raises `UserError` without Ray
     or a cluster, and as `run_fleets`.
     """

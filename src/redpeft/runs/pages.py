@@ -140,5 +140,5 @@ def _link(link: Link) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text on one line, of which Markdown takes nothing for its own signs; an underscore within a word is none."""
+    """Text on one line in which Markdown finds no markup. An underscore within a word is not markup."""
     return re.sub(r"[\\`*\[\]<>|]|&(?=#?\w+;)|(?<!\w)_|_(?!\w)", r"\\\g<0>", re.sub(r"\s*\n\s*", " ", text))

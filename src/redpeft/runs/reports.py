@@ -115,7 +115,7 @@ def write_report(
 ) -> dict[str, Any]:
     """Write report.md, report.html, their pictures and the record into the output folder; returns the record's data.
 
-    `first` goes on top of the page, and `more` into the data.
+    `first` comes first on the page, and `more` goes into the data.
     """
     versions = versions_of(each.result for each in results if each.result)
     ends = [(each.folder / RESULT).stat().st_mtime - usage.began for each in results if each.result]

@@ -40,8 +40,8 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """Run the jobs and return the result of each, in their order: side by side in fleets where that is faster, else
     one after the other.
 
-    Finished jobs are skipped and unfinished ones go on from their last checkpoint, so an interrupted list is run again
-    as it is. A job that fails does not stop the others: its result is {"error": message, "seed": ..., "kind": ...}.
+    Finished jobs are skipped and unfinished ones continue from their last checkpoint: run an interrupted list again as
+    it is. A job that fails does not stop the others: its result is {"error": message, "seed": ..., "kind": ...}.
     Raises `UserError` before the first step if a folder belongs to another recipe, and `Stopped` on Ctrl-C or SIGTERM.
     """
     jobs = [Job(job.recipe.alone(), job.folder) for job in jobs]
@@ -134,7 +134,7 @@ def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     """Run a recipe in `folder`; returns its result or, for several seeds, the summary written to summary.json.
 
     A seed that fails does not stop the others and raises nothing: the summary names it and its error in `failed`
-    (the command prints the summary and exits with 1). Where no seed came to an end, the first one's `UserError` or
+    (the command prints the summary and exits with 1). Where no seed succeeded, the first one's `UserError` or
     `RunError` is raised and there is no summary.
     """
     if recipe.seeds is None:

@@ -142,7 +142,7 @@ def run_sweep(
 ) -> Sweep:
     """Train every point of the grid with every seed, in fleets where a fleet can, and write the report.
 
-    The same call goes on with what was interrupted; more values or seeds join what is there. With `halving` all points
+    The same call continues what was interrupted; more values or seeds join the others. With halving all points
     and seeds compete as one group. Raises as `run_experiment`, and `UserError` for a grid that is wrong.
     """
     options = options or FleetOptions()
