@@ -26,6 +26,7 @@ class Method:
             model, or refuses it with a `UserError`.
         train: of the others, a function (model, options) -> names that changes the model and names the parameters to
             train beside the head.
+        peft_type: PEFT's name, if an adapter of this method can be used without its run.
         own_weights: whether the base's own weights are trained; they are all held in fp32 then.
         quantised, packed, checkpointed: whether the method works with `base.load_in`, with `packing` and with
             `gradient_checkpointing`.
@@ -36,6 +37,7 @@ class Method:
     defaults: dict[str, Any] = field(default_factory=dict)
     fit: str | None = None
     train: str | None = None
+    peft_type: str | None = None
     own_weights: bool = False
     quantised: bool = False
     packed: bool = True
@@ -57,9 +59,9 @@ class Method:
 
 # Where options, defaults and rates come from: docs/reference/baselines.md.
 METHODS = {
-    "red": Method("redpeft.tuner:RedConfig", 3e-2, quantised=True),
-    "lora": Method("peft:LoraConfig", 3e-3, fit=f"{PEFT}:fit_lora", quantised=True),
-    "ia3": Method("peft:IA3Config", 1e-2, fit=f"{PEFT}:fit_ia3", quantised=True),
+    "red": Method("redpeft.tuner:RedConfig", 3e-2, peft_type="REDPEFT", quantised=True),
+    "lora": Method("peft:LoraConfig", 3e-3, fit=f"{PEFT}:fit_lora", peft_type="LORA", quantised=True),
+    "ia3": Method("peft:IA3Config", 1e-2, fit=f"{PEFT}:fit_ia3", peft_type="IA3", quantised=True),
     "adapter": Method(f"{OWN}:BottleneckOptions", 3e-3, {"layer_norms": True}, train=f"{OWN}:add_bottlenecks"),
     "adapter_ffn": Method(
         f"{OWN}:BottleneckOptions", 1e-2, {"sites": ["ffn"], "activation": "relu"}, train=f"{OWN}:add_bottlenecks"

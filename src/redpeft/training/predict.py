@@ -23,6 +23,7 @@ from redpeft.tasks.base import TASKS, task_from_dict
 from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.tasks.data import read_evaluation
 from redpeft.tasks.rows import leave_out_missing
+from redpeft.training.baselines import METHODS
 from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.model import load_trained
@@ -60,7 +61,7 @@ class FinishedRun:
         return model.eval(), tokenizer
 
 
-METHOD_OF = {"REDPEFT": "red", "LORA": "lora", "IA3": "ia3"}
+METHOD_OF = {method.peft_type: name for name, method in METHODS.items() if method.peft_type}
 
 
 def open_run(folder: str | Path, base: str | Path | None = None, task: str | None = None) -> FinishedRun:
@@ -120,7 +121,7 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Fi
 
 def _labels(folder: Path, model: str) -> list[str]:
     """A name for each row of a classifier's head: the base's labels if it has as many, or else numbers."""
-    own = (".redpeft_", ".lora_", ".ia3_")
+    own = tuple(f".{kind.lower()}_" for kind in METHOD_OF)
     heads = [tensor for name, tensor in read_tensors(folder).items() if not any(part in name for part in own)]
     if not heads:
         raise UserError(f"{folder} has no head, so it cannot predict labels: redpeft compose --head adds one")
