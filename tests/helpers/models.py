@@ -22,6 +22,8 @@ from transformers import (
 )
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+GPT2_SHAPE = {"n_embd": 32, "n_layer": 2, "n_head": 2}
+T5_SHAPE = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -55,16 +57,15 @@ def llama(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: Any) -> 
 
 def gpt2(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    shape = {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, **_ends(tokenizer)))
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, **GPT2_SHAPE, **_ends(tokenizer))
+    return GPT2LMHeadModel(config)
 
 
 def t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
     torch.manual_seed(0)
-    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = T5Config(
-        vocab_size=len(tokenizer), **shape, decoder_start_token_id=pad, pad_token_id=pad, eos_token_id=end
+        vocab_size=len(tokenizer), **T5_SHAPE, decoder_start_token_id=pad, pad_token_id=pad, eos_token_id=end
     )
     return T5ForConditionalGeneration(config)
 

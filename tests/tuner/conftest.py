@@ -16,18 +16,11 @@ import transformers
 from peft import get_peft_model
 from torch import nn
 
+from helpers.models import GPT2_SHAPE, SHAPE, T5_SHAPE
 from redpeft import RedConfig, RedLayer
 
-VOCABULARY, WIDTH, LAYERS = 100, 32, 2
-ENCODER = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
+VOCABULARY = 100
+ENCODER = {**SHAPE, "vocab_size": VOCABULARY, "max_position_embeddings": 64, "pad_token_id": 0}
 
 
 # Models: random weights, no dropout, in evaluation mode.
@@ -57,22 +50,14 @@ def llama(dtype: torch.dtype = torch.float32) -> nn.Module:
 def gpt2(dtype: torch.dtype = torch.float32) -> nn.Module:
     """`Conv1D` layers, with a bias."""
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=2
+        **GPT2_SHAPE, vocab_size=VOCABULARY, n_positions=64, bos_token_id=1, eos_token_id=2
     )
     return _build(transformers.GPT2LMHeadModel, config, dtype)
 
 
 def t5() -> nn.Module:
     """An encoder-decoder."""
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=WIDTH,
-        d_kv=16,
-        d_ff=64,
-        num_layers=LAYERS,
-        num_heads=2,
-        decoder_start_token_id=0,
-    )
+    config = transformers.T5Config(**T5_SHAPE, vocab_size=VOCABULARY, decoder_start_token_id=0)
     return _build(transformers.T5ForConditionalGeneration, config)
 
 
