@@ -6,8 +6,10 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-SECONDS, SHARE, SILENCE = 30.0, 0.05, 120.0
+SECONDS, SHARE, SILENCE = 30.0, 0.05, 120.0  # between two lines of progress: at least, of the work, at most
 
 
 def is_first_process() -> bool:
@@ -16,33 +18,58 @@ def is_first_process() -> bool:
 
 
 def log_main(line: str) -> None:
-    """A line on standard error (standard output is kept for results), from the first process alone."""
+    """Print a line on standard error, from the main process alone. Standard output is for results."""
     if is_first_process():
         print(line, file=sys.stderr)
 
 
 class Progress:
-    """How far long work is, for logs: where standard error is a terminal, bars and tables show it.
+    """Log lines about the progress of long work. On a terminal nothing is logged: bars and tables show it there.
 
-    A line after half a minute, and then for each twentieth of the work, but not more often than every half minute, and
-    after two minutes at the latest. `done` is what was done before.
+    The first line comes after half a minute. Then there is a line for each twentieth of the work, but at most one every
+    half minute and at least one every two minutes. `done`: what was done before.
     """
 
     def __init__(self, done: int = 0) -> None:
         self._began, self._before = time.monotonic(), done
-        self._told, self._told_of = self._began, -1
+        self._logged_at, self._logged_done = self._began, -1
 
     def show(self, what: str, done: int, total: int, *notes: str) -> None:
-        """`tokenising: row 3,000 of 20,000, ..., 2 min left`, where a line is due. `what` is counted."""
+        """Log `tokenising: row 3,000 of 20,000, ..., 2 min left`, if a line is due. `what` is what is counted."""
         now = time.monotonic()
-        quiet = now - self._told
-        little = self._told_of >= 0 and done - self._told_of < SHARE * total
+        quiet = now - self._logged_at
+        little = self._logged_done >= 0 and done - self._logged_done < SHARE * total
         if quiet < SECONDS or (little and quiet < SILENCE) or sys.stderr.isatty():
             return
-        self._told, self._told_of = now, done
+        self._logged_at, self._logged_done = now, done
         new = done - self._before
         left = [f"{in_words((now - self._began) * (total - done) / new)} left"] if new > 0 else []
         log_main(", ".join([f"{what} {done:,} of {total:,}", *notes, *left]))
+
+
+def bars_on_terminals_only() -> None:
+    """Turn off the progress bars of datasets (tokenising) and transformers (loading weights), unless standard error is
+    a terminal."""
+    if not sys.stderr.isatty():
+        import datasets  # slow to import, as is transformers
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """While inside, datasets shows no progress bars. They would mix with the answers."""
+    import datasets  # slow to import
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def in_words(seconds: float) -> str:
@@ -59,5 +86,5 @@ def counted(number: int, thing: str) -> str:
 
 
 def rounded(number: float) -> str:
-    """A number of epochs and the like in a person's digits: 3, 2.5, 0.06."""
+    """A number for people, such as one of epochs: 3, 2.5, 0.06."""
     return f"{number:.2f}".rstrip("0").rstrip(".") if number >= 0.01 else f"{number:.1g}"

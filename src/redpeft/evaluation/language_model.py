@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from redpeft.adapters.folder import load_adapter, read_config
+from redpeft.console import bars_on_terminals_only
 from redpeft.errors import UserError, first_line
 from redpeft.models import (
     DTYPE_ARGUMENT,
@@ -41,7 +42,6 @@ from redpeft.models import (
 )
 from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
 from redpeft.tasks.instruction import Chat, InstructionTask
-from redpeft.training.callbacks import bars_on_terminals_only
 from redpeft.training.predict import open_run
 
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import Trainer
 
-from redpeft.console import counted
+from redpeft.console import bars_on_terminals_only, counted
 from redpeft.errors import RunError, Stopped
 from redpeft.fleet.fleet import Fleet, MustTrainAlone
 from redpeft.fleet.job import ActiveJob, BatchRequest, BatchResult
@@ -20,7 +20,7 @@ from redpeft.fleet.memory import MemoryPlan, plan_memory
 from redpeft.fleet.queue import JobLoader, LoadedJob, Queue, Report, silent
 from redpeft.fleet.template_model import TemplateModel
 from redpeft.storage import CHECKPOINTS, explaining_full_disk, locked, read_result
-from redpeft.training.callbacks import bars_on_terminals_only, stop_on_signals
+from redpeft.training.callbacks import stop_on_signals
 from redpeft.training.train import TrainingRun
 
 TOKENS, TOKENS_ON_GPU = 512, 16384  # of a pass: enough to keep a CPU, or a GPU, busy

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from redpeft.console import counted, in_words, log_main
+from redpeft.console import bars_on_terminals_only, counted, in_words, log_main
 from redpeft.errors import RunError, UserError
 from redpeft.reproduce.external_scores import Scoring, score_run
 from redpeft.reproduce.page import write_report
@@ -18,7 +18,6 @@ from redpeft.reproduce.time_estimate import count_rows, estimate
 from redpeft.runs.on_ray import require_ray, run_on_ray
 from redpeft.runs.runner import run_jobs
 from redpeft.storage import locked
-from redpeft.training.callbacks import bars_on_terminals_only
 
 ASSETS = ".smoke"  # in the output folder
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from redpeft.console import counted, log_main
+from redpeft.console import bars_on_terminals_only, counted, log_main
 from redpeft.errors import RunError, UserError, shorten_list
 from redpeft.fleet.queue import Event, Job, Report
 from redpeft.fleet.template_model import why_alone
@@ -22,7 +22,6 @@ from redpeft.runs.on_ray import require_ray, run_fleets_on_ray, run_on_ray
 from redpeft.runs.progress import JobProgress, logging_once, showing
 from redpeft.runs.runner import must_train_alone, run_fleets, run_jobs
 from redpeft.storage import finite, locked, write_atomically
-from redpeft.training.callbacks import bars_on_terminals_only
 
 USAGE = "totals"  # its key in the record
 SAVE_EVERY = 10.0  # seconds; so much of the usage is lost at most when the process is killed

@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from redpeft.console import Progress, counted, log_main
+from redpeft.console import Progress, counted, log_main, no_bars
 from redpeft.fleet.queue import Report
 from redpeft.runs.pages import number
 from redpeft.tasks.base import LOWER_IS_BETTER
-from redpeft.training.callbacks import no_bars
 
 REFRESH = 2  # times a second
 WINDOW = 5.0  # seconds over which the speed is measured

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
-import transformers
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from redpeft.console import Progress, is_first_process, log_main, rounded
@@ -113,26 +111,6 @@ class ProgressLines(TrainerCallback):
         self.batches.show("scoring: batch", self.scored, len(eval_dataloader))
         if self.scored >= len(eval_dataloader):
             self.scored = 0
-
-
-def bars_on_terminals_only() -> None:
-    """Turn off the progress bars of datasets (tokenising) and transformers (loading weights), unless standard error is
-    a terminal."""
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-
-
-@contextmanager
-def no_bars() -> Iterator[None]:
-    """While inside, datasets shows no progress bars. They would mix with the answers."""
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def show_progress(trainer: Any) -> None:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from redpeft.adapters.folder import read_config, read_tensors
-from redpeft.console import Progress, log_main
+from redpeft.console import Progress, bars_on_terminals_only, log_main, no_bars
 from redpeft.errors import UserError
 from redpeft.models import autocast, choose_precision, load_config, pad_prompts, require_folder
 from redpeft.storage import CONFIG_NAME, RECIPE, RESULT, TASK, read_json
@@ -24,7 +24,7 @@ from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.tasks.data import read_evaluation
 from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.baselines import METHODS
-from redpeft.training.callbacks import bars_on_terminals_only, no_bars, show_progress
+from redpeft.training.callbacks import show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.model import load_trained
 from redpeft.training.recipe import Recipe, load_recipe

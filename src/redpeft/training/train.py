@@ -18,7 +18,7 @@ from transformers import set_seed
 import redpeft
 from redpeft.adapters.card import write_card
 from redpeft.adapters.folder import read_adapter
-from redpeft.console import log_main
+from redpeft.console import bars_on_terminals_only, log_main
 from redpeft.errors import UserError, shorten_list
 from redpeft.models import choose_precision, require_folder, require_quantiser
 from redpeft.plots import plot_run
@@ -45,7 +45,7 @@ from redpeft.storage import (
 from redpeft.tasks.base import Task
 from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
-from redpeft.training.callbacks import TIMES, attach, bars_on_terminals_only, stop_on_signals
+from redpeft.training.callbacks import TIMES, attach, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.model import Learner, build_learner, check_options, head_parameters, save_model
 from redpeft.training.recipe import Recipe
