@@ -26,8 +26,8 @@ def log_main(line: str) -> None:
 class Progress:
     """Log lines about the progress of long work. On a terminal nothing is logged: bars and tables show it there.
 
-    The first line comes after half a minute. Then there is a line for each twentieth of the work, but at most one every
-    half minute and at least one every two minutes. `done`: what was done before.
+    The first line comes after half a minute. Then there is a line for each twentieth of the work, but at most one
+    every half minute and at least one every two minutes. `done`: what was done before.
     """
 
     def __init__(self, done: int = 0) -> None:
