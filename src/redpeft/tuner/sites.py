@@ -254,7 +254,8 @@ class _Block:
             return []
         if inner == self.width:
             return back[-1:]  # up and down look alike
-        # RWKV multiplies what leads back by what a linear beside it makes: neither is the FFN's output.
+        # RWKV multiplies what leads back by what a linear beside it makes: neither is the FFN's output. A fused gate
+        # and up whose f is half of d looks the same and is no such linear.
         beside = {_parent(name) for name, *widths in linears if widths == [self.width, self.width]}
         if 2 * inner != self.width and any(_parent(name) in beside for name in back):
             return []
@@ -266,6 +267,7 @@ class _Block:
         around = [n for n, m in parts if not _is_list(m) and all(name.startswith(f"{n}.") for name in experts)]
         site = around[-1] if around else experts[0]
         siblings = [named for named in parts if _parent(named[0]) == _parent(site) and named[0] != site]
+        # DBRX's attention is within a "norm", which is no FFN beside the experts either.
         others = [named for named in _flat(siblings) if not (_matches(_NORM, *named) or _matches(_SKIPPED, *named))]
         dense = [named[0] for named in others if _ways_back(_linears(*named), self.width)]
         if not dense or _last(dense[0]) == shared_expert(dict(parts)[site], siblings):
@@ -361,7 +363,7 @@ def _matches(pattern: re.Pattern, name: str, module: nn.Module) -> bool:
 def _is_attention(name: str, module: nn.Module) -> bool:
     """By its name; or by its class, unless that is named after an attention within (`PixtralAttentionLayer`)."""
     if _NORM.search(type(module).__name__) or not _matches(_ATTENTION, name, module):
-        return False
+        return False  # a norm before or after attention may be named after it (Higgs Audio)
     by_name = _ATTENTION.search(_last(name))
     return bool(by_name) or not any(_matches(_ATTENTION, *child) for child in _children(name, module))
 
