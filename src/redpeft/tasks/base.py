@@ -124,22 +124,21 @@ class DataConfig(BaseModel):
 
 
 class Task(ABC):
-    """A task with its columns and labels, as it is saved in task.json. Subclasses are dataclasses.
+    """A task with its columns and labels, as task.json holds it. Subclasses are dataclasses.
 
     Attributes:
-        name: as a recipe calls it.
-        task_type: PEFT's name of this kind of task. "SEQ_CLS" and "TOKEN_CLS" have a head, which is always trained.
-        group: what rows have in common that ask the same, such as "prompt": validation rows share it with no training
-            row.
-        recipe_fields: fields of a recipe that only some tasks have, and this one has.
-        by_trl: whether TRL's `SFTTrainer` trains it, which brings its own collator.
-        default_columns: what the columns of rows to answer are called for an adapter without its run; {} where such an
-            adapter cannot be used.
-        generation: None where the answer is made of logits. Otherwise the arguments of `generate`; `compute_metrics`
-            and `decode` then get texts.
-        own_limits: for people: at which lengths the task cuts rows whatever the model reads.
+        name: its name in a recipe.
+        task_type: PEFT's name for this kind of task. "SEQ_CLS" and "TOKEN_CLS" have a head, which is always trained.
+        group: what rows share that ask the same, such as "prompt". No such group is split between training and
+            validation.
+        recipe_fields: the fields of a recipe that this task has and not every task.
+        by_trl: whether TRL's `SFTTrainer` trains it. TRL brings its own collator.
+        default_columns: the columns of rows to answer with an adapter without its run; {} if that is not possible.
+        generation: None if answers come from logits. Otherwise the arguments of `generate`; then `compute_metrics` and
+            `decode` get texts.
+        own_limits: at which lengths the task always cuts rows, for messages.
         columns: the names of the task's columns in the data.
-        metric: what chooses the best epoch.
+        metric: the score that chooses the best epoch.
     """
 
     name: ClassVar[str]
@@ -158,8 +157,8 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def from_splits(cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None) -> Task:
-        """The task of this data: columns that are not named are guessed, and every row is checked. A task with more
-        `recipe_fields` takes these too, where they are given.
+        """The task of this data. Columns that `data` does not name are guessed, and every row is checked. Further
+        arguments: the task's `recipe_fields` that are about data, if they are given.
 
         Raises:
             UserError: data that is wrong for this task.
@@ -168,24 +167,26 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, Any]:
-        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        """The columns that `data` names, and guesses for the others. Raises `UserError` for a column that does not
+        exist."""
 
     @classmethod
     def without_run(cls, labels: Sequence[str]) -> Task:
-        """The task of an adapter without its run. `labels`: a name for each row of its head, if there is one."""
+        """The task of an adapter without its run. `labels`: a name for each row of its head, if it has one."""
         return cls(columns=dict(cls.default_columns), metric="loss")  # type: ignore[call-arg]
 
     @abstractmethod
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises UserError for a missing column, or a row that is wrong."""
+        """Raises `UserError` for a missing column or a wrong row."""
 
     @abstractmethod
     def groups(self, dataset: Dataset) -> Sequence[Hashable]:
-        """A key for each row, the same for rows that ask the same."""
+        """A key for each row. Rows that ask the same have the same key."""
 
     @property
     def strata(self) -> Callable[[Dataset], list[int]] | None:
-        """Gives the class of each row of a dataset, by which a validation split is balanced; None without classes."""
+        """A function of a dataset that gives each row's class, by which a validation split is balanced. None without
+        classes."""
         return None
 
     def describe(self, dataset: Dataset) -> list[str]:
@@ -194,12 +195,12 @@ class Task(ABC):
 
     @property
     def head_labels(self) -> Sequence[str]:
-        """A name for each output of the task's head; none without a head, or for a number."""
+        """A name for each output of the task's head. Empty without a head, and for a head that gives a number."""
         return ()
 
     @property
     def shape(self) -> Hashable:
-        """Equal for tasks of one kind whose models have one shape and one loss."""
+        """Equal for tasks of one kind if their models have the same shape and loss."""
         return len(self.head_labels)
 
     # --- to train and to score ---
@@ -216,18 +217,19 @@ class Task(ABC):
         max_length: int | None = None,
         with_labels: bool = True,
     ) -> Dataset:
-        """Rows in tokens, cut at `max_length`: "input_ids", ..., "labels", and `columns.CUT`, which rows were cut."""
+        """The rows in tokens, cut at `max_length`: "input_ids" and whatever else the model takes, "labels", and
+        `columns.CUT`, which says which rows were cut."""
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        """Makes a batch of encoded rows; None where TRL brings its own."""
+        """What makes a batch of encoded rows. None if TRL brings its own."""
 
     compute_metrics: ClassVar[Any] = None
     """None: the loss alone. Otherwise a function of an `EvalPrediction` that gives the scores, `metric` among them."""
 
     @property
     def confusion(self) -> Callable[[Any], Any] | None:
-        """A function of an `EvalPrediction` that counts rows by their label and the one predicted; None without
+        """A function of an `EvalPrediction` that counts rows by their label and the predicted one. None without
         classes."""
         return None
 
@@ -240,19 +242,20 @@ class Task(ABC):
 
     @abstractmethod
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
-        """Rows to answer: objects with the task's columns, or texts where one is enough. `first` numbers them."""
+        """Rows to answer as a dataset: objects with the task's columns, or texts if one text is enough. `first`: the
+        number of the first row."""
 
     @abstractmethod
     def decode(self, predictions: Any, dataset: Dataset, encoded: Dataset) -> list[dict[str, Any]]:
-        """Logits or generated texts as answers, one JSON-able dict a row."""
+        """Answers from logits or generated texts: one JSON-able dict for each row."""
 
     unanswered: ClassVar[Any] = None
-    """None, or a function of a dataset and the set of keys answered so far that gives the rows to answer, where rows
-    that ask the same get one answer."""
+    """None, or a function of a dataset and the set of questions answered so far. It gives the rows to answer, where
+    rows that ask the same get one answer."""
 
     score_answers: ClassVar[Any] = None
-    """None, or a function of texts and a dataset that scores them as answers to `questions(dataset)`, beside the loss:
-    at the end of training on the test split, and in `redpeft evaluate`."""
+    """None, or a function of texts and a dataset that scores the texts as answers to `questions(dataset)`. It is
+    called at the end of training for the test split, and by `redpeft evaluate`."""
 
     def questions(self, dataset: Dataset) -> Dataset:
         """The rows whose answers `score_answers` scores."""
@@ -261,12 +264,12 @@ class Task(ABC):
     # --- on disk ---
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; `task_from_dict` reads it back."""
+        """The task as JSON-able fields, which `task_from_dict` reads."""
         return {"task": self.name, **asdict(self)}  # type: ignore[call-overload]
 
 
 class _Tasks(Mapping[str, type[Task]]):
-    """The tasks by name. The module of one is imported when it is asked for."""
+    """The tasks by name. A task's module is imported when the task is first asked for."""
 
     _places: ClassVar[dict[str, str]] = {
         "classification": "redpeft.tasks.classification:ClassificationTask",
