@@ -37,7 +37,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from engines import BASE, METHODS, engines, make_adapters, make_base
-from redpeft.runs.reports import machine
+from redpeft.console import machine
 from redpeft.storage import WEIGHTS_NAME
 
 AGAIN = "base again"

@@ -1,13 +1,15 @@
-"""Messages and progress: lines on standard error, from one process for all."""
+"""Messages and progress: lines on standard error, from one process for all; and what machine this is, for reports."""
 
 from __future__ import annotations
 
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 SECONDS, SHARE, SILENCE = 30.0, 0.05, 120.0  # between two lines of progress: at least, of the work, at most
 
@@ -88,3 +90,27 @@ def counted(number: int, thing: str) -> str:
 def rounded(number: float) -> str:
     """A number for people, such as one of epochs: 3, 2.5, 0.06."""
     return f"{number:.2f}".rstrip("0").rstrip(".") if number >= 0.01 else f"{number:.1g}"
+
+
+def machine() -> dict[str, str]:
+    """Processor, memory, graphics cards and system of this machine."""
+    import psutil
+    import torch
+
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "gpu": ", ".join(gpus) or "none",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""The benchmark of serving runs, at sizes that say nothing about time but all about memory."""
+"""The benchmarks of serving run, at sizes that say nothing about time but all about memory."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ import pytest
 pytestmark = pytest.mark.serving
 
 TINY = ["--layers=2", "--width=64", "--slots=4", "--tokens=4", "--threads=1", "--methods=RED,LoRA r=8", "--json"]
-FILE = Path(__file__).parents[2] / "benchmarks" / "serving.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def report_of(name: str, *arguments: str) -> dict:
+    command = [sys.executable, str(BENCHMARKS / name), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
 
 
 def report(*arguments: str) -> dict:
-    run = subprocess.run([sys.executable, str(FILE), *arguments, *TINY], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return report_of("serving.py", *arguments, *TINY)
 
 
 def test_throughput_is_that_of_every_way_at_every_number_of_adapters():
@@ -45,3 +50,17 @@ def test_latency_counts_every_request():
     assert len({row["requests"] for row in found["rows"]}) == 1  # the same arrivals
     assert all(0 < row["p50_ms"] <= row["p99_ms"] for row in found["rows"])
     assert "capacity:" in found["notes"][-1]
+
+
+@pytest.mark.timeout(1200)
+def test_servers_start_and_list_their_adapters():
+    found = report_of("server.py", "--adapters=3", "--calls=3", "--layers=2", "--width=64", "--json")
+    assert [row["server"] for row in found["starts"]] == ["base", "1 adapter", "3 adapters", "3, no check"]
+    assert all(row["median_s"] > 1 for row in found["starts"])
+    calls = {row["call"]: row for row in found["calls"]}
+    assert [calls[f"/v1/models, {name}"]["calls"] for name in ("first call", "later calls", "an adapter more")] == [
+        1,
+        3,
+        1,
+    ]
+    assert all(0 < row["median_ms"] <= row["most_ms"] for row in calls.values())

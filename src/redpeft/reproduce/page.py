@@ -7,14 +7,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from redpeft.console import rounded
+from redpeft.console import machine, rounded
 from redpeft.plots import Bar, MethodScore, plot_bars, plot_parameters
 from redpeft.reproduce.plan import Request, base_of, source_of
 from redpeft.reproduce.published import Column
 from redpeft.reproduce.report import Report, ReportRow, ScoredRun, as_data, sampling_error
 from redpeft.runs import pages
 from redpeft.runs.pages import Inline, Link, number, relative
-from redpeft.runs.reports import machine
 from redpeft.storage import to_json, write_atomically
 
 LEGEND = (

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from redpeft.console import machine
 from redpeft.reproduce.external_scores import extra_scores, what_is_left
 from redpeft.reproduce.plan import Request, TableRun, base_of
 from redpeft.reproduce.published import Column, Table, TableRow
-from redpeft.runs.reports import machine, versions_of
+from redpeft.runs.reports import versions_of
 from redpeft.storage import RESULT, read_result
 
 SEED = "seed-"
