@@ -11,7 +11,7 @@ import torch
 from helpers.models import llama, save
 from redpeft.models import fingerprint
 
-from .making import LAYERS, SITES, TOKENS, WIDTH, adapter
+from .tiny_adapters import LAYERS, SITES, TOKENS, WIDTH, adapter
 
 PROMPTS = ["The quick brown fox", "serve", "A table of edits, a gather, a sum", "zebra crossing"]
 

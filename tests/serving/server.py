@@ -13,7 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from .making import TOKENS
+from .tiny_adapters import TOKENS
 
 STARTED = 300  # seconds
 

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 from redpeft.storage import CONFIG_NAME, WEIGHTS_NAME
 
-from .making import TOKENS, WIDTH, adapter, edits
 from .server import Server
+from .tiny_adapters import TOKENS, WIDTH, adapter, edits
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
 

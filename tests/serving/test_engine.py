@@ -10,7 +10,7 @@ import pytest
 
 from redpeft.errors import UserError
 
-from .making import TOKENS, adapter
+from .tiny_adapters import TOKENS, adapter
 
 pytestmark = pytest.mark.serving
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .making import WIDTH, adapter
 from .test_engine import answers, engine, named
+from .tiny_adapters import WIDTH, adapter
 
 pytestmark = pytest.mark.serving
 SIZE = {"vocab_size": 259, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
@@ -110,7 +110,7 @@ def families(tmp_path_factory, tiny_chat_tokenizer, prompts) -> dict[str, dict]:
         jobs[name] = {"base": str(root / "base"), "prompts": prompts, "requests": requests, "out": f"{root}/answers"}
         jobs[name]["folders"] = folders
     told = [{key: value for key, value in job.items() if key != "folders"} for job in jobs.values()]
-    script = Path(__file__).with_name("answering.py")
+    script = Path(__file__).with_name("forked_engines.py")
     run = [sys.executable, str(script), json.dumps(told)]
     subprocess.run(run, check=True, timeout=1200, cwd=Path(__file__).parents[1])
     return jobs

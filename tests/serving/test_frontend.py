@@ -13,7 +13,7 @@ import pytest
 
 from redpeft.storage import WEIGHTS_NAME
 
-from .making import adapter
+from .tiny_adapters import adapter
 
 pytestmark = pytest.mark.serving
 

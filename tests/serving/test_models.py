@@ -71,7 +71,7 @@ def architectures(names: str) -> set[str]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> dict[str, tuple[str, str, bool]]:
     file = tmp_path_factory.mktemp("models") / "rows.json"
-    script = Path(__file__).with_name("models.py")
+    script = Path(__file__).with_name("vllm_architectures.py")
     run = subprocess.run([sys.executable, str(script), str(file)], capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(file.read_text())

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.serving
 @pytest.fixture(scope="module")
 def outcomes(base, tmp_path_factory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("check") / "outcomes"
-    script = Path(__file__).with_name("passed_by.py")
+    script = Path(__file__).with_name("bypassed_sites.py")
     run = subprocess.run([sys.executable, str(script), str(base), str(out)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(out.read_text())

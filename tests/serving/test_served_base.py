@@ -12,7 +12,7 @@ from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
 from redpeft.serving.served_base import ServedBase, find_module, widths_of_sites
 
-from .making import SITES, adapter
+from .tiny_adapters import SITES, adapter
 
 NAMED = {site: site for site in SITES}
 

@@ -17,7 +17,7 @@ from redpeft.errors import UserError
 from redpeft.serving import launch, served_folder
 from redpeft.serving.served_folder import Refusals, ServedFolder, check_numbers, file_signature, is_red, read
 
-from .making import SITES, WIDTH, adapter, edits
+from .tiny_adapters import SITES, WIDTH, adapter, edits
 
 WIDTHS = dict.fromkeys(SITES, WIDTH)
 

@@ -9,8 +9,8 @@ import urllib.error
 import pytest
 from safetensors.torch import save_file
 
-from .making import adapter, edits
 from .server import Server, put
+from .tiny_adapters import adapter, edits
 
 pytestmark = pytest.mark.serving
 

@@ -11,8 +11,8 @@ import pytest
 
 from redpeft.serving.counters import DELAY
 
-from .making import TOKENS, adapter
 from .server import Server
+from .tiny_adapters import TOKENS, adapter
 
 pytestmark = pytest.mark.serving
 

@@ -1,8 +1,8 @@
-"""Engines that pass edits by, in one way each: a script for `test_self_check`.
+"""Engines that bypass edits, each in another way: a script for `test_self_check`.
 
-    python passed_by.py FOLDER_OF_THE_BASE OUT
+    python bypassed_sites.py FOLDER_OF_THE_BASE OUT
 
-Each is in a process that is forked from one which has imported vLLM. Writes how it went, by the way.
+Each runs in a process that is forked from one which has imported vLLM. The outcomes are written to OUT.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import vllm  # noqa: F401  # once for all
 
 from redpeft.serving.table import SlotTable
-from serving.making import adapter
 from serving.test_engine import RED_ONLY, engine, named
+from serving.tiny_adapters import adapter
 
 edit = SlotTable.hook
 

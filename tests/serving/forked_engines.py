@@ -1,8 +1,8 @@
-"""Engines of RED alone, each in a process that is forked from one which has imported vLLM: for `test_families`.
+"""Engines with RED adapters only, each in a process forked from one that has imported vLLM: for `test_families`.
 
-    python answering.py '[{"base": FOLDER, "prompts": [[1, 5]], "requests": [ADAPTER or null], "out": FILE}]'
+    python forked_engines.py '[{"base": FOLDER, "prompts": [[1, 5]], "requests": [ADAPTER or null], "out": FILE}]'
 
-It takes a fifth of the time that an engine's own processes take to start.
+This takes a fifth of the time that engines with processes of their own take to start.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the plug-in makes of each text model in vLLM's registry that transformers has too: a script for `test_models`.
+"""Which text models of vLLM's registry the plug-in serves, of those that transformers has too: for `test_models`.
 
-vLLM's own model is built from transformers' default configuration, four layers deep and without memory for its
-weights, and handed to the plug-in's manager. Writes a JSON object into the file that is named: by architecture, how it
-went, what was found or said, and whether vLLM has LoRA for it.
+vLLM's own model is built from transformers' default configuration, with four layers and without memory for its
+weights, and given to the plug-in's manager. The script writes a JSON object into the given file: by architecture the
+outcome, what was found or the reason, and whether vLLM has LoRA for it.
 """
 
 from __future__ import annotations
