@@ -408,7 +408,8 @@ def test_the_command(redpeft, folders):
     ("expression", "message"),
     [
         ("", "cannot read '' at character 1: invalid syntax"),
-        ("'a' +", "at character 6: invalid syntax"),
+        ("'a' +", "at character 6: invalid syntax; an expression is written as 0.7 * "),
+        ("a:0.7 + b:0.3", "at character 2: invalid syntax; an expression is written as 0.7 * "),
         ("'a' + + 'b'", "at character 7: expected a folder in quotes, a sum, a product or a function, as 0.7 * "),
         ("'a' 'b'", "ab: no such adapter folder"),
         ("'a')", "at character 4: unmatched ')'"),

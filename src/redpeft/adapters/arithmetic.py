@@ -252,7 +252,8 @@ class _Evaluator:
         try:
             return self._adapter(ast.parse(self.expression, mode="eval").body)
         except SyntaxError as error:
-            raise self._error(error.msg, error.offset or len(self.expression) + 1) from error
+            problem = f'{error.msg}; an expression is written as 0.7 * "runs/a" + 0.3 * "runs/b"'
+            raise self._error(problem, error.offset or len(self.expression) + 1) from error
         except (RecursionError, MemoryError, OverflowError) as error:
             raise self._error("it is nested too deeply, or a number in it is too large", 1) from error
 
@@ -339,8 +340,8 @@ def _read(name: str, others: Sequence[Adapter]) -> Adapter:
 
 
 def _whose_head(result: Adapter, adapters: Mapping[str, Adapter]) -> str | None:
-    """Which adapters of the expression the head of the result comes from. `UserError`: they bring heads of different
-    labels, which equal shapes do not show."""
+    """Which adapters the head of the result comes from, as text. `UserError`: their heads have different labels, which
+    equal shapes do not show."""
     owners = [name for name, adapter in adapters.items() if adapter.head]
     labels = {name: names for name in owners if (names := _labels(name))}
     if other := next((name for name in labels if labels[name] != labels[next(iter(labels))]), None):
