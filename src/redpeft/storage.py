@@ -126,6 +126,11 @@ def append_metrics(folder: Path, entry: Mapping[str, Any]) -> None:
         file.write(f"{to_json(entry)}\n")
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The entries in the metrics.jsonl of a run folder."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,6 @@ has them, and the head that `tuner.heads.combine_heads` gives.
 from __future__ import annotations
 
 import ast
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,7 +32,7 @@ import torch
 from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.errors import UserError, shorten_list
 from redpeft.models import fingerprint_difference
-from redpeft.storage import TASK, find_adapter, find_run
+from redpeft.storage import TASK, find_adapter, find_run, read_json
 from redpeft.tuner import compose as edit_arithmetic
 from redpeft.tuner.heads import Head, combine_heads, same_tensors
 
@@ -365,4 +364,4 @@ def _copy_task(names: Sequence[str], out: Path) -> None:
 def _labels(name: str) -> list[str] | None:
     """The labels of a run in the order of its head; None where the folder does not say."""
     task = find_run(Path(name).expanduser()) / TASK
-    return json.loads(task.read_text(encoding="utf-8")).get("label_names") if task.is_file() else None
+    return read_json(task).get("label_names") if task.is_file() else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 import tempfile
 import time
@@ -17,6 +16,7 @@ from transformers import AutoConfig
 
 from redpeft.models import load_pretrained
 from redpeft.reproduce.plan import TableRun
+from redpeft.storage import read_metrics
 from redpeft.tasks.base import TASKS
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import read_task, train
@@ -73,10 +73,10 @@ def _try_steps(recipe: Recipe) -> Speed:
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
         folder = Path(name) / "run"
         result = train(recipe.model_copy(update=quick), folder)
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = read_metrics(folder)
     wall = time.perf_counter() - began
     step = result["seconds_per_step"] or 0.0
-    evaluation = next(entry["eval_runtime"] for entry in map(json.loads, lines) if "eval_runtime" in entry)
+    evaluation = next(entry["eval_runtime"] for entry in entries if "eval_runtime" in entry)
     validation = evaluation / result["rows"]["validation"]
     rest = max(0.0, wall - result["steps"] * step - evaluation)
     if TASKS[recipe.task].score_answers:  # answers and their scores take nearly all of the rest

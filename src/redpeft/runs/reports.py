@@ -18,7 +18,7 @@ from redpeft.runs import pages
 from redpeft.runs.experiment import USAGE, Experiment, JobResult, Usage
 from redpeft.runs.pages import Inline, Link, number, relative
 from redpeft.runs.progress import sort_score
-from redpeft.storage import RESULT, TASK, write_atomically
+from redpeft.storage import RESULT, TASK, read_json, write_atomically
 from redpeft.tasks.data import splits_in
 from redpeft.training.recipe import Recipe
 
@@ -93,7 +93,7 @@ def _file(recipe: Recipe) -> Path | None:
 
 def _example(run: Path) -> str:
     """A line for standard input: a text, or an object where a row needs two."""
-    columns = json.loads((run / TASK).read_text(encoding="utf-8"))["columns"]
+    columns = read_json(run / TASK)["columns"]
     if "text_pair" in columns:
         return json.dumps({columns["text"]: "a text", columns["text_pair"]: "another"}, ensure_ascii=False)
     return "a text"

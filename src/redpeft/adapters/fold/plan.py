@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from redpeft.adapters.fold.llama import as_llama
 from redpeft.adapters.folder import Adapter
 from redpeft.errors import UserError, shorten_list
 from redpeft.models import empty_model, load_config, on_meta, switch_on_biases
-from redpeft.storage import TASK
+from redpeft.storage import TASK, read_json
 from redpeft.tuner.sites import find_sites
 
 # Placements: where a site's edit goes
@@ -132,7 +131,7 @@ def empty_adapted_model(adapter: Adapter, config: PretrainedConfig, run: Path) -
     else:
         known = (getattr(transformers, name, None) for name in architectures if name)
         model_class = next(filter(None, known), AutoModel)
-    task = json.loads((run / TASK).read_text(encoding="utf-8")) if (run / TASK).is_file() else {}
+    task = read_json(run / TASK) if (run / TASK).is_file() else {}
     if names := task.get("label_names"):
         config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     if kind := task.get("problem_type"):

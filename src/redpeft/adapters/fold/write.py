@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from redpeft.adapters.checkpoint import INDEX, companions
 from redpeft.adapters.fold.layers import FoldedSite, FoldSpec, as_rows
 from redpeft.adapters.folder import Adapter
 from redpeft.errors import UserError
-from redpeft.models import FLOATS, ensure_pad_token, loading_report
+from redpeft.models import FLOATS, ensure_pad_token, load_tokenizer, loading_report
 from redpeft.tuner.edit import fold_edit
 
 
@@ -133,7 +133,7 @@ def write_other_files(folder: Path, base: Path, adapter: Adapter, model: PreTrai
             shutil.copyfile(source / path, folder / path)
     model.config.architectures = [type(model).__name__]
     if getattr(model.config, "pad_token_id", None) is None and (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         if tokenizer.pad_token is None:
             ensure_pad_token(tokenizer)  # as in training
             tokenizer.save_pretrained(folder)
