@@ -125,7 +125,7 @@ def told(fast_prefill: bool = False, ubatching: bool = False, dtype: str = "floa
     )
 
 
-def test_models_whose_modules_are_passed_by_or_see_a_part_of_the_tokens_are_refused():
+def test_models_whose_modules_are_bypassed_or_see_only_part_of_the_tokens_are_refused():
     from torch import nn
 
     from redpeft.serving.vllm_internals.checks import FUSED, check_model
@@ -134,9 +134,9 @@ def test_models_whose_modules_are_passed_by_or_see_a_part_of_the_tokens_are_refu
     check_model(nn.Sequential(nn.Linear(2, 2)), told())
     with pytest.raises(UserError, match=r"vLLM runs Sequential with its own kernels.*fold the adapter"):
         check_model(nn.Sequential(own()), told())
-    with pytest.raises(UserError, match="with --kv-sharing-fast-prefill some layers see a part"):
+    with pytest.raises(UserError, match="with --kv-sharing-fast-prefill some layers see only part"):
         check_model(nn.Linear(2, 2), told(fast_prefill=True))
-    with pytest.raises(UserError, match="with --enable-dbo layers see a part"):
+    with pytest.raises(UserError, match="with --enable-dbo layers see only part"):
         check_model(nn.Linear(2, 2), told(ubatching=True))
 
 

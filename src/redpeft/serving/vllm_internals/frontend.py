@@ -193,7 +193,7 @@ def _as_checked(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 
 refusals = Refusals()
-why: ContextVar[str] = ContextVar("why an adapter was refused in this request", default="")
+refusal_reason: ContextVar[str] = ContextVar("why an adapter was refused in this request", default="")
 
 
 def _remembering(add_lora: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +213,7 @@ def _remembering(add_lora: Callable[..., Any]) -> Callable[..., Any]:
             logger.warning("refused: %s", reason)
             if any(signature):  # files on this disk, not a name on the Hub
                 refusals.add(path, signature, reason)
-        why.set(reason)
+        refusal_reason.set(reason)
         raise UserError(reason)
 
     return add
@@ -238,9 +238,13 @@ def _with_reason(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     async def call(models: OpenAIServingModels, *args: Any, **kwargs: Any) -> Any:
-        why.set("")
+        refusal_reason.set("")
         response = await method(models, *args, **kwargs)
-        return _bad_request(reason) if isinstance(response, ErrorResponse) and (reason := why.get()) else response
+        return (
+            _bad_request(reason)
+            if isinstance(response, ErrorResponse) and (reason := refusal_reason.get())
+            else response
+        )
 
     return call
 
