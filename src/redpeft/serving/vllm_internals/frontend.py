@@ -240,11 +240,8 @@ def _with_reason(method: Callable[..., Any]) -> Callable[..., Any]:
     async def call(models: OpenAIServingModels, *args: Any, **kwargs: Any) -> Any:
         refusal_reason.set("")
         response = await method(models, *args, **kwargs)
-        return (
-            _bad_request(reason)
-            if isinstance(response, ErrorResponse) and (reason := refusal_reason.get())
-            else response
-        )
+        reason = refusal_reason.get()
+        return _bad_request(reason) if reason and isinstance(response, ErrorResponse) else response
 
     return call
 
