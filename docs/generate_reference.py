@@ -75,10 +75,10 @@ def signatures() -> str:
     from redpeft import adapters
     from redpeft.adapters import arithmetic, card, listing, released, stats
     from redpeft.evaluation import generate, language_model, lm_harness
-    from redpeft.reproduce import command, plan
+    from redpeft.reproduce import plan, run_tables
     from redpeft.runs import job_list, on_ray, runner, sweep
     from redpeft.tasks import data, e2e, files, metrics
-    from redpeft.training import model, predict, recipe, train
+    from redpeft.training import learner, predict, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
@@ -96,13 +96,13 @@ def signatures() -> str:
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
-        "redpeft.training.model": [model.trainable_parameters, model.Trained],
+        "redpeft.training.learner": [learner.trainable_parameters, learner.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],
         "redpeft.runs.sweep": [sweep.run_sweep],
         "redpeft.runs.job_list": [job_list.run_fleet],
         "redpeft.runs.on_ray": [on_ray.run_on_ray],
-        "redpeft.reproduce.command": [command.reproduce, command.show_plan],
+        "redpeft.reproduce.run_tables": [run_tables.reproduce, run_tables.show_plan],
         "redpeft.reproduce.plan": [plan.Request],
         "redpeft.tasks.data": [data.read_data],
         "redpeft.tasks.files": [files.read_file],

@@ -76,6 +76,11 @@ def test_each_class_name_stands_once():
     assert [name for name, count in names.items() if count > 1] == []
 
 
+def test_each_file_name_stands_once():
+    names = Counter(path.name for path in MODULES.values() if not path.name.startswith("__"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
 def test_the_house_stays_small():
     assert sum(path.name != "__init__.py" for path in MODULES.values()) <= MOST_MODULES
 

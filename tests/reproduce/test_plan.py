@@ -22,7 +22,7 @@ from redpeft.reproduce.plan import (
 )
 from redpeft.reproduce.published import find_table, tables
 from redpeft.training.baselines import DEFAULT_RATES
-from redpeft.training.model import check_options
+from redpeft.training.learner import check_options
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import read_task
 

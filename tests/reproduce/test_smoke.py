@@ -10,7 +10,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 from redpeft.reproduce.plan import recipe_for
 from redpeft.reproduce.smoke import make_model
 from redpeft.tasks.classification import ClassificationTask
-from redpeft.training.model import apply_method, head_modules
+from redpeft.training.learner import apply_method, head_modules
 
 COLUMNS = {"text": "sentence", "label": "label"}
 TASK = ClassificationTask(COLUMNS, "single_label_classification", ["0", "1", "2"], "accuracy")

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from redpeft.training.baselines import METHODS
-from redpeft.training.model import trainable_parameters
+from redpeft.training.learner import trainable_parameters
 from redpeft.training.recipe import load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "baselines.md"

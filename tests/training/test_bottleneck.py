@@ -20,7 +20,7 @@ from transformers import (
 from helpers.training import learn
 from redpeft import find_sites
 from redpeft.errors import UserError
-from redpeft.training.model import apply_method, check_options
+from redpeft.training.learner import apply_method, check_options
 from redpeft.training.own_baselines import Bottleneck
 from redpeft.training.recipe import load_recipe
 

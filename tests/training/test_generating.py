@@ -144,7 +144,7 @@ def test_pieces_of_a_batch_weigh_by_their_tokens(make_recipe, e2e_folder, tiny_g
 
 def test_packages_are_asked_for_before_the_work(make_recipe, e2e, e2e_folder, tiny_gpt2_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("redpeft.tasks.metrics.importlib.util.find_spec", lambda _: None)
-    monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.learner.load_base", lambda *_: pytest.fail("loaded the model"))
     recipe = make_recipe(task="e2e", base=str(tiny_gpt2_folder), data=str(e2e_folder))
     with pytest.raises(UserError, match=r"pip install redpeft\[e2e\]"):
         train(recipe, tmp_path / "run")

@@ -9,7 +9,7 @@ import pytest
 
 from redpeft.tasks.base import TASKS
 from redpeft.tasks.data import read_splits
-from redpeft.training.model import apply_method, load_base
+from redpeft.training.learner import apply_method, load_base
 from redpeft.training.recipe import load_recipe
 from redpeft.training.trainer import make_trainer
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from redpeft.errors import UserError
-from redpeft.training.model import apply_method
+from redpeft.training.learner import apply_method
 from redpeft.training.own_baselines import norm_parameters
 from redpeft.training.recipe import load_recipe
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from helpers.training import learn
 from redpeft.errors import UserError
-from redpeft.training.model import apply_method, trainable_parameters
+from redpeft.training.learner import apply_method, trainable_parameters
 from redpeft.training.recipe import load_recipe
 
 VOCAB, WIDTH, TOKENS = 50, 16, 4

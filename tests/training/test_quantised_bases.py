@@ -22,7 +22,7 @@ from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.tasks.base import TASKS
 from redpeft.tasks.data import read_splits
-from redpeft.training.model import load_base
+from redpeft.training.learner import load_base
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
 
@@ -169,7 +169,7 @@ def test_a_missing_extra_is_named_before_anything_is_written(load_in, says, make
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="computes on a GPU")
 def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_recipe, tmp_path, capsys, monkeypatch):
     says = "bf16 takes 42 times as long as fp32 on this CPU, which has no instructions for it: set "
-    monkeypatch.setattr("redpeft.training.model.bf16_slowdown", lambda: 41.7)
+    monkeypatch.setattr("redpeft.training.learner.bf16_slowdown", lambda: 41.7)
     train(make_recipe(precision="bf16", max_steps=1), tmp_path / "slow")
     said = capsys.readouterr().err
     assert f"{says}precision to fp32\n" in said
@@ -178,6 +178,6 @@ def test_a_cpu_without_bf16_instructions_says_so_before_the_first_step(make_reci
     assert f"{says}precision and base.dtype to fp32\n" in capsys.readouterr().err
     train(make_recipe(max_steps=1), tmp_path / "fp32")
     assert says not in capsys.readouterr().err
-    monkeypatch.setattr("redpeft.training.model.bf16_slowdown", lambda: 1.2)
+    monkeypatch.setattr("redpeft.training.learner.bf16_slowdown", lambda: 1.2)
     train(make_recipe(precision="bf16", max_steps=1), tmp_path / "quick")
     assert says not in capsys.readouterr().err

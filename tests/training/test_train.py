@@ -426,7 +426,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_read(changes, message, mak
     ("changes", "message"), [({"data__text": "body"}, "no column"), ({"metric": "x"}, "no metric")]
 )
 def test_wrong_data_is_refused_before_the_model_is_loaded(changes, message, make_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("redpeft.training.model.load_base", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr("redpeft.training.learner.load_base", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(UserError, match=message):
         train(make_recipe(**changes), tmp_path / "run")
 

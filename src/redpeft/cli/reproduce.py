@@ -56,9 +56,9 @@ def reproduce(
     out: Annotated[Path | None, typer.Option(help="The folder for runs and report. Default: runs/TABLE.")] = None,
 ) -> CommandOutput:
     """Run a table of the paper, or part of it, and report the results beside the published figures."""
-    from redpeft.reproduce.command import reproduce, show_plan
     from redpeft.reproduce.plan import Request, parse_changes
     from redpeft.reproduce.published import find_table, tables
+    from redpeft.reproduce.run_tables import reproduce, show_plan
 
     if list_:
         return _list(tables().values())

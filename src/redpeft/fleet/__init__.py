@@ -1,7 +1,7 @@
 """Fleets: many edits of one base model, trained in one step.
 
 fleet.py            the table of slots, and its passes
-heads.py            heads of many jobs in one call
+stacked_heads.py    heads of many jobs in one call
 adamw.py            AdamW for many jobs; losses.py: the loss of each row
 memory.py           how many slots fit into memory
 template_model.py   the model on which jobs are prepared, and which recipes a fleet can train

@@ -24,8 +24,8 @@ from torch import nn
 
 from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates, adamw, clip
-from redpeft.fleet.heads import Groups, StackedHead
 from redpeft.fleet.losses import row_loss
+from redpeft.fleet.stacked_heads import Groups, StackedHead
 from redpeft.models import keep_modes_and_rng
 from redpeft.tuner.edit import effective_edit
 from redpeft.tuner.layer import red_layers

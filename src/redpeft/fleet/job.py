@@ -28,7 +28,7 @@ from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet, SlotState
 from redpeft.fleet.queue import Job
 from redpeft.storage import CHECKPOINTS, append_metrics, save_tensors, write_metrics
-from redpeft.training.model import save_model
+from redpeft.training.learner import save_model
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import TrainingRun, best_evaluation, plain_scores
 from redpeft.training.trainer import EVALUATION_ROWS, EpochOrder, metrics_function

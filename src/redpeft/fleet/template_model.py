@@ -17,7 +17,7 @@ from redpeft import calibrate
 from redpeft.models import autocast, choose_precision, draw_weights, leave_unpacked
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.metrics import IGNORED
-from redpeft.training.model import build_learner
+from redpeft.training.learner import build_learner
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import TrainingRun, prepare
 from redpeft.training.trainer import CALIBRATION_ROWS

@@ -6,5 +6,5 @@ time_estimate.py    how long they will take
 smoke.py            tiny models and made-up data for `--budget smoke`
 external_scores.py  scores that do not come from a run's own test split
 report.py           run folders -> cells beside the published values; page.py shows them
-command.py          `redpeft reproduce`: all of it in order
+run_tables.py       `redpeft reproduce`: all of it in order
 """

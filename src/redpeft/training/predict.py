@@ -26,7 +26,7 @@ from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.baselines import METHODS
 from redpeft.training.callbacks import show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
-from redpeft.training.model import load_trained
+from redpeft.training.learner import load_trained
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.stdin_rows import Row, batched
 from redpeft.training.train import plain_scores

@@ -47,7 +47,7 @@ from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
 from redpeft.training.callbacks import TIMES, attach, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
-from redpeft.training.model import Learner, build_learner, check_options, head_parameters, save_model
+from redpeft.training.learner import Learner, build_learner, check_options, head_parameters, save_model
 from redpeft.training.recipe import Recipe
 from redpeft.training.trainer import (
     answer_scores,

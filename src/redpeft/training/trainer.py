@@ -34,7 +34,7 @@ from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import values
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.encoding import encode_questions
-from redpeft.training.model import head_parameters
+from redpeft.training.learner import head_parameters
 from redpeft.training.recipe import Recipe
 
 if TYPE_CHECKING:

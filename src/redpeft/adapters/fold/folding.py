@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from redpeft.adapters.card import write_folded_card
 from redpeft.adapters.checkpoint import Checkpoint, KeyMap, checkpoint_fingerprint, is_quantised, local_folder
 from redpeft.adapters.fold.layers import WARN_ABOVE, FoldedSite, FoldSpec, fold_sites
-from redpeft.adapters.fold.plan import LEFT, FoldPreview, Plan, empty_adapted_model, plan_adapter, why_not_llama
+from redpeft.adapters.fold.placement import LEFT, FoldPreview, Plan, empty_adapted_model, plan_adapter, why_not_llama
 from redpeft.adapters.fold.write import find_changes, write_other_files, write_weights
 from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
 from redpeft.adapters.stats import layer_pattern

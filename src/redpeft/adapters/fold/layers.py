@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from redpeft.adapters.checkpoint import Checkpoint, KeyMap, is_quantised
-from redpeft.adapters.fold.plan import BIAS_LEFT, LEFT, Plan
+from redpeft.adapters.fold.placement import BIAS_LEFT, LEFT, Plan
 from redpeft.adapters.folder import Adapter, EffectiveEdit
 from redpeft.errors import UserError
 from redpeft.tuner.edit import fold_edit

@@ -9,7 +9,7 @@ import pytest
 
 from redpeft.cli.command import run_app
 from redpeft.errors import RunError, Stopped
-from redpeft.reproduce import command
+from redpeft.reproduce import run_tables
 from redpeft.reproduce.published import tables
 from redpeft.runs import runner
 from redpeft.training.train import train
@@ -33,7 +33,7 @@ def done(tmp_path_factory):
 
 @pytest.fixture
 def no_estimate(monkeypatch):
-    monkeypatch.setattr(command, "estimate", lambda runs, rows: 1.0)
+    monkeypatch.setattr(run_tables, "estimate", lambda runs, rows: 1.0)
 
 
 def test_a_table_is_run_and_reported(done, capsys):
@@ -56,7 +56,7 @@ def test_a_table_is_run_and_reported(done, capsys):
 
 def test_the_same_call_again_reports_every_finished_run(done, capsys, monkeypatch):
     (done / "glue-roberta-base.md").unlink()
-    monkeypatch.setattr(command, "run_jobs", lambda jobs: [pytest.fail("trained") for _ in jobs])
+    monkeypatch.setattr(run_tables, "run_jobs", lambda jobs: [pytest.fail("trained") for _ in jobs])
     code, text, err = call(capsys, *SMOKE[:-1], "stsb", "--rows", "red", "--seeds", "42", "--out", done, "--json")
     assert code == 0, err
     assert list(json.loads(text)["rows"]) == ["red", "head"]

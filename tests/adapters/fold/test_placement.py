@@ -22,7 +22,7 @@ from transformers import (
 
 from redpeft.adapters import read_adapter
 from redpeft.adapters.fold import fold, preview_fold
-from redpeft.adapters.fold.plan import LEFT, Parts, plan_fold
+from redpeft.adapters.fold.placement import LEFT, Parts, plan_fold
 from redpeft.errors import UserError
 from redpeft.models import on_meta
 

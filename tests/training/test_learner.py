@@ -20,7 +20,7 @@ from transformers import (
 
 from redpeft.errors import UserError
 from redpeft.training.baselines import DEFAULT_RATES, METHODS
-from redpeft.training.model import apply_method, head_modules, head_parameters, trainable_parameters
+from redpeft.training.learner import apply_method, head_modules, head_parameters, trainable_parameters
 from redpeft.training.recipe import Recipe, load_recipe
 
 SMALL = {

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from redpeft.fleet.heads import Groups, StackedHead
-from redpeft.training.model import head_modules
+from redpeft.fleet.stacked_heads import Groups, StackedHead
+from redpeft.training.learner import head_modules
 
 SIZES = {
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"], 32),
