@@ -1,4 +1,17 @@
-"""The paper's method: the edit, the PEFT tuner around it, where to edit (sites) and how far a step goes (units)."""
+"""The paper's method as a PEFT tuner.
+
+edit.py        the edit: two vectors a site, and the arithmetic
+config.py      what to edit and how
+layer.py       the layer that wraps a module and edits its output
+model.py       the tuner: puts layers on a model, merges, mixes, loads
+sites.py       where to edit
+units.py       how far a step of the bias goes
+mixed.py       batches that mix adapters
+compose.py     sums and sequences of edits
+heads.py       modules that are trained in full and saved beside the edits
+first_step.py  warnings at the first step of an optimiser
+register.py    makes RED a method that PEFT knows
+"""
 
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.layer import RedLayer
