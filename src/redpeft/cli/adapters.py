@@ -15,7 +15,9 @@ from redpeft.errors import RunError, UserError, shorten_list
 
 @command("redpeft sites roberta-base --sites red+")
 def sites(
-    model: Annotated[str, typer.Argument(help="A Hub name, or a folder with a config.json.", show_default=False)],
+    model: Annotated[
+        str, typer.Argument(help="A Hub name, a folder with a config.json, or a GGUF file.", show_default=False)
+    ],
     sites: Annotated[str, typer.Option(help="ffn, attention, qkv, several such as ffn,qkv, or red+ (all).")] = "ffn",
     layers: Annotated[str | None, typer.Option(help="Only the blocks with these numbers, such as 0,1,11.")] = None,
 ) -> CommandOutput:
@@ -23,7 +25,9 @@ def sites(
     from redpeft.adapters.stats import preview, preview_table
 
     found = preview(model, sites.split(","), None if layers is None else _numbers(layers))
-    return CommandOutput(dataclasses.asdict(found), [f"{found.model} ({found.architecture})", preview_table(found)])
+    stored = f", GGUF {found.dequantised_from}" if found.dequantised_from else ""
+    title = f"{found.model} ({found.architecture}{stored})"
+    return CommandOutput(dataclasses.asdict(found), [title, preview_table(found)])
 
 
 @command("redpeft inspect runs/demo/red/seed-0 --plot red.png")
@@ -87,6 +91,24 @@ def fold(
         raise UserError("give an adapter and --out, or --plan MODEL")
     result = fold(adapter, out, base, dtype=dtype, llama=as_ == "llama", bundle=format_ == "bundle")
     return CommandOutput(result.summary(), [result_table(result), *result.notes, f"Checkpoint: {out}"])
+
+
+@command("redpeft export-base smollm2 --out models/smollm2")
+def export_base(
+    base: Annotated[
+        str, typer.Argument(metavar="FILE.gguf", help="A GGUF file, or its short name.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Number format of the weights.")] = "fp32",
+) -> CommandOutput:
+    """Write a GGUF file as an ordinary model folder, which transformers and vLLM load."""
+    from redpeft.models import export_base
+
+    model, quantised_as = export_base(base, out, dtype)
+    kind, parameters = type(model).__name__, model.num_parameters()
+    data = {"base": base, "out": out, "architecture": kind, "parameters": parameters, "dtype": dtype}
+    data["dequantised_from"] = quantised_as
+    return CommandOutput(data, [f"{kind}, {parameters:,} parameters, {quantised_as} to {dtype}", f"Folder: {out}"])
 
 
 @command('redpeft compose \'0.7 * "runs/formal" + 0.3 * "runs/brief"\' --out adapters/both')

@@ -107,7 +107,9 @@ def recipe_and_fields(name: str, arguments: Sequence[str]) -> tuple[str | None, 
 def _field_of(path: Path) -> str | None:
     """The field that was probably meant by a path that is not a recipe; None for a recipe."""
     if path.is_dir():
-        return "base" if (path / "config.json").is_file() else "data"
+        return "base" if (path / "config.json").is_file() or any(path.glob("*.gguf")) else "data"
+    if path.suffix == ".gguf":
+        return "base"
     return None if path.suffix.lower() in ("", ".yaml", ".yml", ".json") or not path.is_file() else "data"
 
 
@@ -195,6 +197,8 @@ def redpeft(
 ) -> None:
     """Fine-tune a frozen transformer with two vectors per layer (RED, Representation EDiting)."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of what PEFT still uses there
+    # PEFT's, with every adapter that is saved on a base from a GGUF file
+    warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
     logging.basicConfig(format="%(message)s", handlers=[_StderrHandler()])
     logging.getLogger("redpeft").setLevel(logging.INFO)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every 8-bit layer in every forward pass

@@ -33,12 +33,12 @@ from redpeft.models import (
     DTYPE_ARGUMENT,
     autocast,
     choose_precision,
+    find_base,
     input_limit,
     load_decoder,
     load_tokenizer,
     pad_prompts,
     quiet,
-    require_folder,
 )
 from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
 from redpeft.tasks.instruction import Chat, InstructionTask
@@ -159,7 +159,7 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     """A plain language model in evaluation mode and its tokenizer: on a GPU in the checkpoint's number format,
     otherwise in fp32. UserError as `models.load_pretrained`."""
     bars_on_terminals_only()
-    require_folder(name)
+    find_base(name)
     cuda = torch.cuda.is_available()
     with quiet():
         tokenizer = load_tokenizer(name)

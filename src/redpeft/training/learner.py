@@ -27,6 +27,7 @@ from redpeft.models import (
     bf16_slowdown,
     choose_precision,
     draw_weights,
+    find_base,
     leave_unpacked,
     load_tokenizer,
     new_weights,
@@ -98,6 +99,11 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
         tokenizer = load_tokenizer(name, revision=revision)
         options: dict[str, Any] = {DTYPE_ARGUMENT: dtype}
         if load_in is not None:
+            if find_base(name).gguf_file is not None:
+                raise UserError(
+                    f"base.load_in cannot quantise a GGUF file: write an ordinary folder first with redpeft "
+                    f"export-base {name} --out FOLDER, or leave load_in out"
+                )
             empty = task.load_model(name, tokenizer, revision=revision, device_map="meta")
             head = head_modules(empty, recipe.task, new_weights(empty, name, revision))
             options["quantization_config"] = quantization_config(load_in, head, DTYPES[precision])

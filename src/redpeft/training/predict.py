@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from redpeft.adapters.folder import read_config, read_tensors
 from redpeft.console import Progress, bars_on_terminals_only, log_main, no_bars
 from redpeft.errors import UserError
-from redpeft.models import autocast, choose_precision, load_config, pad_prompts, require_folder
+from redpeft.models import autocast, choose_precision, find_base, load_config, pad_prompts
 from redpeft.storage import CONFIG_NAME, RECIPE, RESULT, TASK, read_json
 from redpeft.tasks.base import TASKS, task_from_dict
 from redpeft.tasks.columns import ROW, values, where, with_columns
@@ -126,7 +126,7 @@ def _labels(folder: Path, model: str) -> list[str]:
     if not heads:
         raise UserError(f"{folder} has no head, so it cannot predict labels: redpeft compose --head adds one")
     count = min(len(tensor) for tensor in heads)
-    require_folder(model)
+    find_base(model)
     known = getattr(load_config(model), "id2label", None) or {}
     return [known[index] for index in range(count)] if len(known) == count else [str(index) for index in range(count)]
 

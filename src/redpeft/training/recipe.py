@@ -38,7 +38,9 @@ class Base(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="Folder of the base model, or its name on the Hugging Face Hub.")
+    model: str = Field(
+        description="Folder or GGUF file of the base model, its name on the Hugging Face Hub, or a short name."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a base model on the Hub.")
     load_in: Literal["8bit", "4bit", "int8_weight_only"] | None = Field(
         None,

@@ -20,7 +20,7 @@ from redpeft.adapters.card import write_card
 from redpeft.adapters.folder import read_adapter
 from redpeft.console import bars_on_terminals_only, log_main
 from redpeft.errors import UserError, shorten_list
-from redpeft.models import choose_precision, require_folder, require_quantiser
+from redpeft.models import choose_precision, find_base, require_quantiser
 from redpeft.plots import plot_run
 from redpeft.storage import (
     ADAPTER,
@@ -182,7 +182,7 @@ class TrainingRun:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises `UserError` for mistakes in a recipe that can be found before anything is read or loaded."""
-    require_folder(recipe.base.model)
+    find_base(recipe.base.model)
     rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
     choose_precision(recipe.precision, recipe.base.dtype)
     if recipe.base.load_in is not None:
@@ -259,6 +259,7 @@ def _describe(run: TrainingRun, state: Any) -> dict[str, Any]:
     return {
         "task": recipe.task,
         "base": recipe.base.model,
+        "base_dequantised_from": getattr(model.config, "dequantised_from", None),
         "method": recipe.method,
         "seed": recipe.seed,
         "metric": run.task.metric,

@@ -501,7 +501,7 @@ def test_a_truncated_base(folders):
 
 
 def test_no_such_base(folders):
-    refused(folders, "no folder and no model on the Hub has this name", base=folders / "nowhere")
+    refused(folders, "no such model folder", base=folders / "nowhere")
 
 
 def test_a_folder_that_is_there_is_left_alone(folders):

@@ -1,11 +1,13 @@
 """Fold an adapter into a plain transformers checkpoint: plan where each edit goes, fold the layers, write the files.
 
-No model is loaded.
+No model is loaded, but to dequantise a GGUF file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,14 @@ from redpeft.models import (
     DTYPE_ARGUMENT,
     DTYPES,
     FLOATS,
+    export_base,
+    find_base,
     fingerprint_difference,
     load_config,
     loading_report,
     output_width,
 )
-from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder
+from redpeft.storage import ADAPTER, find_adapter, find_run, new_folder, temporary_path
 
 
 @dataclass(frozen=True)
@@ -86,49 +90,62 @@ def fold(
     that exists, and an edit that has no place in a stock checkpoint or overflows `dtype`; nothing is written then.
     """
     adapter, out = read_adapter(find_adapter(path)), Path(out)
-    checkpoint = Checkpoint(_base_folder(adapter, base))
-    original = empty_adapted_model(adapter, load_config(str(checkpoint.folder)), find_run(path))
-    plan = plan_adapter(adapter, original, llama)
-    if plan.left and not bundle:
-        raise UserError(_no_place(plan, original))
-    keys = KeyMap(checkpoint.keys, plan.model)
-    _check_base(adapter, original, checkpoint, keys)
+    with _base_checkpoint(adapter, base, out) as checkpoint:
+        original = empty_adapted_model(adapter, load_config(str(checkpoint.folder)), find_run(path))
+        plan = plan_adapter(adapter, original, llama)
+        if plan.left and not bundle:
+            raise UserError(_no_place(plan, original))
+        keys = KeyMap(checkpoint.keys, plan.model)
+        _check_base(adapter, original, checkpoint, keys)
 
-    stored = _stored_dtype(dtype, checkpoint, keys, plan)
-    spec = FoldSpec(adapter, checkpoint, keys, plan, stored, convert=dtype is not None, bundle=bundle)
-    sites = fold_sites(spec)
-    if all(site.placement == LEFT for site in sites):
-        raise UserError(
-            f"nothing of {adapter.folder} can be folded into {checkpoint.folder}: ship the base model and the adapter"
-        )
-    left = {site.site: site.left for site in sites if site.left is not None}
+        stored = _stored_dtype(dtype, checkpoint, keys, plan)
+        spec = FoldSpec(adapter, checkpoint, keys, plan, stored, convert=dtype is not None, bundle=bundle)
+        sites = fold_sites(spec)
+        if all(site.placement == LEFT for site in sites):
+            raise UserError(
+                f"nothing of {adapter.folder} can be folded into {checkpoint.name}: ship the base model and the "
+                "adapter"
+            )
+        left = {site.site: site.left for site in sites if site.left is not None}
 
-    with new_folder(out) as temporary:
-        setattr(plan.model.config, DTYPE_ARGUMENT, stored)
-        write_weights(temporary, spec, find_changes(spec, sites, original))
-        write_other_files(temporary, checkpoint.folder, adapter, plan.model)
-        _check_loads(temporary, plan.model)
-        if left:
-            _write_left(temporary, out, adapter, left)
-        architecture = type(plan.model).__name__
-        write_folded_card(
-            temporary, str(base or checkpoint.folder), architecture, plan.changes, len(sites), list(left)
-        )
-    return FoldResult(out, architecture, stored, plan.changes, sites, out / ADAPTER if left else None)
+        with new_folder(out) as temporary:
+            setattr(plan.model.config, DTYPE_ARGUMENT, stored)
+            write_weights(temporary, spec, find_changes(spec, sites, original))
+            write_other_files(temporary, checkpoint.folder, adapter, plan.model)
+            _check_loads(temporary, plan.model)
+            if left:
+                _write_left(temporary, out, adapter, left)
+            architecture = type(plan.model).__name__
+            write_folded_card(
+                temporary, str(base or checkpoint.name), architecture, plan.changes, len(sites), list(left)
+            )
+        return FoldResult(out, architecture, stored, plan.changes, sites, out / ADAPTER if left else None)
 
 
-def _base_folder(adapter: Adapter, base: str | Path | None) -> Path:
-    if base:
-        return local_folder(str(base))
-    named = adapter.config.get("base_model_name_or_path")
+@contextmanager
+def _base_checkpoint(adapter: Adapter, base: str | Path | None, out: Path) -> Iterator[Checkpoint]:
+    """The base model's checkpoint. A GGUF file becomes an ordinary folder beside `out`, removed at the end."""
+    named = base or adapter.config.get("base_model_name_or_path")
     if not named:
         raise UserError(f"{adapter.folder} does not name its base model: give it with --base")
     try:
-        return local_folder(str(named), adapter.config.get("revision"))
+        files = find_base(named)
+        folder = local_folder(str(files.folder), None if base else adapter.config.get("revision"))
     except UserError as error:
+        if base:
+            raise
         raise UserError(
             f"{error}. {adapter.folder} names it as its base model: if it is elsewhere now, give its place with --base"
         ) from error
+    if files.gguf_file is None:
+        yield Checkpoint(folder)
+        return
+    exported = temporary_path(out.resolve())
+    try:
+        export_base(named, exported)
+        yield Checkpoint(exported, str(named))
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
 
 
 def _no_place(plan: Plan, original: PreTrainedModel) -> str:
@@ -147,7 +164,7 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
         width = output_width(original.get_submodule(site), original)
         if width != edit.scale.numel():
             raise UserError(
-                f"{adapter.folder} is for another base model than {checkpoint.folder}: the output of {site} has width "
+                f"{adapter.folder} is for another base model than {checkpoint.name}: the output of {site} has width "
                 f"{width} there, and {edit.scale.numel()} in the adapter"
             )
     saved = adapter.config.get("base_fingerprint")
@@ -155,7 +172,7 @@ def _check_base(adapter: Adapter, original: PreTrainedModel, checkpoint: Checkpo
         return
     found = checkpoint_fingerprint({site: site for site in adapter.edits}, original, checkpoint, keys)
     if differs := fingerprint_difference(saved, found):
-        raise UserError(f"{adapter.folder} is for another base model than {checkpoint.folder}: {differs}")
+        raise UserError(f"{adapter.folder} is for another base model than {checkpoint.name}: {differs}")
 
 
 def _stored_dtype(asked: str | None, checkpoint: Checkpoint, keys: KeyMap, plan: Plan) -> torch.dtype:
