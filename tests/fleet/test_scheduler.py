@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,18 +142,19 @@ def test_a_killed_process_loses_at_most_an_epoch_of_each_job(make_job, queue_of,
     jobs.append(make_job("first", "tiny", epochs=1))
     code = "\n".join(
         [
-            "import sys; sys.path.insert(0, sys.argv[1])",
+            "import sys; sys.path[:0] = sys.argv[2:]",
             "import json, pathlib",
             "from conftest import ListQueue",
             "from redpeft.fleet import train_fleets",
             "from redpeft.fleet.queue import Job",
             "from redpeft.training.recipe import Recipe",
-            "jobs = [Job(Recipe(**r), pathlib.Path(f)) for r, f in json.loads(sys.argv[2])]",
+            "jobs = [Job(Recipe(**r), pathlib.Path(f)) for r, f in json.loads(sys.argv[1])]",
             "train_fleets(ListQueue(jobs))",
         ]
     )
     listed = json.dumps([[job.recipe.model_dump(), str(job.folder)] for job in jobs])
-    process = subprocess.Popen([sys.executable, "-c", code, os.path.dirname(__file__), listed])
+    here = Path(__file__).parent
+    process = subprocess.Popen([sys.executable, "-c", code, listed, str(here), str(here.parent)])
     snapshots = [job.folder / "checkpoints" / "fleet.safetensors" for job in jobs[:3]]
     deadline = time.monotonic() + 120
     while not ((jobs[3].folder / "result.json").exists() and all(path.exists() for path in snapshots)):
