@@ -261,6 +261,29 @@ def test_the_command_writes_it(files, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+# --- an end token that is the pad token, too ------------------------------------------------------------------------
+
+
+def test_padding_takes_no_end_out_of_what_is_learned(files, questions, tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    compute_loss, batches = trl.SFTTrainer.compute_loss, []
+
+    def record(self, model, inputs, *args, **kwargs):
+        batches.append({name: tensor.clone() for name, tensor in inputs.items()})
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "compute_loss", record)
+    train(_recipe(files / "q4.gguf", questions, max_steps=2), tmp_path / "run")
+    end, padded = load_tokenizer(files / "q4.gguf").eos_token_id, 0
+    for batch in batches:
+        for ids, labels, attended in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            assert labels.eq(end).sum() == 1
+            assert not labels[~attended.bool()].ne(-100).any()
+            assert ids[~attended.bool()].eq(end).all()
+            padded += int((~attended.bool()).sum())
+    assert padded
+
+
 # --- every command --------------------------------------------------------------------------------------------------
 
 

