@@ -36,15 +36,15 @@ def data_sets(tmp_path_factory):
 @pytest.fixture
 def in_float64(monkeypatch):
     """Runs compute in float64, alone and in fleets."""
-    from redpeft.training import model as training_model
+    from redpeft.training import learner
 
-    load = training_model.load_base
+    load = learner.load_base
 
     def load_double(*args):
         model, tokenizer = load(*args)
         return model.double(), tokenizer
 
-    monkeypatch.setattr(training_model, "load_base", load_double)
+    monkeypatch.setattr(learner, "load_base", load_double)
 
 
 @pytest.fixture
