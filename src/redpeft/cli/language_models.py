@@ -47,7 +47,7 @@ def generate(
 
 @command("redpeft lm-eval meta-llama/Llama-2-7b-hf --adapter runs/red --tasks open-llm-leaderboard --out scores.json")
 def lm_eval(
-    base: Annotated[str, typer.Argument(help="The base model: a folder, a GGUF file, a Hub name.", show_default=False)],
+    base: Annotated[str, typer.Argument(help="The base model: a folder, GGUF file or Hub name.", show_default=False)],
     tasks: Annotated[
         str, typer.Option(help="Tasks or groups of lm-eval, such as gsm8k,mmlu; or open-llm-leaderboard.")
     ],
