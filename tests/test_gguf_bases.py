@@ -184,6 +184,11 @@ def test_no_tokenizer(tmp_path):
     assert preview(str(file)).dequantised_from == "Q8_0"  # which needs none
 
 
+def test_one_of_several_parts(tmp_path):
+    file = write_gguf(tmp_path / "a-00001-of-00003.gguf", parts=3)
+    assert error_of(file) == f"{file} is one of 3 parts: make one file of them (llama-gguf-split --merge)"
+
+
 def test_no_gguf_package(files, monkeypatch):
     _hide(monkeypatch, "gguf")
     assert error_of(files / "q4.gguf").endswith("q4.gguf needs the package gguf: pip install redpeft[gguf]")
@@ -341,6 +346,14 @@ def test_another_quantisation_is_refused_by_commands_and_warned_of_by_peft(run, 
     assert not (files / "out").exists()
     with pytest.warns(UserWarning, match="was trained on another base model .*: the weights differ"):
         PeftModel.from_pretrained(load(files / "q8.gguf"), run / "adapter")
+
+
+def test_a_model_that_transformers_loaded_has_the_same_fingerprint(run, files, recwarn):
+    plain = AutoModelForCausalLM.from_pretrained(files, gguf_file="q4.gguf", dtype=torch.float32)
+    inputs = torch.arange(3, 40).reshape(1, -1)
+    model, own = load_adapter(plain, run / "adapter"), load_adapter(load(files / "q4.gguf"), run / "adapter")
+    assert torch.equal(model(inputs).logits, own(inputs).logits)
+    assert not [each for each in recwarn if "another base model" in str(each.message)]
 
 
 def test_folding_gives_the_same_tokens_and_leaves_nothing_behind(files, tmp_path):

@@ -87,7 +87,7 @@ def find_base(base: str | Path) -> BaseFiles:
         if not files or any(path.glob("*.safetensors")) or any(path.glob("pytorch_model*.bin")):
             return BaseFiles(path)
         if len(files) > 1:
-            raise UserError(f"{base} holds several GGUF files, choose one of them: {shorten_list(files)}")
+            raise UserError(f"{base} holds several GGUF files, choose one of them: {shorten_list(files, 10)}")
         return BaseFiles(path, files[0])
     if path.suffix == GGUF:
         if not path.is_file():
@@ -117,7 +117,7 @@ class GGUFHeader(NamedTuple):
 
 def read_gguf_header(base: str | Path) -> GGUFHeader | None:
     """The header of a base's GGUF file; None for another base. Raises `UserError` as `find_base`, for a broken file,
-    and where the package `gguf` is missing."""
+    for one of several parts, and where the package `gguf` is missing."""
     folder, name = find_base(base)
     if name is None:
         return None
@@ -139,8 +139,11 @@ def _read_gguf_header(file: Path, modified: int) -> GGUFHeader:
             kind = gguf.LlamaFileType(fields["general.file_type"].contents()).name.split("_", 1)[1]
         else:  # that of the largest tensor
             kind = max(reader.tensors, key=lambda tensor: tensor.n_elements).tensor_type.name
+        parts = fields["split.count"].contents() if "split.count" in fields else 1
     except Exception as error:  # whatever the bytes of a broken file lead to
         raise UserError(f"{file}: broken or truncated, or no GGUF file ({first_line(error)})") from error
+    if parts > 1:  # transformers would read one and draw the other weights at random
+        raise UserError(f"{file} is one of {parts} parts: make one file of them (llama-gguf-split --merge)")
     return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields)
 
 

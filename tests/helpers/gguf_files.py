@@ -24,7 +24,13 @@ class _Vocabulary(list):
 
 
 def write_gguf(
-    file: Path, kind: str = "Q8_0", *, architecture: str = "llama", tokenizer: bool = True, file_type: bool = True
+    file: Path,
+    kind: str = "Q8_0",
+    *,
+    architecture: str = "llama",
+    tokenizer: bool = True,
+    file_type: bool = True,
+    parts: int = 1,
 ) -> Path:
     """`file`, with the same weights each time, in the number format `kind` (norms in fp32)."""
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
@@ -34,6 +40,8 @@ def write_gguf(
     writer = gguf.GGUFWriter(file, architecture)
     if file_type:
         writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if kind == 'F32' else 'MOSTLY'}_{kind}"])
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
