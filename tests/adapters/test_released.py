@@ -471,7 +471,7 @@ def test_refuses_what_is_not_there(tmp_path):
     for missing in (tmp_path / "nowhere", tmp_path / "base"):
         with pytest.raises(UserError, match=r"no such file: .*; give a delta_vector\.pth"):
             import_released(missing, base, tmp_path / "out")
-    with pytest.raises(UserError, match=r"no folder with a config\.json"):
+    with pytest.raises(UserError, match=r"no such model folder"):
         import_released(path, str(tmp_path / "nowhere"), tmp_path / "out")
 
 

@@ -338,11 +338,12 @@ EXPERTS = {
     "mlp": """afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32
         deepseek_v4 doge dots1 dots3_note dots3_note_text ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo flint
         glm4_moe glm4_moe_lite glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa gpt_oss hunyuan_v1_moe
-        hy_v3 hy_v4 inkling2 inkling2_text inkling_mm_model inkling_text jetmoe kimi_k25 kimi_linear kolibri1 laguna
-        mellum mimo_v2_flash minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4
-        mistral_large4_text mixtral muse_spark muse_spark_text olmoe openai_privacy_filter phimoe qwen2_moe
-        qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen3_vl_moe_text
-        solar_open step3p7 switch_transformers unlimited_ocr zaya""",
+        hy_v3 hy_v4 hy_v4_vl hy_v4_vl_text inkling2 inkling2_loop inkling2_loop_text inkling2_text inkling_mm_model
+        inkling_text jetmoe kimi_k25 kimi_linear kolibri1 laguna lara_mini mellum mimo_v2_flash minimax minimax_m2
+        minimax_m3_vl minimax_m3_vl_text mistral4 mistral_large4 mistral_large4_text mixtral muse_spark
+        muse_spark_text olmoe openai_privacy_filter phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text qwen3_moe
+        qwen3_next qwen3_omni_moe_thinker qwen3_vl_moe qwen3_vl_moe_text sarvam_mla sarvam_moe solar_open step3p7
+        switch_transformers unlimited_ocr zaya""",
     "ffn": "dbrx nllb-moe",
     "feed_forward": "jamba lfm2_moe llama4 llama4_text",
     "mixer": "nemo_speechlm nemotron_h",

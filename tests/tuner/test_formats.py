@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from helpers.versions import keys_go_through_the_tuner, needs_add_adapter
+from helpers.versions import TOO_OLD, keys_go_through_the_tuner, needs_add_adapter
 from redpeft import RedConfig
 from redpeft.adapters import read_adapter
 from redpeft.errors import UserError
@@ -95,6 +95,8 @@ def test_every_loader_reads_both_versions(tiny, folders, tmp_path, load, version
     config = model.peft_config["default"]
     assert config.format == 2
     assert config.scale_origin == (1 if version == 2 or load is into_a_new_adapter else 0)
+    if load is injected and TOO_OLD:
+        return  # transformers' own `save_pretrained` asks for a later PEFT too
     model.save_pretrained(tmp_path / "again")
     again = read_adapter(tmp_path / "again")
     saved = json.loads((tmp_path / "again" / CONFIG).read_text())

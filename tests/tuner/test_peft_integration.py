@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, UMT5Config, UMT5For
 from helpers.versions import keys_go_through_the_tuner
 from redpeft import RedConfig
 from redpeft.errors import UserError
+from redpeft.models import reads_tying
 
 TASKS = [
     ("bert_classifier", "SEQ_CLS", "modules_to_save.default"),
@@ -402,10 +404,10 @@ def test_a_bias_that_the_configuration_has_no_switch_for_is_a_warning(tiny):
         model.merge_and_unload()
 
 
-@pytest.mark.filterwarnings("error:.*no longer tied")
 @pytest.mark.parametrize("heads", [None, ["lm_head"]], ids=["the base's", "the adapter's"])
 def test_an_lm_head_of_its_own_stays_one(tiny, heads):
-    """UMT5 scales what its head reads where the configuration says that the embeddings are tied."""
+    """UMT5 scales what its head reads where the configuration says that the embeddings are tied (transformers before
+    5.24)."""
     sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
     torch.manual_seed(0)
     base = UMT5ForConditionalGeneration(UMT5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)).eval()
@@ -413,8 +415,11 @@ def test_an_lm_head_of_its_own_stays_one(tiny, heads):
     inputs = {"input_ids": tiny.tokens(), "decoder_input_ids": tiny.tokens(seed=1)}
     model = tiny.with_edits(base, use_bias=False, modules_to_save=heads)
     edited, tied = model(**inputs).logits, base.config.tie_word_embeddings
-    merged = model.merge_and_unload()
-    assert merged.config.tie_word_embeddings == tied
+    kept = heads is None or reads_tying(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error" if kept else "default", ".*no longer tied")
+        merged = model.merge_and_unload()
+    assert merged.config.tie_word_embeddings == (kept and tied)
     torch.testing.assert_close(merged(**inputs).logits, edited, atol=1e-4, rtol=1e-5)
 
 

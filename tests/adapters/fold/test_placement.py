@@ -106,7 +106,7 @@ def test_a_module_that_the_model_lacks():
 
 
 def test_no_such_model(tmp_path):
-    with pytest.raises(UserError, match=r"no folder with a config\.json"):
+    with pytest.raises(UserError, match=r"no such model folder"):
         preview_fold(str(tmp_path / "nothing"))
 
 
