@@ -53,7 +53,7 @@ test: .venv/.quantisers  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.quantisers .venv/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not serving"
 
 # Tables that share a base model share a folder, and with it their runs.
 reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)
@@ -94,10 +94,11 @@ test-newest:  ## all tests on the newest release of everything but torch
 	.venv-newest/bin/python -m pytest -o pythonpath=.venv-newest/quantisers
 
 test-serving: .venv-serving/.ready  ## the plug-in within vLLM, on its CPU build: engines, a server, two ranks
-	.venv-serving/bin/python -m pytest tests/serving -m "serving or not serving"
+	.venv-serving/bin/python -m pytest tests/serving -m "not slow"
 
-soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real server: answers, errors, memory
+soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real server: answers, errors, memory; slow tests
 	.venv-serving/bin/python -m pytest -s tests/serving/soak.py -m serving
+	.venv-serving/bin/python -m pytest tests/serving -m slow
 
 # vLLM's CPU build asks for torchaudio, torchvision and torchcodec, which text needs not and which fit other torches.
 .venv-serving/.ready: pyproject.toml constraints/serving.txt

@@ -52,6 +52,7 @@ def test_latency_counts_every_request():
     assert "capacity:" in found["notes"][-1]
 
 
+@pytest.mark.slow  # four servers
 @pytest.mark.timeout(1200)
 def test_servers_start_and_list_their_adapters():
     found = report_of("server.py", "--adapters=3", "--calls=3", "--layers=2", "--width=64", "--json")
