@@ -40,7 +40,7 @@ from rich.table import Table
 
 from engines import KEPT, make_adapters, make_base
 from redpeft.serving.launch import SERVER
-from serving import conditions
+from serving import conditions, publish
 
 STARTED = 600  # seconds that a server may take to start
 PAUSE = 0.02  # seconds between two calls of /health
@@ -195,11 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report: dict[str, Any] = {"machine": conditions(), "settings": vars(options)}
     with tempfile.TemporaryDirectory() as folder:
         report |= measure(options, Path(folder))
-    report["machine"]["load_average_after"] = round(os.getloadavg()[0], 2)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
+    publish(report, options.json, show)
 
 
 if __name__ == "__main__":

@@ -241,6 +241,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def publish(report: dict[str, Any], as_json: bool, show: Callable[[dict[str, Any]], None]) -> None:
+    """Print what was measured, and how busy the machine is at the end."""
+    report["machine"]["load_average_after"] = round(os.getloadavg()[0], 2)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        show(report)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     random.seed(0)
@@ -250,11 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report |= {"throughput": throughput, "load": load, "latency": latency}[options.question](
             options, Path(folder), settings
         )
-    report["machine"]["load_average_after"] = round(os.getloadavg()[0], 2)
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
-        show(report)
+    publish(report, options.json, show)
 
 
 if __name__ == "__main__":

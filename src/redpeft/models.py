@@ -188,7 +188,7 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
             quantizer.remove_quantization_config(model)
         _complete_gguf_config(model.config, header, base)
         model.name_or_path = str(base)  # what an adapter names as its base model
-        log_main(f"{base}: dequantised from {header.quantised_as} to {str(model.dtype).removeprefix('torch.')}")
+        log_main(f"{base}: dequantised from {header.quantised_as} to {dtype_name(model.dtype)}")
         return model
     if header and isinstance(loaded, PretrainedConfig):
         _complete_gguf_config(loaded, header, base)
@@ -398,6 +398,18 @@ def draw_weights(model: torch.nn.Module, weights: Iterable[str], seed: int) -> N
 # --- number formats -------------------------------------------------------------------------------------------------
 
 SLOW_BF16 = 5.0  # times as long as in fp32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As torch calls it, without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def training_device() -> torch.device:
+    """The kind of device that Trainer trains on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def choose_precision(asked: str, dtype: str) -> str:

@@ -157,6 +157,8 @@ class MethodScore(NamedTuple):
 def plot_parameters(points: Sequence[MethodScore], xlabel: str, ylabel: str, path: Path) -> Path | None:
     """The score of each method against the parameters that it trains; hollow: published. A method that trains none is
     a dashed line."""
+    if all(point.score is None for point in points):
+        return None
     figure, [[axes]] = new_figure(7, 4.4)
     for index, point in enumerate(points):
         colour = f"C{index % 10}"
@@ -168,8 +170,6 @@ def plot_parameters(points: Sequence[MethodScore], xlabel: str, ylabel: str, pat
             axes.annotate(point.label, (point.parameters, point.score), (6, 6), textcoords="offset points")
         if point.published is not None:
             axes.plot(*point.published, "o", mfc="none", color=colour)
-    if all(point.score is None for point in points):
-        return None
     axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)

@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from redpeft.console import is_first_process
-from redpeft.errors import RunError, UserError
+from redpeft.errors import RunError, UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -136,22 +136,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text and a line end, under a temporary name that is then changed: nobody sees the file half written."""
-    temporary = temporary_path(path)
-    try:
+    with _replaced_file(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file as `write_atomically` writes a text."""
     from safetensors.torch import save_file
 
-    temporary = temporary_path(path)
-    try:
+    with _replaced_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
         temporary.chmod(default_mode(path.parent))
+
+
+@contextmanager
+def _replaced_file(path: Path) -> Iterator[Path]:
+    temporary = temporary_path(path)
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -183,7 +185,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except Timeout:
         raise UserError(f"another process is writing {path}: wait for it, or choose another folder") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or first_line(error)}") from error
 
 
 @contextmanager

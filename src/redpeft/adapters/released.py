@@ -30,7 +30,7 @@ from redpeft.adapters.card import AUTO_CLASS
 from redpeft.adapters.folder import Adapter, EffectiveEdit, write_adapter
 from redpeft.console import counted
 from redpeft.errors import UserError, shorten_list
-from redpeft.models import load_config, on_meta
+from redpeft.models import dtype_name, load_config, on_meta
 from redpeft.storage import new_folder
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.sites import RED_PLUS, find_sites
@@ -289,10 +289,6 @@ def in_model_order(name: str) -> list[tuple[int, str]]:
         (int(part), "") if part.isdigit() else (ORDER.index(part) if part in ORDER else len(ORDER), part)
         for part in name.split(".")
     ]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _read_edits(path: Path) -> tuple[dict[str, EffectiveEdit], torch.dtype]:

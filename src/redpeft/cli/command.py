@@ -13,7 +13,6 @@ import functools
 import inspect as python_inspect
 import json
 import logging
-import os
 import shlex
 import sys
 import warnings
@@ -25,6 +24,7 @@ import typer
 from rich.console import Console
 
 from redpeft import __version__
+from redpeft.console import is_first_process
 from redpeft.errors import RunError, Stopped, UserError
 
 app = typer.Typer(name="redpeft", pretty_exceptions_enable=False)
@@ -63,7 +63,7 @@ def command(example: str) -> Callable[[Callable], Callable]:
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     output = function(**arguments)
-                    if os.environ.get("RANK", "0") == "0":  # of several processes the first one prints
+                    if is_first_process():  # of several, one prints
                         _print(output, as_json, out)
             except UserError as error:
                 _fail(error, 2)

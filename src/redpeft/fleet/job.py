@@ -28,10 +28,11 @@ from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet, SlotState
 from redpeft.fleet.queue import Job
 from redpeft.storage import CHECKPOINTS, append_metrics, save_tensors, write_metrics
+from redpeft.training.callbacks import plain_scores
 from redpeft.training.learner import save_model
 from redpeft.training.recipe import Recipe
-from redpeft.training.train import TrainingRun, best_evaluation, plain_scores
-from redpeft.training.trainer import EVALUATION_ROWS, EpochOrder, metrics_function
+from redpeft.training.train import TrainingRun, best_evaluation
+from redpeft.training.trainer import EVALUATION_ROWS, epoch_order, metrics_function
 
 CHECKPOINT = "fleet.safetensors"  # in checkpoints/, written after each epoch
 LOSS_LINES = 100  # of a run's metrics.jsonl
@@ -106,8 +107,7 @@ class ActiveJob:
         self.step_seconds: list[float] = []
         self.losses: list[float] = []  # since the last line of the log
         recipe, train = run.recipe, run.encoded["train"]
-        lengths = [len(ids) for ids in train["input_ids"]] if recipe.group_by_length else None
-        self.order = EpochOrder(len(train), recipe.batch_size, recipe.seed, lengths)
+        self.order = epoch_order(recipe, train)
         self.compute_metrics = metrics_function(run.task, run.learner.tokenizer)
         self.steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
         self.max_steps = recipe.max_steps or math.ceil(recipe.epochs * self.steps_per_epoch)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from redpeft import calibrate
-from redpeft.models import autocast, choose_precision, draw_weights, leave_unpacked
+from redpeft.models import autocast, choose_precision, draw_weights, training_device
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.metrics import IGNORED
 from redpeft.training.learner import build_learner
@@ -56,9 +56,8 @@ class TemplateModel:
 
     def __init__(self, recipe: Recipe, task: Task) -> None:
         self.learner = build_learner(recipe, task)
-        self.model = self.learner.model.to(_training_device())
+        self.model = self.learner.model.to(training_device())
         self._base = self.model.get_base_model()
-        leave_unpacked(self._base)
         self._base.config.get_text_config().use_cache = False  # no pass continues a text
         trained = {name for name, weight in self.model.named_parameters() if weight.requires_grad}
         self._start = {
@@ -122,9 +121,3 @@ def _pad_responses(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]
         "attention_mask": padded([torch.ones_like(ids) for ids in tokens]),
         "labels": padded(labels, padding_value=IGNORED),
     }
-
-
-def _training_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -14,7 +14,7 @@ from redpeft.errors import UserError
 from redpeft.evaluation.generate import generate
 from redpeft.evaluation.language_model import Decoding
 from redpeft.evaluation.lm_harness import PRESETS, HarnessTask, evaluate_adapters
-from redpeft.storage import ADAPTER, MODEL, write_atomically
+from redpeft.storage import ADAPTER, MODEL, read_json, write_atomically
 
 LM_EVAL = ("arc", "truthfulqa", "winogrande", "gsm8k", "hellaswag", "mmlu")
 """The columns of the tasks of lm-eval, in their order."""
@@ -70,7 +70,7 @@ def extra_scores(run: Path, benchmark: str) -> dict[str, float]:
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         return {name: float(value) for name, value in found.items()}
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{file} must hold one JSON object of numbers, the scores of a judge") from None

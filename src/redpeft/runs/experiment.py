@@ -21,7 +21,7 @@ from redpeft.fleet.template_model import why_alone
 from redpeft.runs.on_ray import require_ray, run_fleets_on_ray, run_on_ray
 from redpeft.runs.progress import JobProgress, logging_once, showing
 from redpeft.runs.runner import must_train_alone, run_fleets, run_jobs
-from redpeft.storage import finite, locked, write_atomically
+from redpeft.storage import finite, locked, read_json, write_atomically
 
 USAGE = "totals"  # its key in the record
 SAVE_EVERY = 10.0  # seconds; so much of the usage is lost at most when the process is killed
@@ -222,7 +222,7 @@ def check_folder(record: Path, identity: Mapping[str, Any], what: str) -> None:
 def read_record(record: Path) -> dict[str, Any]:
     """The content of a record; nothing where there is none."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json(record)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from threading import Lock, Timer
 
-from redpeft.storage import write_atomically
+from redpeft.storage import read_json, write_atomically
 
 # Environment variables with the shared folder, inherited by all processes: ours, or vLLM's with several API servers
 FOLDER, OF_SERVERS = "REDPEFT_METRICS_DIR", "PROMETHEUS_MULTIPROC_DIR"
@@ -91,6 +91,6 @@ def read_counts() -> dict[str, Counter[str]]:
     total: dict[str, Counter[str]] = {}
     shared = folder()
     for file in sorted(shared.glob("redpeft-*.json")) if shared else []:
-        for adapter, counts in json.loads(file.read_text(encoding="utf-8")).items():
+        for adapter, counts in read_json(file).items():
             total.setdefault(adapter, Counter()).update(counts)
     return total

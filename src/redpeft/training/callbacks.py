@@ -65,8 +65,8 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.writes and self.trainer.is_in_train:
-            metrics = kwargs["metrics"].items()
-            shown = ", ".join(f"{key[5:]} {value:.4f}" for key, value in metrics if _is_score(key))
+            scores = plain_scores(kwargs["metrics"], "eval_")
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
             log_main(f"epoch {rounded(state.epoch)}, step {state.global_step}: {shown}")
 
     def seconds_per_step(self) -> float | None:
@@ -75,8 +75,13 @@ class RunCallback(TrainerCallback):
         return statistics.median(warm) if warm else None
 
 
-def _is_score(key: str) -> bool:
-    return key.startswith("eval_") and not key.endswith(TIMES)
+def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """The scores among an evaluation's metrics, without their prefix and without times."""
+    return {
+        key.removeprefix(prefix): value
+        for key, value in metrics.items()
+        if key.startswith(prefix) and not key.endswith(TIMES)
+    }
 
 
 class ProgressBar(ProgressCallback):

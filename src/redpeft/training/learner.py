@@ -35,6 +35,7 @@ from redpeft.models import (
     quantization_config,
     quiet,
     tokenizer_digest,
+    training_device,
 )
 from redpeft.storage import ADAPTER, MODEL, TRAINED, find_adapter, replaced_folder
 from redpeft.tasks.base import TASKS, Task
@@ -119,8 +120,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
 
 def _warn_of_slow_bf16(dtype: str) -> None:
     """Warn before the first step if steps would take minutes, not seconds. `dtype`: the recipe's `base.dtype`."""
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if on_cpu and (times := bf16_slowdown()) > SLOW_BF16:
+    if training_device().type == "cpu" and (times := bf16_slowdown()) > SLOW_BF16:
         fields = "precision and base.dtype" if dtype == "bf16" else "precision"
         why = "this CPU, which has no instructions for it"
         log_main(f"bf16 takes {times:.0f} times as long as fp32 on {why}: set {fields} to fp32")
@@ -312,7 +312,8 @@ def head_modules(model: PreTrainedModel, task: str, new_weights: Iterable[str] =
     if TASKS[task].task_type.endswith("_CLS") and hasattr(model, model.base_model_prefix):
         beside = ((name, child) for name, child in model.named_children() if name != model.base_model_prefix)
         names = [name for name, child in beside if next(child.parameters(), None) is not None]
-    for owner in sorted({key.rpartition(".")[0] for key in new_weights if key in dict(model.named_parameters())}):
+    own = dict(model.named_parameters())
+    for owner in sorted({key.rpartition(".")[0] for key in new_weights if key in own}):
         if owner and not any(owner == name or owner.startswith(name + ".") for name in names):
             names.append(owner)
     return names

@@ -24,12 +24,11 @@ from redpeft.tasks.columns import ROW, values, where, with_columns
 from redpeft.tasks.data import read_evaluation
 from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.baselines import METHODS
-from redpeft.training.callbacks import show_progress
+from redpeft.training.callbacks import plain_scores, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.learner import load_trained
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.stdin_rows import Row, batched
-from redpeft.training.train import plain_scores
 from redpeft.training.trainer import answer_scores, arguments, as_scored, metrics_function, new_tokens, trainer_classes
 
 BATCH = 32

@@ -45,7 +45,7 @@ from redpeft.storage import (
 from redpeft.tasks.base import Task
 from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
-from redpeft.training.callbacks import TIMES, attach, stop_on_signals
+from redpeft.training.callbacks import attach, plain_scores, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.learner import Learner, build_learner, check_options, head_parameters, save_model
 from redpeft.training.recipe import Recipe
@@ -242,14 +242,6 @@ def best_evaluation(state: Any) -> dict[str, Any]:
     evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
     best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), evaluations[-1])
     return {"best_epoch": best["epoch"], "validation": plain_scores(best, "eval_")}
-
-
-def plain_scores(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    return {
-        key.removeprefix(prefix): value
-        for key, value in metrics.items()
-        if key.startswith(prefix) and not key.endswith(TIMES)
-    }
 
 
 def _describe(run: TrainingRun, state: Any) -> dict[str, Any]:

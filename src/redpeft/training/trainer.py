@@ -28,7 +28,7 @@ from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
 from redpeft.errors import RunError, UserError
-from redpeft.models import autocast, choose_precision, input_limit, positions
+from redpeft.models import autocast, choose_precision, input_limit, positions, training_device
 from redpeft.storage import CHECKPOINTS, last_checkpoint
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import values
@@ -83,10 +83,15 @@ def make_trainer(
     if recipe.method == "red":
         with autocast(choose_precision(recipe.precision, recipe.base.dtype), model.device):
             calibrate(model, _first_batch(trainer))
-    lengths = [len(ids) for ids in rows["input_ids"]] if recipe.group_by_length else None
-    trainer.order = EpochOrder(len(rows), recipe.batch_size, recipe.seed, lengths)
+    trainer.order = epoch_order(recipe, rows)
     trainer.head, trainer.head_lr = head_parameters(model, head).values(), recipe.head_lr
     return trainer
+
+
+def epoch_order(recipe: Recipe, rows: Dataset) -> EpochOrder:
+    """The order in which a recipe takes its training rows, alone and in a fleet."""
+    lengths = [len(ids) for ids in rows["input_ids"]] if recipe.group_by_length else None
+    return EpochOrder(len(rows), recipe.batch_size, recipe.seed, lengths)
 
 
 def as_evaluated(trainer: Any, rows: Dataset) -> Dataset:
@@ -171,7 +176,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         max_grad_norm=recipe.max_grad_norm,
         bf16=kind == "bf16",
         fp16=kind == "fp16",
-        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        use_cpu=training_device().type == "cpu",
         seed=recipe.seed,
         eval_strategy="epoch",
         save_strategy="epoch",

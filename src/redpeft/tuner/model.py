@@ -124,13 +124,12 @@ class RedModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(config: RedConfig, key: str) -> Any:
-        if config.resolved and config.layers_to_transform is not None:
-            # The names are those of the chosen blocks already; PEFT would look for block numbers in them again.
+        if config.resolved:
+            # The names are full, and those of the chosen blocks: PEFT would take them as endings too, which modules of
+            # another tower may have, and look for block numbers in them again.
             config = copy.copy(config)
-            config.layers_to_transform = None
-        found = BaseTuner._check_target_module_exists(config, key)
-        # Full names are names: PEFT would take them as endings too, which modules of another tower may have.
-        return key in (config.target_modules or ()) if found and config.resolved else found
+            config.target_modules, config.layers_to_transform = {key}.intersection(config.target_modules or ()), None
+        return BaseTuner._check_target_module_exists(config, key)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -194,9 +193,8 @@ class RedModel(BaseTuner):
             for name, module in list(owner._modules.items()):
                 if module is child:
                     setattr(owner, name, new_module)
-        if isinstance(child, RedLayer):  # this is unloading
+        if isinstance(child, RedLayer):
             child.release()
-            allow_fast_path(self.model, True)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
@@ -375,6 +373,7 @@ class RedModel(BaseTuner):
         if tied:
             model_config.tie_word_embeddings = False
         model = super().merge_and_unload(progressbar, adapter_names=[])
+        allow_fast_path(model, True)
         if tied:
             model_config.tie_word_embeddings = tied
         if with_bias and not (isinstance(model, PreTrainedModel) and add_biases(model, with_bias)):
@@ -405,7 +404,9 @@ class RedModel(BaseTuner):
         """The base model as it was: unmerged, and with its own head, where PEFT leaves the active adapter's in."""
         self.unmerge_adapter()
         put_modules(self.model, {name: wrapper.original_module for name, wrapper in wrappers(self.model).items()})
-        return super().unload()
+        model = super().unload()
+        allow_fast_path(model, True)
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

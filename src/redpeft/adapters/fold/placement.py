@@ -13,7 +13,6 @@ part where the layer has none. The choices, in this order:
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from redpeft.adapters.checkpoint import is_quantised
 from redpeft.adapters.fold.llama import as_llama
 from redpeft.adapters.folder import Adapter
 from redpeft.errors import UserError, shorten_list
-from redpeft.models import empty_model, load_config, on_meta, switch_on_biases
+from redpeft.models import empty_model, load_config, on_meta, reads_tying, switch_on_biases
 from redpeft.storage import TASK, read_json
 from redpeft.tuner.sites import find_sites
 
@@ -183,7 +182,7 @@ def untie(model: PreTrainedModel, head: Mapping[str, torch.Tensor]) -> tuple[Pre
     if (
         tied_weights(untied)
         or _other_fields(model.config.to_dict(), config.to_dict())
-        or any(map(_reads_flag, untied.modules()))
+        or any(map(reads_tying, untied.modules()))
     ):
         mine = [name for group in groups for name in group if name in head]
         others = [name for group in groups for name in group if name not in head] or mine[1:]
@@ -208,12 +207,6 @@ def _other_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if isinstance(before.get("text_config"), dict):
         before, after = {**before, **before["text_config"]}, {**after, **after["text_config"]}
     return [name for name in before if name not in (TIE, "text_config") and before[name] != after.get(name)]
-
-
-def _reads_flag(module: nn.Module) -> bool:
-    """Whether the forward pass depends on the flag, as in UMT5 and Switch Transformers."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and TIE in code.co_names
 
 
 # --- the preview -----------------------------------------------------------------------------------------------------
