@@ -52,9 +52,11 @@ def test_card_leaves_out_what_is_not_known(adapter_folder):
     assert "AutoModel.from_pretrained" in card.text
 
 
-def test_a_path_on_this_disk_is_no_model_id(tmp_path):
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_path_is_no_model_id(tmp_path, exists):
     base = tmp_path / "my-encoder"
-    base.mkdir()
+    if exists:
+        base.mkdir()
     folder = write_folder(tmp_path / "a", random_tensors(), base_model_name_or_path=str(base))
     card = ModelCard.load(write_card(folder))
     assert card.data.base_model is None

@@ -155,8 +155,9 @@ def test_a_log_has_lines_of_progress_and_what_was_cut_once(monkeypatch, capsys):
     ]
 
 
-def test_what_is_said_of_each_jobs_data_is_said_once(caplog):
-    logger = logging.getLogger("redpeft.tasks.data")
+@pytest.mark.parametrize("module", ["data", "rows"])
+def test_what_is_said_of_each_jobs_data_is_said_once(caplog, module):
+    logger = logging.getLogger(f"redpeft.tasks.{module}")
     with logging_once():
         for name in ("a", "b"):
             logger.warning("no validation split in %s", name)

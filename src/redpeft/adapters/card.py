@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from redpeft.adapters.folder import Adapter, read_adapter, read_config
 from redpeft.console import counted
 from redpeft.models import GGUF, SHORT_NAMES
+from redpeft.storage import is_local
 
 PAPER = "https://arxiv.org/abs/2402.15179"
 AUTO_CLASS = {
@@ -40,8 +41,7 @@ def write_card(
     config = read_config(folder)
     red = config["peft_type"] == "REDPEFT"
     base = config.get("base_model_name_or_path")
-    gguf = base is not None and (base in SHORT_NAMES or base.endswith(GGUF))
-    local = base is None or gguf or Path(base).exists()
+    local = base is None or _is_local(base)
     data = ModelCardData(
         # the Hub refuses a card whose base model is a local path
         base_model=None if local else base,
@@ -67,11 +67,15 @@ def write_card(
     return path
 
 
+def _is_local(base: str) -> bool:
+    return base in SHORT_NAMES or is_local(base)
+
+
 def write_folded_card(
     folder: Path, base: str, auto_class: str, changes: Mapping[str, Any], sites: int, left: Sequence[str]
 ) -> None:
     """Write `folder`/README.md for a folded checkpoint. `left`: the sites whose edits stayed in `folder`/adapter."""
-    local = base in SHORT_NAMES or Path(base).exists()
+    local = _is_local(base)
     name = Path(base).name
     data = ModelCardData(base_model=None if local else base, library_name="transformers", tags=["redpeft"])
     listed = ", ".join(f"`{key}: {value}`" for key, value in changes.items())

@@ -18,7 +18,7 @@ from rich.table import Table
 from redpeft.console import log_main
 from redpeft.errors import UserError, first_line
 from redpeft.evaluation.language_model import weights_digest
-from redpeft.storage import explaining_full_disk, locked, to_json, write_atomically
+from redpeft.storage import explaining_full_disk, locked, read_json, to_json, write_atomically
 
 Metrics = dict[str, float]
 
@@ -150,7 +150,7 @@ def _check_out(out: Path, settings: dict[str, Any]) -> None:
     if not out.exists():
         return
     try:
-        found = json.loads(out.read_text(encoding="utf-8"))
+        found = read_json(out)
         differing = [key for key in settings if found[key] != settings[key]]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{out} exists already and holds no scores: choose another --out, or remove it") from None
@@ -180,6 +180,7 @@ def _score(
     scored: dict[tuple[str | None, HarnessTask], dict[str, Any]] = {}
     for model in models:
         lm.use(model)
+        cache = str(_cache(out, base, model))
         for task in tasks:
             log_main(f"{len(scored) + 1} of {len(models) * len(tasks)}: {model or base} on {task.name}")
             try:
@@ -190,7 +191,7 @@ def _score(
                     limit=limit,
                     task_manager=manager,
                     log_samples=False,
-                    use_cache=str(_cache(out, base, model)),
+                    use_cache=cache,
                 )
             except (AssertionError, ValueError) as error:  # such as an answer that is longer than the model reads
                 raise UserError(f"lm-eval cannot score {model or base} on {task.name}: {first_line(error)}") from error

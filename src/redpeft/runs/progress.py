@@ -157,12 +157,15 @@ def logging_once() -> Iterator[None]:
         seen.add(record.msg)
         return new
 
-    logger = logging.getLogger("redpeft.tasks.data")
-    logger.addFilter(is_new)
+    # a filter acts on what its own logger is given, not on that of the loggers below it
+    loggers = [logging.getLogger(f"redpeft.tasks.{module}") for module in ("data", "rows")]
+    for logger in loggers:
+        logger.addFilter(is_new)
     try:
         yield
     finally:
-        logger.removeFilter(is_new)
+        for logger in loggers:
+            logger.removeFilter(is_new)
 
 
 def event_line(progress: JobProgress, event: Mapping[str, Any], before: Collection[str] = ()) -> str | None:

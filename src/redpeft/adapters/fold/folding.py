@@ -28,6 +28,7 @@ from redpeft.models import (
     DTYPE_ARGUMENT,
     DTYPES,
     FLOATS,
+    dtype_name,
     export_base,
     find_base,
     fingerprint_difference,
@@ -68,7 +69,7 @@ class FoldResult:
             {"site": site.site, "placement": site.placement, **(asdict(site.exactness) if site.exactness else {})}
             for site in self.sites
         ]
-        return {**vars(self), "dtype": _name(self.dtype), "sites": sites, "notes": self.notes}
+        return {**vars(self), "dtype": dtype_name(self.dtype), "sites": sites, "notes": self.notes}
 
 
 def fold(
@@ -116,9 +117,7 @@ def fold(
             if left:
                 _write_left(temporary, out, adapter, left)
             architecture = type(plan.model).__name__
-            write_folded_card(
-                temporary, str(base or checkpoint.name), architecture, plan.changes, len(sites), list(left)
-            )
+            write_folded_card(temporary, checkpoint.name, architecture, plan.changes, len(sites), list(left))
         return FoldResult(out, architecture, stored, plan.changes, sites, out / ADAPTER if left else None)
 
 
@@ -138,7 +137,7 @@ def _base_checkpoint(adapter: Adapter, base: str | Path | None, out: Path) -> It
             f"{error}. {adapter.folder} names it as its base model: if it is elsewhere now, give its place with --base"
         ) from error
     if files.gguf_file is None:
-        yield Checkpoint(folder)
+        yield Checkpoint(folder, str(named))
         return
     exported = temporary_path(out.resolve())
     try:
@@ -218,7 +217,7 @@ def _write_left(folder: Path, final: Path, adapter: Adapter, left: dict[str, Eff
 def result_table(result: FoldResult) -> Table:
     """A row for each place in the layers and each placement, with the largest rounding there: as shares of the output
     and of the edit's effect, and the share of scales without effect."""
-    table = Table(title=f"{result.architecture}, {_name(result.dtype)}")
+    table = Table(title=f"{result.architecture}, {dtype_name(result.dtype)}")
     table.add_column("module", overflow="fold")
     table.add_column("sites", justify="right")
     table.add_column("folded into")
@@ -253,7 +252,3 @@ def _grouped(rows: Iterable[tuple[str, str, Any]]) -> dict[tuple[str, str], list
     for site, placement, row in rows:
         groups.setdefault((layer_pattern(site), placement), []).append(row)
     return groups
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
