@@ -6,7 +6,7 @@ from torch import nn
 
 from redpeft.errors import UserError
 from redpeft.tuner.edit import Edit, apply_edit
-from redpeft.tuner.mixed import BASE, EditTable, MixedBatch
+from redpeft.tuner.mixed import BASE, MixedBatch, edit_rows, stack_edits
 
 NAMES = ["a", "b", "c"]
 
@@ -39,7 +39,7 @@ def test_each_row_gets_its_own_edit(names, shape, dtype):
     some = edits()  # "c" has no edit at this site: the identity
     hidden = torch.randn(4, *shape).to(dtype)
     batch = MixedBatch(names, NAMES)
-    mixed = EditTable.of_adapters(some, batch.adapters).apply(hidden, batch.index.rows(4, hidden.device))
+    mixed = edit_rows(stack_edits(some, batch.adapters), batch.index, hidden)
     assert mixed.dtype == dtype
     assert torch.equal(mixed, one_by_one(some, names, hidden))
 

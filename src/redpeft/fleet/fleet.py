@@ -28,8 +28,8 @@ from redpeft.fleet.losses import row_loss
 from redpeft.fleet.stacked_heads import Groups, StackedHead
 from redpeft.models import keep_modes_and_rng
 from redpeft.tuner.edit import effective_edit
-from redpeft.tuner.layer import red_layers
-from redpeft.tuner.mixed import EditTable, RowIndex
+from redpeft.tuner.layer import edited_by, red_layers
+from redpeft.tuner.mixed import RowIndex, edit_rows
 
 
 class MustTrainAlone(UserError):
@@ -206,21 +206,21 @@ class Fleet:
         `live` (jobs, numbers)."""
         parts = iter(live.split(self.sizes, dim=1))
         units = self.state.units[used]
+        rows, editors = RowIndex(index), {}
+        for number, (layer, edit) in enumerate(zip(self.layers, self.edits, strict=True)):
+            offset, bias = (
+                next(parts) if vector.requires_grad else vector.expand(len(live), -1)
+                for vector in (edit.offset, edit.bias)
+            )
+            effective = effective_edit(offset, bias, units[:, number, None], edit.origin)
+            editors[layer] = partial(edit_rows, torch.stack(effective, dim=1), rows)
+        groups = Groups(index, len(live))
         try:
-            for number, (layer, edit) in enumerate(zip(self.layers, self.edits, strict=True)):
-                offset, bias = (
-                    next(parts) if vector.requires_grad else vector.expand(len(live), -1)
-                    for vector in (edit.offset, edit.bias)
-                )
-                effective = effective_edit(offset, bias, units[:, number, None], edit.origin)
-                layer.mix(RowIndex(index), EditTable(torch.stack(effective, dim=1)))
-            groups = Groups(index, len(live))
             for wrapper, head in zip(self.wrappers, self.heads, strict=True):
                 wrapper.forward = partial(head, [next(parts) for _ in head.trained], groups)
-            yield
+            with edited_by(editors):
+                yield
         finally:
-            for layer in self.layers:
-                layer.mix(None)
             for wrapper in self.wrappers:
                 wrapper.__dict__.pop("forward", None)
 

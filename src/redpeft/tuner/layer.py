@@ -11,7 +11,8 @@ a mixture-of-experts block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from redpeft.models import FLOATS, device_and_dtype
 from redpeft.tuner.compose import Combination
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.edit import Edit, fold_edit
-from redpeft.tuner.mixed import EditTable, RowIndex
+
+# What edits an output in place of a layer's active adapters: of (hidden, with_bias), as `Edit.forward`.
+Editor = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 class RedLayer(nn.Module, BaseTunerLayer):
@@ -48,8 +51,8 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
             self.register_buffer(name, None, persistent=False)
-        self._mixed: tuple[RowIndex, EditTable] | None = None
-        self._added: tuple[nn.Module, RemovableHandle] | None = None  # `added`, and the hook on it
+        self.editor: Editor | None = None  # set by `edited_by`
+        self.added: RemovableHandle | None = None  # the hook of `edit_too`
         if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
             self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
         self.update_layer(adapter_name, config)
@@ -117,26 +120,25 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if self.merged and self.disable_adapters:
             self.unmerge()
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return output
         if isinstance(output, tuple):
             return self._edit(output[0]), *output[1:]
         return self._edit(output)
 
     def _edit(self, hidden: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
-        if self._mixed is not None:
-            return self._edit_mixed(hidden, *self._mixed, with_bias)
+        if self.editor is not None:
+            return self._edit_by_editor(hidden, with_bias)
+        if self.disable_adapters or self.merged:
+            return hidden
         for edit in self.active_edits:
             if not edit.unit_known and edit.training:
                 self._check_unit(edit)
             hidden = edit(hidden, with_bias)
         return hidden
 
-    @torch.compiler.disable
-    def _edit_mixed(
-        self, hidden: torch.Tensor, index: RowIndex, table: EditTable, with_bias: bool = True
-    ) -> torch.Tensor:
-        return table.apply(hidden, index.rows(hidden.shape[0], hidden.device), with_bias)
+    @torch.compiler.disable  # or every editor would be compiled anew
+    def _edit_by_editor(self, hidden: torch.Tensor, with_bias: bool) -> torch.Tensor:
+        assert self.editor is not None
+        return self.editor(hidden, with_bias)
 
     def _check_unit(self, edit: Edit) -> None:
         if edit.trainable and not edit.unit.is_meta and edit.unit_pending:
@@ -149,27 +151,12 @@ class RedLayer(nn.Module, BaseTunerLayer):
     # of the sum is `scale * (h + g) + bias = (scale * h + bias) + scale * g`: by this layer, and by a hook on the
     # other module.
 
-    @property
-    def added(self) -> nn.Module | None:
-        """The module whose output the model adds to this layer's, and which the same edit acts on."""
-        return self._added and self._added[0]
-
     def edit_too(self, module: nn.Module) -> None:
         """Let the edit act on the sum of this layer's output and `module`'s."""
-        self._added = module, module.register_forward_hook(self._edit_added)
+        self.added = module.register_forward_hook(self._edit_added)
 
     def _edit_added(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output if self.disable_adapters else self._edit(output, with_bias=False)
-
-    def release(self) -> None:
-        """Leave the module of `edit_too` as it was."""
-        if self._added is not None:
-            self._added[1].remove()
-            self._added = None
-
-    def mix(self, index: RowIndex | None, table: EditTable | None = None) -> None:
-        """From now on edit each sequence of a batch by its own row of a table; None: by the active adapters again."""
-        self._mixed = None if index is None or table is None else (index, table)
+        return self._edit(output, with_bias=False)
 
     # Merging. PEFT calls it merge; a merged layer is a folded one.
 
@@ -259,3 +246,16 @@ class RedLayer(nn.Module, BaseTunerLayer):
 def red_layers(model: nn.Module) -> dict[str, RedLayer]:
     """The layers of a model by their names; one that stands in several places once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}
+
+
+@contextmanager
+def edited_by(editors: Mapping[RedLayer, Editor]) -> Iterator[None]:
+    """While inside, each of these layers' outputs is edited by its editor, whatever its adapters are."""
+    before = {layer: layer.editor for layer in editors}
+    try:
+        for layer, editor in editors.items():
+            layer.editor = editor
+        yield
+    finally:
+        for layer, own in before.items():
+            layer.editor = own

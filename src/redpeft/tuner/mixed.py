@@ -8,12 +8,14 @@ One gather a site, whatever the number of adapters. Batches of named adapters ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 
 from redpeft.errors import UserError
 from redpeft.tuner.edit import Edit, apply_edit, effective_edit
+from redpeft.tuner.layer import Editor, RedLayer
 
 BASE = "__base__"
 
@@ -60,40 +62,43 @@ class MixedBatch:
         slots = {name: slot for slot, name in enumerate([*self.adapters, BASE])}
         self.index = RowIndex(torch.tensor([slots[name] for name in names]))
 
+    @torch.compiler.disable  # likewise
+    def editors(self, layers: Iterable[RedLayer]) -> dict[RedLayer, Editor]:
+        """For `edited_by`: each sequence of the batch has the edits of its own adapter."""
+        return {
+            layer: partial(edit_rows, stack_edits(layer.redpeft_edit, self.adapters), self.index)
+            for layer in layers
+            if layer.redpeft_edit and not layer.disable_adapters
+        }
 
-class EditTable:
-    """The edits of one site that a batch needs: `rows` (edits, 2, width), each its scale and its bias as they act."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
+@torch.no_grad()
+def stack_edits(edits: Mapping[str, Edit], adapters: Sequence[str]) -> torch.Tensor:
+    """A site's table for these adapters: (adapters + 1, 2, width), each row a scale and a bias as they act.
 
-    @classmethod
-    @torch.no_grad()
-    def of_adapters(cls, edits: Mapping[str, Edit], adapters: Sequence[str]) -> EditTable:
-        """Stacked when a forward pass or a generation starts: the edits of these adapters, and in the last row the
-        identity, for `"__base__"`. An adapter without an edit here has the identity too.
+    The last row is the identity, for `"__base__"`. An adapter without an edit here has the identity too. Nothing is
+    kept from one forward pass or generation to the next: to find out whether an edit has changed costs as much as
+    stacking it.
+    """
+    like = next(iter(edits.values())).bias
+    table = like.new_zeros(len(adapters) + 1, 2, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
+    table[:, 0] = 1.0
+    slots = [slot for slot, name in enumerate(adapters) if name in edits]
+    if slots:
+        used = [edits[adapters[slot]] for slot in slots]
+        offsets, biases, units = (
+            torch.stack([getattr(edit, name) for edit in used]) for name in ("offset", "bias", "unit")
+        )
+        origins = table.new_tensor([[edit.origin] for edit in used])
+        table[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
+    for slot in slots:  # a table by `effective` alone would be twice the small operations
+        if (edit := edits[adapters[slot]]).strength is not None:
+            table[slot] = torch.stack(edit.effective)
+    return table
 
-        Nothing is kept from one call to the next: to find out whether an edit has changed costs as much as stacking
-        it.
-        """
-        like = next(iter(edits.values())).bias
-        rows = like.new_zeros(len(adapters) + 1, 2, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
-        rows[:, 0] = 1.0
-        slots = [slot for slot, name in enumerate(adapters) if name in edits]
-        if slots:
-            used = [edits[adapters[slot]] for slot in slots]
-            offsets = torch.stack([edit.offset for edit in used])
-            biases = torch.stack([edit.bias for edit in used])
-            units = torch.stack([edit.unit for edit in used])
-            origins = rows.new_tensor([[edit.origin] for edit in used])
-            rows[slots] = torch.stack(effective_edit(offsets, biases, units, origins), dim=1)
-        for slot in slots:  # a table by `effective` alone would be twice the small operations
-            if (edit := edits[adapters[slot]]).strength is not None:
-                rows[slot] = torch.stack(edit.effective)
-        return cls(rows)
 
-    def apply(self, hidden: torch.Tensor, rows: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
-        """hidden (batch, ..., width), rows (batch,) -> (batch, ..., width), each sequence with its own edit."""
-        edits = self.rows.index_select(0, rows).view(rows.shape[0], 2, *[1] * (hidden.dim() - 2), -1)
-        scale, bias = edits[:, 0], edits[:, 1]
-        return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))
+def edit_rows(table: torch.Tensor, index: RowIndex, hidden: torch.Tensor, with_bias: bool = True) -> torch.Tensor:
+    """Edit each sequence of a batch by its row of a site's table: hidden (batch, ..., width) -> the same."""
+    rows = table.index_select(0, index.rows(hidden.shape[0], hidden.device))
+    scale, bias = rows.view(len(rows), 2, *[1] * (hidden.dim() - 2), -1).unbind(1)
+    return apply_edit(hidden, scale, bias if with_bias else torch.zeros_like(bias))

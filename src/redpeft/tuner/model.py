@@ -45,8 +45,8 @@ from redpeft.tuner.heads import (
     same_tensors,
     wrappers,
 )
-from redpeft.tuner.layer import RedLayer, red_layers
-from redpeft.tuner.mixed import BASE, EditTable, MixedBatch
+from redpeft.tuner.layer import RedLayer, edited_by, red_layers
+from redpeft.tuner.mixed import BASE, MixedBatch
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import find_sites, shared_expert
 from redpeft.tuner.units import add_hook, remove_hook
@@ -193,8 +193,8 @@ class RedModel(BaseTuner):
             for name, module in list(owner._modules.items()):
                 if module is child:
                     setattr(owner, name, new_module)
-        if isinstance(child, RedLayer):
-            child.release()
+        if isinstance(child, RedLayer) and child.added is not None:
+            child.added.remove()
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Set how strongly an adapter acts: 0 is the base model, 1 the adapter as it was trained, -1 its negation.
@@ -417,7 +417,7 @@ class RedModel(BaseTuner):
             return
         if self.training:
             raise UserError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
-        layers = list(red_layers(self.model).values())
+        layers = red_layers(self.model).values()
         if any(layer.merged for layer in layers):
             raise UserError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -425,23 +425,14 @@ class RedModel(BaseTuner):
         batch = MixedBatch(names, list(self.peft_config))
         heads = list(wrappers(self.model).values())
         try:
-            _mix(layers, batch)
             for head in heads:
                 modules = {**head.modules_to_save, BASE: head.original_module}
                 head.forward = partial(run_by_adapter, modules, batch)
-            yield
+            with edited_by(batch.editors(layers)):
+                yield
         finally:
-            for layer in layers:
-                layer.mix(None)
             for head in heads:
                 head.__dict__.pop("forward", None)
-
-
-@torch.compiler.disable  # or every other mix of adapters would be compiled anew
-def _mix(layers: Sequence[RedLayer], batch: MixedBatch) -> None:
-    for layer in layers:
-        if layer.redpeft_edit:
-            layer.mix(batch.index, EditTable.of_adapters(layer.redpeft_edit, batch.adapters))
 
 
 @torch.compiler.disable

@@ -28,7 +28,7 @@ from redpeft.errors import UserError, first_line, shorten_list
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.first_step import check_first_step
-from redpeft.tuner.layer import RedLayer, red_layers
+from redpeft.tuner.layer import RedLayer, edited_by, red_layers
 
 MAX_VALUES = 2**20
 STD_PER_MEDIAN = 1.4826
@@ -177,34 +177,26 @@ def _measure(
     """The typical sizes of the base layers' outputs in one forward pass, without edits and in evaluation mode. Modes
     and random numbers are as before afterwards. `masks`: (batch, positions), 0 for padding."""
     sizes: Sizes = {layer: [] for layer in layers}
-    first_part: dict[RedLayer, torch.Tensor] = {}  # of a sum of two outputs
+    waiting: dict[RedLayer, torch.Tensor] = {}  # the first parts of sums of two outputs
 
-    def watch(layer: RedLayer, _module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if layer.added is not None and layer not in first_part:
-            first_part[layer] = hidden
-            return
-        if layer in first_part:
-            hidden = hidden + first_part.pop(layer).view_as(hidden)
-        real = next((mask for mask in masks if mask.numel() == hidden[..., 0].numel()), None)
-        if not hidden.is_meta and (size := typical_size(hidden, layer.site, real)) is not None:
+    def watch(layer: RedLayer, hidden: torch.Tensor, with_bias: bool) -> torch.Tensor:
+        if layer not in sizes or hidden.is_meta:
+            return hidden
+        if layer.added is not None and layer not in waiting:
+            waiting[layer] = hidden
+            return hidden
+        whole = waiting.pop(layer).view_as(hidden) + hidden if layer in waiting else hidden
+        real = next((mask for mask in masks if mask.numel() == whole[..., 0].numel()), None)
+        if (size := typical_size(whole, layer.site, real)) is not None:
             sizes[layer].append(size.item())
+        return hidden
 
-    every = list(red_layers(base).values())
-    disabled = [layer.disable_adapters for layer in every]
-    parts = [(layer, module) for layer in layers for module in (layer, layer.added) if module is not None]
-    handles = [module.register_forward_hook(partial(watch, layer)) for layer, module in parts]
-    with keep_modes_and_rng(base), torch.no_grad():
-        try:
-            for layer in every:
-                layer._disable_adapters = True
-            base.eval()
-            run()
-        finally:
-            for layer, was_disabled in zip(every, disabled, strict=True):
-                layer._disable_adapters = was_disabled
-            for handle in handles:
-                handle.remove()
+    every = red_layers(base).values()
+    for layer in every:
+        layer.unmerge()
+    with keep_modes_and_rng(base), torch.no_grad(), edited_by({layer: partial(watch, layer) for layer in every}):
+        base.eval()
+        run()
     return sizes
 
 
