@@ -74,7 +74,7 @@ def signatures() -> str:
     """The public functions and classes with the first sentence that each says of itself."""
     from redpeft import adapters
     from redpeft.adapters import arithmetic, card, listing, released, stats
-    from redpeft.evaluation import generate, language_model, lm_harness
+    from redpeft.evaluation import chat, generate, language_model, lm_harness
     from redpeft.reproduce import plan, run_tables
     from redpeft.runs import job_list, on_ray, runner, sweep
     from redpeft.tasks import data, e2e, files, metrics
@@ -108,6 +108,7 @@ def signatures() -> str:
         "redpeft.tasks.files": [files.read_file],
         "redpeft.tasks.metrics": [metrics.score_texts, metrics.nist],
         "redpeft.tasks.e2e": [e2e.score_files],
+        "redpeft.evaluation.chat": [chat.chat],
         "redpeft.evaluation.generate": [generate.generate],
         "redpeft.evaluation.language_model": [language_model.open_language_model, language_model.Decoding],
         "redpeft.evaluation.lm_harness": [lm_harness.evaluate_adapters, lm_harness.parse_tasks],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from redpeft import RedConfig, __version__, cli
 from redpeft.errors import RunError, Stopped, UserError
@@ -804,3 +804,24 @@ def test_each_command_of_a_process_logs_to_its_own_standard_error(tiny_encoder_f
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     first, second = json.loads(run.stdout.splitlines()[-1])
     assert all("several labels a row, separated by '|'" in said for said in (first, second))
+
+
+def test_a_chat_from_a_pipe(redpeft, monkeypatch, tiny_decoder_folder, tmp_path):
+    """Answers alone are on standard output, and with --json a line for each question."""
+    decoder = AutoModelForCausalLM.from_pretrained(tiny_decoder_folder)
+    get_peft_model(decoder, RedConfig(task_type="CAUSAL_LM", init_weights=False)).save_pretrained(tmp_path / "red")
+    call = ["chat", tmp_path / "red", "--temperature", "0", "--max-new-tokens", "5"]
+    standard_input(monkeypatch, "Hi\n/side-by-side\nHo\n")
+    code, out, err = redpeft(*call, "--json")
+    first, second, result = map(json.loads, out.splitlines())
+    assert code == 0
+    assert (first["question"], list(first["answers"]), list(second["answers"])) == ("Hi", ["red"], ["base", "red"])
+    assert [each["role"] for each in result["messages"]] == ["user", "assistant"] * 2
+    standard_input(monkeypatch, "Hi\n")
+    assert redpeft(*call)[1].strip() == first["answers"]["red"]
+    standard_input(monkeypatch, "/adapter nosuch\nHi\n")
+    code, out, err = redpeft(*call)
+    assert (code, out) == (2, "")
+    assert err.endswith("redpeft: there is no adapter 'nosuch'. The adapters are: red\n")
+    code, out, err = redpeft(*call, "--top-p", "2")
+    assert (code, out, err) == (2, "", "redpeft: top_p: Input should be less than or equal to 1, not 2.0\n")

@@ -162,16 +162,20 @@ def write_adapter(adapter: Adapter) -> None:
 def load_adapter(
     base_model: nn.Module, folder: str | Path, *, is_trainable: bool = False, adapter_name: str = "default"
 ) -> PeftModel:
-    """`PeftModel.from_pretrained` that refuses what PEFT would load with a warning only, or silently.
+    """`PeftModel.from_pretrained` that refuses what PEFT would load with a warning only, or silently. A `PeftModel`
+    gets one adapter more.
 
     Raises `UserError` for whatever `read_adapter` refuses, and for an adapter of another base model: other module
     names, other widths, a head of other shapes, or other weights (by fingerprint). The base is untouched then.
     """
     adapter, base_model = read_adapter(folder), compile_in_place(base_model)
     trained_on = adapter.config.get("base_model_name_or_path") or "a base model that it does not name"
-    problem = _misfit(base_model, adapter)
+    problem = _misfit(base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model, adapter)
     if problem:
         raise UserError(f"{adapter.folder}: this adapter is for another base model ({trained_on}): {problem}")
+    if isinstance(base_model, PeftModel):
+        base_model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        return base_model
     return PeftModel.from_pretrained(base_model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable)
 
 
@@ -254,7 +258,8 @@ def _misfit(base_model: nn.Module, adapter: Adapter) -> str | None:
     if unknown:
         return f"this one ({type(base_model).__name__}) has no module {shorten_list(unknown)}"
     for site, edit in adapter.edits.items():
-        width = output_width(modules[site], base_model)
+        module: Any = modules[site]
+        width = output_width(module.get_base_layer() if hasattr(module, "get_base_layer") else module, base_model)
         if width != edit.scale.numel():
             return f"the output of {site} has width {width} here and {edit.scale.numel()} in the adapter"
     return _head_misfit(base_model, adapter) or fingerprint_difference(

@@ -51,15 +51,18 @@ def command(example: str) -> Callable[[Callable], Callable]:
     """Register a function that returns a `CommandOutput`, or an iterator of rows that become JSON lines.
 
     A function with a parameter `on_event` gets with --json a callback that prints each event as a JSON line before the
-    result, and otherwise None.
+    result, and otherwise None. One with a parameter `stdout` gets standard output, while what is printed goes to
+    standard error.
     """
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(as_json: bool, **arguments: Any) -> None:
             out = sys.stdout
-            if has_events:
+            if "on_event" in given:
                 arguments["on_event"] = (lambda event: print(_dump(event), file=out, flush=True)) if as_json else None
+            if "stdout" in given:
+                arguments["stdout"] = out
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     output = function(**arguments)
@@ -75,8 +78,8 @@ def command(example: str) -> Callable[[Callable], Callable]:
                 _fail("interrupted; run the same command again to continue from what was saved", INTERRUPTED)
 
         signature = python_inspect.signature(function, eval_str=True)
-        parameters = [each for each in signature.parameters.values() if each.name != "on_event"]
-        has_events = "on_event" in signature.parameters
+        given = {"on_event", "stdout"}.intersection(signature.parameters)
+        parameters = [each for each in signature.parameters.values() if each.name not in given]
         json_option = python_inspect.Parameter(
             "as_json", python_inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json
         )

@@ -1,14 +1,48 @@
-"""Commands that let language models answer and score them, as in the paper's Llama-2 experiments."""
+"""Commands that let language models answer, in a chat or as in the paper's Llama-2 experiments, and score them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
 from redpeft.cli.command import CommandOutput, command
 from redpeft.console import counted
+
+
+@command("redpeft chat runs/formal --adapter runs/brief")
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="A run folder, an adapter folder, or a base model.", show_default=False)
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter of the base model: its folder, or its run folder. Repeat it for more adapters."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message, with which the chat begins.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw among the likeliest tokens that have this share together.")
+    ] = 0.9,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many tokens at most; 0: no limit.")] = 0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="Makes repeated tokens less likely; 1: no penalty.")
+    ] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed and questions give the same answers.")] = 0,
+    *,
+    on_event: Callable[[dict[str, Any]], None] | None,
+    stdout: TextIO,
+) -> CommandOutput:
+    """Talk to a model and its adapters in the terminal: switch, set strengths, mix. /help in the chat lists how."""
+    from redpeft.evaluation.chat import chat
+
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    sampling |= {"repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}
+    done = chat(model, adapter or [], sampling, system=system, out=stdout, on_answer=on_event)
+    return CommandOutput(done, [])
 
 
 @command("redpeft generate alpaca-eval runs/chat --questions alpaca_eval.json --out answers/chat.json")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ from redpeft.models import (
     pad_prompts,
     quiet,
 )
-from redpeft.storage import RECIPE, WEIGHTS_NAME, find_adapter, find_run
+from redpeft.storage import CONFIG_NAME, RECIPE, TASK, WEIGHTS_NAME, find_adapter, find_run, read_json
+from redpeft.tasks.base import task_from_dict
 from redpeft.tasks.instruction import Chat, InstructionTask
 from redpeft.training.predict import open_run
 
@@ -99,7 +100,7 @@ class LanguageModel:
                 no_repeat_ngram_size=0,
                 max_new_tokens=decoding.max_new_tokens,
                 logits_processor=LogitsProcessorList([WithoutPadding(penalties(decoding), padding)]),
-                eos_token_id=_ends(self.model, self.tokenizer),
+                eos_token_id=end_tokens(self.model, self.tokenizer),
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -131,8 +132,8 @@ def penalties(decoding: Decoding) -> LogitsProcessorList:
 
 
 def open_language_model(name: str, adapter: str | Path | None = None) -> LanguageModel:
-    """The model that `name` means, on the GPU where there is one: a run folder, a model folder or a hub name, with
-    `adapter` on it, if given.
+    """The model that `name` means, on the GPU where there is one: a run folder, an adapter folder, a model folder or
+    a hub name, with `adapter` on it, if given.
 
     A run, and an adapter that lies in a run folder, answer as they were trained: their prompts, tokenizer and number
     format. Elsewhere prompts go by the tokenizer's chat template, or the plain template where it has none.
@@ -142,17 +143,37 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
     run_folder = find_run(adapter or name)
     if (run_folder / RECIPE).is_file() or any(run_folder.glob(f"seed-*/{RECIPE}")):
         run = open_run(run_folder, base=name if adapter else None)
-        if run.task.name != InstructionTask.name:
-            raise UserError(
-                f"the run in {run_folder} was trained for {run.task.name}; answers need a run of the task instruction"
-            )
-        task = InstructionTask({"messages": "messages"}, template=run.task.template)
+        task = _as_chat(run.task, run_folder)
         precision = choose_precision(run.recipe.precision, run.recipe.base.dtype)
         return LanguageModel(run.model, run.tokenizer, task, lambda: autocast(precision, run.model.device))
+    if adapter is None and (Path(name) / CONFIG_NAME).is_file():
+        adapter, name = name, read_config(name).get("base_model_name_or_path") or ""
+        if not name:
+            raise UserError(f"{adapter} does not name its base model: give the base as MODEL, and this with --adapter")
     model, tokenizer = load_language_model(name)
     if adapter is not None:
         model = attach(model, adapter)
     return LanguageModel(model, tokenizer, InstructionTask({"messages": "messages"}))
+
+
+def prompt_form(
+    adapter: str | Path, tokenizer: PreTrainedTokenizerBase
+) -> tuple[InstructionTask, PreTrainedTokenizerBase]:
+    """How a chat becomes the prompt of an adapter, as it was trained: by its run's template, with the tokenizer that
+    was saved with it, or else the base's `tokenizer`. Raises `UserError` for a run of another task."""
+    folder, run = find_adapter(adapter), find_run(adapter)
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    if (run / TASK).is_file():
+        return _as_chat(task_from_dict(read_json(run / TASK)), run), tokenizer
+    return InstructionTask({"messages": "messages"}), tokenizer
+
+
+def _as_chat(task: Any, run: Path) -> InstructionTask:
+    """The task of a run for chats, whatever the columns of its data were."""
+    if task.name != InstructionTask.name:
+        raise UserError(f"the run in {run} was trained for {task.name}; answers need a run of the task instruction")
+    return replace(task, columns={"messages": "messages"})
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -167,16 +188,20 @@ def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 
-def attach(base: PreTrainedModel, adapter: str | Path) -> PeftModel:
-    """`base` with an adapter of any PEFT type on it, in evaluation mode; `detach` gives `base` back.
+def attach(base: PreTrainedModel | PeftModel, adapter: str | Path, name: str = "default") -> PeftModel:
+    """`base` with an adapter of any PEFT type on it, in evaluation mode; `detach` gives the base model back. `base`
+    may have adapters of the same type already, under other names.
 
     Raises `UserError` for a folder that holds none, and for one that does not fit this base model.
     """
     folder = find_adapter(adapter)
     if read_config(folder)["peft_type"] == "REDPEFT":
-        return load_adapter(base, folder).eval()
+        return load_adapter(base, folder, adapter_name=name).eval()
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        if isinstance(base, PeftModel):
+            base.load_adapter(str(folder), name)
+            return base.eval()
+        return PeftModel.from_pretrained(base, str(folder), name).eval()
     except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:  # PEFT's, of many kinds
         raise UserError(f"{folder}: PEFT cannot load this adapter onto the base model: {first_line(error)}") from error
 
@@ -193,7 +218,7 @@ def weights_digest(adapter: str | Path | None) -> str | None:
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the model's, and the tokenizer's, which training put behind each response."""
     own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
