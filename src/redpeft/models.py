@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from redpeft.console import log_main
 from redpeft.errors import UserError, first_line, shorten_list
@@ -238,6 +239,23 @@ def load_tokenizer(base: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
             "model's"
         )
     return tokenizer
+
+
+def adapter_tokenizer(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer as an adapter uses it: the one in its folder, or the base's `tokenizer` with the folder's chat
+    template. What the folder does not hold is the base's."""
+    if (adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(adapter)
+    if (template := read_chat_template(adapter)) is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def read_chat_template(adapter: Path) -> str | None:
+    """The chat template in an adapter's folder; None if it holds none, and the base model's is used."""
+    file = adapter / CHAT_TEMPLATE_FILE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def load_decoder(base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
@@ -552,6 +570,12 @@ def pad_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], si
     ensure_pad_token(tokenizer)
     rows = BatchEncoding({"input_ids": prompts})
     return tokenizer.pad(rows, padding_side=side, return_tensors="pt", verbose=False)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the model's, and the tokenizer's, which the plain template puts behind each."""
+    own = model.generation_config.eos_token_id if model.generation_config else None
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 
 # --- how long a row may be ------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from transformers import (
 )
 
 from helpers.language_models import write_lora, write_prompt, write_red, write_talker
+from redpeft.adapters.arithmetic import compose
+from redpeft.adapters.fold.folding import fold
 from redpeft.errors import UserError
 from redpeft.evaluation.language_model import (
     Decoding,
@@ -22,6 +25,8 @@ from redpeft.evaluation.language_model import (
     open_language_model,
     penalties,
 )
+from redpeft.training.recipe import load_recipe
+from redpeft.training.train import train
 
 SHORT = Decoding(max_new_tokens=24)
 ASKED = ["Hi", "Name three rivers in Europe, please.", "2+2?", "Write a poem about autumn leaves and rain"]
@@ -167,9 +172,6 @@ def test_a_prompt_that_is_too_long_is_an_error(opened, monkeypatch):
 def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     """Its base has a chat template, and its recipe the plain one; and its adapter finds the run around it."""
     pytest.importorskip("trl")
-    from redpeft.training.recipe import load_recipe
-    from redpeft.training.train import train
-
     model, _ = load_language_model(str(talker))
     model.save_pretrained(tmp_path / "base")
     tiny_chat_tokenizer.save_pretrained(tmp_path / "base")
@@ -177,7 +179,7 @@ def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "base": str(tmp_path / "base"),
-        "data": {"path": str(tmp_path / "train.jsonl"), "template": "plain"},
+        "data": {"path": str(tmp_path / "train.jsonl"), "chat_template": "plain"},
         "task": "instruction",
         "learning_rate": 0.3,
         "max_steps": 2,
@@ -192,6 +194,35 @@ def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     (tmp_path / "base").rename(moved)
     assert open_language_model(str(moved), tmp_path / "run").answer(CHATS, SHORT) == answers
     assert open_language_model(str(moved), tmp_path / "run" / "adapter").answer(CHATS, SHORT) == answers
+
+
+def test_an_adapter_brings_its_chat_template(talker, tmp_path):
+    """To whatever reads it: its run, its folder alone, a folded checkpoint, an adapter made from it, a later run."""
+    pytest.importorskip("trl")
+    mine = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    mine += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (tmp_path / "mine.jinja").write_text(mine)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "Hi", "response": "Hello"}\n' * 4)
+    values = {"base": str(talker), "data": str(tmp_path / "train.jsonl"), "task": "instruction", "max_steps": 1}
+    values |= {"learning_rate": 0.3, "batch_size": 2}
+    train(load_recipe(None, values | {"data.chat_template": str(tmp_path / "mine.jinja")}), tmp_path / "run")
+    (tmp_path / "mine.jinja").unlink()
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tmp_path / "run" / "adapter", adapter)
+    assert not list(adapter.glob("tokenizer*"))
+    train(load_recipe(None, values | {"init_from": str(adapter)}), tmp_path / "later")
+    compose(f'"{adapter}" + "{tmp_path / "later"}"', tmp_path / "sum")
+    fold(adapter, tmp_path / "folded")
+    asked = [
+        (str(tmp_path / "run"), None),
+        (str(tmp_path / "later"), None),
+        (str(tmp_path / "folded"), None),
+        (str(talker), adapter),
+        (str(talker), tmp_path / "sum"),
+    ]
+    for model in (open_language_model(*each) for each in asked):
+        assert model.task.format_prompt(CHATS[0], model.tokenizer) == "[user] Hi</s>[assistant] "
+        assert len(model.answer(CHATS[:1], SHORT)) == 1
 
 
 def test_runs_of_other_tasks_are_refused(tmp_path):

@@ -134,7 +134,7 @@ def test_a_log_has_lines_of_progress_and_what_was_cut_once(monkeypatch, capsys):
     monkeypatch.setattr(console, "SECONDS", 0.0)
     monkeypatch.setattr(console, "SHARE", 0.0)
     found = progress_of()
-    note = "train.csv: 3 of 9 rows are longer than max_length 8 and are cut"
+    note = "train.csv: 3 of 9 rows (33.3 %) are longer than max_length 8 and are cut"
     with showing(found, live=True) as show:
         for name in ("a", "b"):
             started = {"event": "started", "folder": f"runs/{name}", "steps": 10, "notes": [note]}

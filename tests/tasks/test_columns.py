@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_predicted(rows, plain, message):
 
 def test_columns_that_nobody_reads_are_named():
     dataset = Dataset.from_list(
-        [{"chat": [{"role": "user", "content": "x", "weight": 0}], "system": "be kind", "__row__": 1}]
+        [{"chat": [{"role": "user", "content": "x", "weight": 0, "id": 7}], "system": "be kind", "__row__": 1}]
     )
-    assert cols.unread_columns(dataset, {"messages": "chat"}) == ["system", "chat.weight"]
+    assert cols.unread_columns(dataset, {"messages": "chat"}) == ["system", "chat.id"]
     assert cols.unread_columns(dataset, {"text": "system", "label": ["chat"]}) == []

@@ -70,8 +70,8 @@ def test_columns_that_are_named_are_taken():
 
 
 def test_columns_that_are_missing():
-    assert error_of({"text": ["a"]}) == (
-        "cannot tell which column of train.jsonl is the prompt (columns: text); name it with `prompt`"
+    assert error_of({"body": ["a"]}) == (
+        "cannot tell which column of train.jsonl is the prompt (columns: body); name it with `prompt`"
     )
     assert "is the response (columns: q, b)" in error_of({"q": ["a"], "b": ["c"]}, {"prompt": "q"})
     assert "has no column 'q'; its columns are prompt, response." in error_of(PAIRS, {"prompt": "q"})
@@ -110,7 +110,7 @@ def test_chats_with_a_chat_template(tiny_chat_tokenizer):
 
 
 def test_plain_text_whatever_the_tokenizer_has(tiny_chat_tokenizer, plain_tokenizer):
-    task = task_of(PAIRS, {"template": "plain"})
+    task = task_of(PAIRS, {"chat_template": "plain"})
     encoded = task.encode(make(PAIRS), tiny_chat_tokenizer)
     assert encoded[:] == task_of(PAIRS).encode(make(PAIRS), plain_tokenizer)[:]
     assert encoded[0]["input_ids"][0] == tiny_chat_tokenizer.bos_token_id  # which a chat template would have to write
@@ -171,7 +171,7 @@ def test_a_chat_template_that_refuses_a_chat(tiny_chat_tokenizer, template, with
     assert str(caught.value).startswith(f"train.jsonl, {place}: the tokenizer's chat template ")
     assert REFUSALS[template] in str(caught.value)
     assert "\n" not in str(caught.value)
-    plain = task_of(rows, {"template": "plain"})
+    plain = task_of(rows, {"chat_template": "plain"})
     assert len(plain.encode(make(rows), tokenizer, with_labels=with_labels)) == (4 if with_labels else 2)
 
 

@@ -65,36 +65,36 @@ MRS = [{"mr": "name[A]", "ref": "A is here."}, {"mr": "m" * 100, "ref": "r" * 20
 MODELS = {  # the base model, the task, rows of which every third or second is too long, and fields of the recipe
     "RoBERTa's positions begin at 3": (
         ("RobertaForMaskedLM", {**SMALL, "max_position_embeddings": 35}), "classification", CLASSES,
-        "4 of 12 rows are longer than the 32 positions of RobertaForSequenceClassification and are cut", {},
+        "4 of 12 rows (33.3 %) are longer than the 32 positions of RobertaForSequenceClassification and are cut", {},
     ),
     "BART reads a row with its encoder and its decoder": (
         ("BartForConditionalGeneration", {**BOTH, "max_position_embeddings": 32}), "classification", CLASSES,
-        "4 of 12 rows are longer than the 32 positions of BartForSequenceClassification and are cut", {},
+        "4 of 12 rows (33.3 %) are longer than the 32 positions of BartForSequenceClassification and are cut", {},
     ),
     "virtual tokens": (
         ("BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}), "classification", CLASSES,
-        "4 of 12 rows are longer than the 32 positions of BertForSequenceClassification behind 10 virtual tokens and",
+        "4 of 12 rows (33.3 %) are longer than the 32 positions of BertForSequenceClassification behind 10 virtual",
         {"method": "prompt", "method_options": {"num_virtual_tokens": 10}},
     ),
     "OPT's table has two more": (
         ("OPTForCausalLM", {**SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 50}),
-        "instruction", PAIRS, "4 of 8 rows are longer than the 50 positions of OPTForCausalLM and are cut", {},
+        "instruction", PAIRS, "4 of 8 rows (50 %) are longer than the 50 positions of OPTForCausalLM and are cut", {},
     ),
     "tags": (
         ("BertForMaskedLM", {**SMALL, "max_position_embeddings": 32}), "token-classification", TAGS,
-        "4 of 8 rows are longer than the 32 positions of BertForTokenClassification and are cut", {},
+        "4 of 8 rows (50 %) are longer than the 32 positions of BertForTokenClassification and are cut", {},
     ),
     "an encoder and a decoder": (
         ("BartForConditionalGeneration", {**BOTH, "max_position_embeddings": 32}), "text-to-text", CLASSES,
-        "4 of 12 rows are longer than the 32 positions of BartForConditionalGeneration and are cut", {},
+        "4 of 12 rows (33.3 %) are longer than the 32 positions of BartForConditionalGeneration and are cut", {},
     ),
     "texts for meaning representations": (
         ("GPT2LMHeadModel", {**GPT, "n_positions": 80}), "e2e", MRS,
-        "4 of 8 rows are longer than the 80 positions of GPT2LMHeadModel, an MR of 64 or a text of 100 tokens and are",
+        "4 of 8 rows (50 %) are longer than the 80 positions of GPT2LMHeadModel, an MR of 64 or a text of 100 tokens",
         {},
     ),
     "the least counts": (
-        ("LlamaForCausalLM", SMALL), "instruction", PAIRS, "4 of 8 rows are longer than max_length 60 and are cut",
+        ("LlamaForCausalLM", SMALL), "instruction", PAIRS, "4 of 8 rows (50 %) are longer than max_length 60 and are",
         {"max_length": 60},
     ),
 }  # fmt: skip
@@ -119,7 +119,9 @@ def test_rows_end_where_the_model_does(base, run, capsys, case):
 def test_rows_that_teach_nothing_are_left_out(base, run, capsys):
     rows = [{"prompt": LONG if index % 4 else "Say yes", "response": "yes"} for index in range(12)]
     result, finished = run(base("LlamaForCausalLM", **SMALL), "instruction", rows, max_length=60)
-    says = "9 of 12 rows are longer than max_length 60 and are cut; 9 have nothing left to learn and are left out"
+    says = (
+        "9 of 12 rows (75 %) are longer than max_length 60 and are cut; 9 have nothing left to learn and are left out"
+    )
     assert f"train.jsonl, train: {says}\nvalidation.jsonl, validation: {says}\n" in capsys.readouterr().err
     assert result["rows"] == {"train": 12, "validation": 12}
     assert result["rows_cut"] == result["rows_left_out"] == {"train": 9, "validation": 9}

@@ -87,7 +87,7 @@ def test_template_and_what_is_learned(trainer):
     assert text == "<s>Human: Question 7\n\nAssistant: answer 7</s>"
     assert learned == " answer 7</s>"
     assert labelled(trainer("learn_prompt=true"), 7) == (text, text)
-    chat, _ = labelled(trainer("data.template=auto"), 7)
+    chat, _ = labelled(trainer("data.chat_template=auto"), 7)
     assert "<|user|>\nQuestion 7" in chat
 
 

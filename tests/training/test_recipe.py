@@ -126,7 +126,6 @@ def test_sites_may_be_listed_with_commas():
             ["task=e2e", "problem_type=regression"],
             "problem_type is for the task classification and text-to-text, not e2e",
         ),
-        (["task=instruction", "data.template=chat"], "data.template: Input should be 'auto' or 'plain', not 'chat'"),
         (["gradient_accumulation=5"], "batch_size 32 is not divisible by gradient_accumulation 5"),
         (["base.load_in=3bit"], "base.load_in: .*'8bit', '4bit' or 'int8_weight_only', not '3bit'"),
         (["base.load_in=4bit", "method=full"], "base.load_in quantises the base.* not for full"),

@@ -28,11 +28,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from redpeft.adapters.folder import Adapter, EffectiveEdit, read_adapter, write_adapter
+from redpeft.console import log_main
 from redpeft.errors import UserError, shorten_list
-from redpeft.models import fingerprint_difference
-from redpeft.storage import TASK, find_adapter, find_run, read_json
+from redpeft.models import fingerprint_difference, read_chat_template
+from redpeft.storage import TASK, find_adapter, find_run, read_json, write_atomically
 from redpeft.tuner import compose as edit_arithmetic
 from redpeft.tuner.heads import Head, combine_heads, same_tensors
 
@@ -227,6 +229,7 @@ def compose(expression: str, out: str | Path, head: str | Path | None = None) ->
     whose = str(head) if head and result.head else _whose_head(result, adapters)
     write_adapter(result)
     _copy_task([str(head)] if head else [*adapters], Path(out))
+    _copy_chat_template(list(adapters.values()), Path(out))
     return Composition(result, whose)
 
 
@@ -359,6 +362,15 @@ def _copy_task(names: Sequence[str], out: Path) -> None:
     tasks = (find_run(Path(name).expanduser()) / TASK for name in names)
     if task := next((path for path in tasks if path.is_file()), None):
         shutil.copyfile(task, out / TASK)
+
+
+def _copy_chat_template(adapters: Sequence[Adapter], out: Path) -> None:
+    """Copy the chat template that all of these adapters have; say so if they have different ones."""
+    templates = {read_chat_template(adapter.folder) for adapter in adapters}
+    if len(templates) > 1:
+        log_main("the adapters were trained with different chat templates: the result has the base model's")
+    elif template := templates.pop():
+        write_atomically(out / CHAT_TEMPLATE_FILE, template)
 
 
 def _labels(name: str) -> list[str] | None:

@@ -19,8 +19,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from redpeft.adapters.folder import read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
-from redpeft.evaluation.language_model import attach, detach, end_tokens, open_language_model, prompt_form
-from redpeft.models import input_limit, load_tokenizer, pad_prompts, quiet
+from redpeft.evaluation.language_model import attach, detach, open_language_model, prompt_form
+from redpeft.models import end_tokens, input_limit, load_tokenizer, pad_prompts, quiet
 from redpeft.storage import CONFIG_NAME, find_adapter, find_run
 from redpeft.tasks.instruction import Chat, InstructionTask
 from redpeft.training.trainer import new_tokens

@@ -31,8 +31,10 @@ from redpeft.console import bars_on_terminals_only
 from redpeft.errors import UserError, first_line
 from redpeft.models import (
     DTYPE_ARGUMENT,
+    adapter_tokenizer,
     autocast,
     choose_precision,
+    end_tokens,
     find_base,
     input_limit,
     load_decoder,
@@ -136,7 +138,8 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
     a hub name, with `adapter` on it, if given.
 
     A run, and an adapter that lies in a run folder, answer as they were trained: their prompts, tokenizer and number
-    format. Elsewhere prompts go by the tokenizer's chat template, or the plain template where it has none.
+    format. Elsewhere prompts go by the adapter's chat template, the tokenizer's, or the plain template where there
+    is none.
 
     Raises `UserError` for what cannot be loaded, a run of another task, and an adapter of another base model.
     """
@@ -151,9 +154,10 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
         if not name:
             raise UserError(f"{adapter} does not name its base model: give the base as MODEL, and this with --adapter")
     model, tokenizer = load_language_model(name)
-    if adapter is not None:
-        model = attach(model, adapter)
-    return LanguageModel(model, tokenizer, InstructionTask({"messages": "messages"}))
+    if adapter is None:
+        return LanguageModel(model, tokenizer, InstructionTask({"messages": "messages"}))
+    task, tokenizer = prompt_form(adapter, tokenizer)
+    return LanguageModel(attach(model, adapter), tokenizer, task)
 
 
 def prompt_form(
@@ -162,8 +166,7 @@ def prompt_form(
     """How a chat becomes the prompt of an adapter, as it was trained: by its run's template, with the tokenizer that
     was saved with it, or else the base's `tokenizer`. Raises `UserError` for a run of another task."""
     folder, run = find_adapter(adapter), find_run(adapter)
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(folder)
+    tokenizer = adapter_tokenizer(folder, tokenizer)
     if (run / TASK).is_file():
         return _as_chat(task_from_dict(read_json(run / TASK)), run), tokenizer
     return InstructionTask({"messages": "messages"}), tokenizer
@@ -216,10 +219,3 @@ def weights_digest(adapter: str | Path | None) -> str | None:
     """A digest of an adapter's weights, by which unfinished work notices a retrained adapter; None without one."""
     weights = find_adapter(adapter) / WEIGHTS_NAME if adapter is not None else None
     return hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights and weights.is_file() else None
-
-
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the model's, and the tokenizer's, which training put behind each response."""
-    own = model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    return sorted(ends)

@@ -42,10 +42,10 @@ def why_alone(recipe: Recipe) -> str | None:
 
 
 def kind_of(recipe: Recipe) -> Hashable:
-    """Jobs of one kind share a base model, the sites of their edits, and how they compute."""
+    """Jobs of one kind share a base model, the sites of their edits, a chat template, and how they compute."""
     options = sorted((key, repr(value)) for key, value in recipe.method_options.items())
     shared = (recipe.base.model_dump_json(), recipe.task, recipe.head, recipe.precision)
-    return (*shared, recipe.gradient_checkpointing, *options)
+    return (*shared, recipe.data.chat_template, recipe.gradient_checkpointing, *options)
 
 
 class TemplateModel:

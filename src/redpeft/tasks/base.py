@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from redpeft.errors import UserError
 
@@ -56,7 +56,9 @@ class DataConfig(BaseModel):
         "GLUE's own test labels are not public. glue-t5 is its variant for T5. config_name names the task, or else "
         "the last part of the path.",
     )
-    text: str | None = Field(None, description="Classification: the text's column.")
+    text: str | None = Field(
+        None, description="Classification: the text's column. Instruction: a column of texts to learn as they are."
+    )
     text_pair: str | None = Field(None, description="Classification of pairs: the second text's column.")
     label: str | list[str] | None = Field(
         None,
@@ -84,12 +86,22 @@ class DataConfig(BaseModel):
     )
     response: str | None = Field(None, description="Instruction: the response's column. E2E: the text's.")
     messages: str | None = Field(
-        None, description="Instruction: the column with a chat, a list of {'role': ..., 'content': ...}."
+        None,
+        description="Instruction: the column with a chat, a list of {'role': ..., 'content': ...}, or ShareGPT's "
+        "{'from': ..., 'value': ...}.",
     )
-    template: Literal["auto", "plain"] = Field(
+    system: str | None = Field(
+        None, description="Instruction: the column with a system message, for rows that have none in their chat."
+    )
+    tools: str | None = Field(
+        None, description="Instruction: the column with the tools that a chat may call, a list of JSON schemas."
+    )
+    chat_template: str = Field(
         "auto",
-        description="Instruction: how a prompt becomes text. auto: by the tokenizer's chat template, or plain if "
-        "there is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'.",
+        validation_alias=AliasChoices("chat_template", "template"),  # its name in runs of before
+        description="Instruction: how a chat becomes text. auto: by the tokenizer's chat template, or plain if there "
+        "is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'. Or a Jinja file, one of TRL's "
+        "templates (qwen3, llama3, ...), or a model whose template is taken; it is saved with the adapter.",
     )
     validation_fraction: float = Field(
         0.1,
@@ -110,7 +122,10 @@ class DataConfig(BaseModel):
         None, ge=1, description="Validate and test on at most this many rows each, in whole groups, drawn by the seed."
     )
 
-    @field_validator("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", mode="before")
+    @field_validator(
+        *("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools"),
+        mode="before",
+    )
     @classmethod
     def _column_by_number(cls, value: Any) -> Any:
         """A column that is called 2019 is a number to YAML."""

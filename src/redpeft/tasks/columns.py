@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -49,7 +50,9 @@ TEXT_COLUMNS = [
 NUMBER_COLUMNS = {"idx", "id", "index", "guid", "uid", "unnamed: 0"}  # they only number the rows
 WORD_COLUMNS = ["tokens", "words"]
 TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
-MESSAGE_COLUMNS = ["messages", "conversation", "chat"]
+MESSAGE_COLUMNS = ["messages", "conversations", "conversation", "chat"]
+MESSAGE_FIELDS = {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name"}
+MESSAGE_FIELDS |= {"reasoning_content"}
 PROMPT_PAIRS = [
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -59,6 +62,7 @@ PROMPT_PAIRS = [
     ("question", "answer"),
     ("input", "output"),
 ]
+SYSTEM_COLUMNS = ["system", "system_prompt"]
 MEANING_COLUMNS = ["mr", "meaning_representation"]
 REFERENCE_COLUMNS = ["ref", "reference", "human_reference", "target"]
 DOCUMENT_COLUMNS = ["document_id", "doc_id", "docid", "document", "doc"]  # they name the document of a row
@@ -120,11 +124,11 @@ def _names(columns: Mapping[str, Any]) -> list[str]:
 
 def unread_columns(dataset: Dataset, columns: Mapping[str, Any]) -> list[str]:
     """The user's columns that are not among a task's `columns`. For a column of chats also the fields of its messages
-    beside role and content, such as `messages.weight`."""
+    that are not read, such as `messages.id`."""
     read = _names(columns)
     unread = [name for name in column_names(dataset) if name not in read]
     fields = value_feature(dataset, columns["messages"]) if "messages" in columns else {}
-    inner = [name for name in fields if name not in ("role", "content")] if isinstance(fields, dict) else []
+    inner = [name for name in fields if name not in MESSAGE_FIELDS] if isinstance(fields, dict) else []
     return unread + [f"{columns['messages']}.{name}" for name in inner]
 
 
@@ -182,7 +186,7 @@ def is_missing(value: Any) -> bool:
 def value_feature(dataset: Dataset, column: str) -> Any:
     """The type of a column's values, or of their elements if they are lists."""
     feature = dataset.features[column]
-    return getattr(feature, "feature", feature)
+    return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
 
 
 def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
@@ -263,7 +267,11 @@ KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number
 
 
 def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
-    """The cells of a column. Raises `UserError`, with the place of the cell, for mixed kinds and broken texts."""
+    """The cells of a column. Raises `UserError`, with the place of the cell, for mixed kinds and broken texts.
+
+    In lists of objects, which may be messages or tools, the fields of `OPEN_FIELDS` become JSON text.
+    """
+    cells = [[_with_json(item) for item in cell] if isinstance(cell, list) else cell for cell in cells]
     try:
         return pa.array(cells)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -284,6 +292,51 @@ def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
             except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
                 raise UserError(f"{places[index]}: column {column!r}: {first_line(reason)}") from None
         raise UserError(f"column {column!r}: {first_line(error)}") from None
+
+
+OPEN_FIELDS = ("tool_calls", "function", "arguments", "parameters")
+"""Fields of messages and tools that hold other fields in each row. Arrow would give every row the fields of all rows,
+and has no type for a field that is a text in one row and a number in another."""
+
+
+def _with_json(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    opened = {name: item[name] for name in OPEN_FIELDS if isinstance(item.get(name), dict | list)}
+    return item | {name: json.dumps(value, ensure_ascii=False) for name, value in opened.items()}
+
+
+def parse_json(value: Any) -> Any:
+    """A value of a message or a tool, with what the JSON texts in it hold: `as_array` undone. A text that is not JSON
+    of an object or a list stays as it is."""
+    return _parse_fields(_parse_text(value) if isinstance(value, str) else _without_nulls(value))
+
+
+def _parse_fields(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_parse_fields(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    opened = {name: _parse_text(value[name]) for name in OPEN_FIELDS if name in value}
+    inner = {name: _parse_fields(opened[name]) for name in ("tool_calls", "function") if name in opened}
+    return value | opened | inner
+
+
+def _parse_text(value: Any) -> Any:
+    try:
+        found = json.loads(value)
+    except (TypeError, json.JSONDecodeError):
+        return value
+    return found if isinstance(found, dict | list) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value from arrow, which gives an object the fields of all others in its column."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value
 
 
 _NONE = object()

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +16,10 @@ from redpeft.errors import UserError, first_line
 from redpeft.models import ensure_pad_token, load_decoder
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig, Task
+from redpeft.tasks.chats import Chat, learned_answers, read_chat, read_tools, tool_names
 from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.metrics import choose_metric
+from redpeft.tasks.rows import MAY_BE_EMPTY
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +31,26 @@ The space after `Assistant:` belongs to the response, where tokenizers join it t
 """
 
 
-Chat = list[dict[str, str]]
+Tools = list[dict[str, Any]] | None
+"""The tools that a chat may call, as JSON schemas."""
+
+
+class Pair(NamedTuple):
+    """What comes before an answer, the answer (one message; none if it is asked for), and the tools."""
+
+    prompt: Chat
+    answer: Chat
+    tools: Tools
 
 
 @dataclass
 class InstructionTask(Task):
-    """What a model is to answer. The loss counts the response alone; a chat's every answer is one row.
+    """What a model is to answer. The loss counts the response alone; a chat's every answer is one row. Plain texts are
+    learned whole.
 
     Attributes:
-        columns: "prompt", "response" and perhaps "input" (more of the prompt), or "messages".
+        columns: "prompt" and "response", each a text or a part of a chat, and perhaps "input" (more of the prompt); or
+            "messages", a chat; or "text". Beside prompts and chats perhaps "system" and "tools".
         metric: "loss", the mean over the responses' tokens (over all tokens where the recipe learns the prompts too).
         template: "auto", the tokenizer's chat template or the plain one where it has none; or "plain".
     """
@@ -63,7 +76,8 @@ class InstructionTask(Task):
         Raises:
             UserError: a column that is missing, an empty prompt or response, a chat without an answer.
         """
-        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, "texts"), data.template)
+        template: Any = "plain" if data.chat_template == "plain" else "auto"
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, "texts"), template)
         for split in splits.values():
             task.check(split)
         return task
@@ -71,43 +85,84 @@ class InstructionTask(Task):
     @classmethod
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
-        if data.messages or not (data.prompt or data.response):
-            messages = data.messages or cols.find_column(train, cols.MESSAGE_COLUMNS)
-            if messages:
-                cols.require_columns(train, [messages])
-                return {"messages": messages}
+        messages = data.messages
         pairs = [pair for pair in cols.PROMPT_PAIRS if all(cols.find_column(train, [name]) for name in pair)]
-        found = {
-            "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
-            "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
+        if not (messages or data.prompt or data.response):
+            messages = None if data.text else cols.find_column(train, cols.MESSAGE_COLUMNS)
+            text = None if messages or pairs else cols.find_column(train, ["text"])
+            if data.text or text:
+                return {"text": cols.choose_column(train, data.text, ["text"], "text")}
+        if messages:
+            cols.require_columns(train, [messages])
+            found = {"messages": messages}
+        else:
+            found = {
+                "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
+                "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
+            }
+        more = {
+            "input": cols.find_column(train, ["input"]) if found.get("prompt", "").lower() == "instruction" else None,
+            "system": data.system or cols.find_column(train, cols.SYSTEM_COLUMNS, without=found.values()),
+            "tools": data.tools or cols.find_column(train, ["tools"], without=found.values()),
         }
-        more = cols.find_column(train, ["input"]) if found["prompt"].lower() == "instruction" else None
-        return {**found, "input": more} if more else found
+        found |= {key: name for key, name in more.items() if name}
+        cols.require_columns(train, found.values())
+        return found
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises `UserError` for a missing column, an empty prompt or response, or a value that is not a chat."""
-        if "messages" in self.columns:
-            cols.require_columns(dataset, [self.columns["messages"]])
-            for index, messages in enumerate(cols.values(dataset, self.columns["messages"])):
-                if problem := _problem(messages, with_answer=with_labels):
-                    raise UserError(f"{cols.where(dataset, index)}: {problem}")
+        """Raises `UserError` for a missing column, an empty text, or a value that is not a chat."""
+        for key in self._needed(with_labels):
+            cols.require_columns(dataset, [self.columns[key]])
+            if not _holds_chats(dataset, self.columns[key]):
+                cols.check_texts(dataset, self.columns[key])
+        if "text" in self.columns:
             return
-        for key in ("prompt", "response") if with_labels else ("prompt",):
-            cols.check_texts(dataset, self.columns[key])
+        mine = [name for name in self.columns.values() if name in dataset.column_names]
+        for index, row in enumerate(dataset.select_columns(mine)):
+            try:
+                self._check_chat(row, with_labels)
+            except UserError as error:
+                raise UserError(f"{cols.where(dataset, index)}: {error}") from None
+
+    def _check_chat(self, row: dict[str, Any], with_labels: bool) -> None:
+        """Raises `UserError` if a row is no chat, or has no answer to learn, or nothing to answer."""
+        chat, tools = self._read(row, with_labels)
+        if not any(turn["role"] == "user" for turn in chat):
+            raise UserError("the chat has no message of the user")
+        if with_labels and not learned_answers(chat):
+            raise UserError("the chat has no answer of the assistant to learn")
+        if self.template == "plain":
+            _require_plain(chat, tools)
+
+    def _needed(self, with_labels: bool) -> list[str]:
+        """The columns that each row must have, by their keys."""
+        if "prompt" in self.columns:
+            return ["prompt", "response"] if with_labels else ["prompt"]
+        return [key for key in ("messages", "text") if key in self.columns]
 
     def groups(self, dataset: Dataset) -> list[str]:
-        """Each row's prompt; for a chat, what comes before its first answer."""
-        chats = (self._pairs(row, with_labels=True)[0][0] for row in dataset)
-        return [json.dumps(chat) for chat in chats]
+        """Each row's prompt; for a chat, what comes before its first answer; for a plain text, the text."""
+        if "text" in self.columns:
+            return cols.values(dataset, self.columns["text"])
+        return [json.dumps(self._pairs(row, with_labels=True)[0].prompt) for row in dataset]
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: how many answers of chats are learned, or that texts are learned whole."""
+        if "text" in self.columns:
+            return ["plain texts: all their tokens are learned"]
+        if "messages" in self.columns:
+            answers = sum(len(self._pairs(row, with_labels=True)) for row in dataset)
+            return [f"answers to learn: {answers:,} in {len(dataset):,} chats"]
+        return []
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to answer: objects with the prompt or a chat, or strings, which are prompts. `first` numbers them."""
-        if "messages" in self.columns:
-            column = self.columns["messages"]
-            chats = [{column: [{"role": "user", "content": row}]} if isinstance(row, str) else row for row in rows]
-            return cols.rows_to_dataset(chats, [column], None, first)
-        optional = [self.columns["input"]] if "input" in self.columns else []
-        return cols.rows_to_dataset(rows, [self.columns["prompt"]], self.columns["prompt"], first, optional)
+        [key] = self._needed(with_labels=False)
+        column = self.columns[key]
+        if key == "messages":
+            rows = [{column: [{"role": "user", "content": row}]} if isinstance(row, str) else row for row in rows]
+        optional = [self.columns[name] for name in MAY_BE_EMPTY if name in self.columns]
+        return cols.rows_to_dataset(rows, [column], None if key == "messages" else column, first, optional)
 
     def encode(
         self,
@@ -121,7 +176,8 @@ class InstructionTask(Task):
 
         Chats are written by the tokenizer's chat template if that is used, else by `PLAIN_TURNS`, with the tokenizer's
         end token behind the response. A chat with several answers becomes one row an answer, so that the loss on the
-        responses needs no markers in the chat template.
+        responses needs no markers in the chat template, and later answers may change how earlier ones are written. A
+        plain text is not cut: what is longer than `max_length` becomes several rows.
 
         Raises:
             UserError: a wrong row, one that the chat template or the tokenizer refuses, or a prompt to answer that
@@ -133,15 +189,22 @@ class InstructionTask(Task):
         def tokenise(columns: dict[str, list]) -> dict[str, list]:
             nonlocal changed
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-            pairs = [pair for row in rows for pair in self._pairs(row, with_labels)]
-            prompts = self.prompt_tokens([prompt for prompt, _ in pairs], tokenizer)
+            if "text" in self.columns:
+                texts = [row[self.columns["text"]] for row in rows]
+                prompts = _without_end(tokens_of(tokenizer, texts, limit=None)["input_ids"], tokenizer)
+                if with_labels:
+                    return _pieces(prompts, tokenizer, max_length)
+            else:
+                pairs = [pair for row in rows for pair in self._pairs(row, with_labels)]
+                asked = [self.format_prompt(pair.prompt, tokenizer, pair.tools) for pair in pairs]
+                prompts = self._tokens(asked, tokenizer)
             if not with_labels:
                 longest = max(map(len, prompts))
                 if max_length is not None and longest >= max_length:
                     reads = f"the model reads {max_length}"
                     raise UserError(f"a prompt of {longest} tokens leaves no room for an answer: {reads}")
                 return {"input_ids": prompts, cols.CUT: [False] * len(prompts)}
-            texts = [self._text(prompt, answer, tokenizer) for prompt, answer in pairs]
+            texts = [self._text(pair, tokenizer) for pair in pairs]
             whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]
             starts = [_common(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
             changed += sum(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
@@ -163,19 +226,30 @@ class InstructionTask(Task):
                 changed,
                 len(encoded),
             )
+        if "text" in self.columns and len(encoded) > len(dataset):
+            logger.info(
+                "%s: %d texts become %d rows of up to %s tokens",
+                cols.source(dataset),
+                len(dataset),
+                len(encoded),
+                max_length,
+            )
         return encoded
 
     def prompt_tokens(self, prompts: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """The tokens to continue. Raises `UserError`, without a row, if the chat template refuses a chat."""
-        plain, end = self._is_plain(tokenizer), [tokenizer.eos_token_id]
-        texts = [self.format_prompt(prompt, tokenizer) for prompt in prompts]
-        found = tokens_of(tokenizer, texts, limit=None, add_special_tokens=plain)["input_ids"]
-        # a template decides itself; a tokenizer that adds an end token to every text would end the prompt
-        return [ids[:-1] if plain and ids[-1:] == end else ids for ids in found]
+        return self._tokens([self.format_prompt(prompt, tokenizer) for prompt in prompts], tokenizer)
 
-    def format_prompt(self, prompt: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _tokens(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        plain = self._is_plain(tokenizer)  # a template decides itself about special tokens
+        found = tokens_of(tokenizer, prompts, limit=None, add_special_tokens=plain)["input_ids"]
+        return _without_end(found, tokenizer) if plain else found
+
+    def format_prompt(self, prompt: Chat, tokenizer: PreTrainedTokenizerBase, tools: Tools = None) -> str:
         """A chat as the text to continue. Raises `UserError`, without a row, if the chat template refuses it."""
-        return _plain_prompt(prompt) if self._is_plain(tokenizer) else _render(prompt, tokenizer, True)
+        if self._is_plain(tokenizer):
+            return _plain_prompt(prompt, tools)
+        return _render(prompt, tokenizer, True, tools)
 
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as a language model. Without a pad token it gets the tokenizer's."""
@@ -198,49 +272,106 @@ class InstructionTask(Task):
     def _is_plain(self, tokenizer: PreTrainedTokenizerBase) -> bool:
         return self.template == "plain" or not tokenizer.chat_template
 
-    def _text(self, prompt: Chat, answer: Chat, tokenizer: PreTrainedTokenizerBase) -> str:
+    def _text(self, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
         """A prompt with its answer."""
         if not self._is_plain(tokenizer):
-            return _render(prompt + answer, tokenizer, False)
-        text, end = f"{_plain_prompt(prompt)} {answer[0]['content']}", tokenizer.eos_token or ""
+            return _render(pair.prompt + pair.answer, tokenizer, False, pair.tools)
+        _require_plain(pair.answer, None)
+        text, end = f"{_plain_prompt(pair.prompt, pair.tools)} {pair.answer[0]['content']}", tokenizer.eos_token or ""
         return text if text.endswith(end) else text + end
 
-    def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[tuple[Chat, Chat]]:
+    def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[Pair]:
         """What comes before each answer, and the answer. Without labels: what comes before the next answer, and
         nothing."""
-        if "messages" in self.columns:
-            chat = [{"role": turn["role"], "content": turn["content"]} for turn in row[self.columns["messages"]]]
-        else:
-            parts = [row.get(self.columns[key]) for key in ("prompt", "input") if key in self.columns]
-            chat = [{"role": "user", "content": "\n\n".join(str(part) for part in parts if not cols.is_missing(part))}]
-            if with_labels:
-                chat.append({"role": "assistant", "content": row[self.columns["response"]]})
+        chat, tools = self._read(row, with_labels)
+        answers = learned_answers(chat)
+        chat = [{name: value for name, value in message.items() if name != "weight"} for message in chat]
         if with_labels:
-            return [(chat[:index], [chat[index]]) for index in _answers(chat)]
-        return [(chat[:-1] if chat[-1]["role"] == "assistant" else chat, [])]
+            return [Pair(chat[:index], [chat[index]], tools) for index in answers]
+        return [Pair(chat[:-1] if chat[-1]["role"] == "assistant" else chat, [], tools)]
+
+    def _read(self, row: dict[str, Any], with_labels: bool) -> tuple[Chat, Tools]:
+        """The whole chat of a row, and the tools that it may call. Raises `UserError`, without the row."""
+        given = {key: row.get(name) for key, name in self.columns.items()}
+        if "messages" in given:
+            chat = read_chat(given["messages"])
+        else:
+            prompt, more = given["prompt"], given.get("input")
+            if isinstance(prompt, str):
+                parts = [prompt, *([] if cols.is_missing(more) else [str(more)])]
+                prompt = [{"role": "user", "content": "\n\n".join(parts)}]
+            chat = [message | {"weight": 0} for message in read_chat(prompt)]
+            if with_labels:
+                response = given["response"]
+                if isinstance(response, str):
+                    response = [{"role": "assistant", "content": response}]
+                chat += read_chat(response)
+        if not cols.is_missing(given.get("system")) and chat[:1] and chat[0]["role"] != "system":
+            chat = [*read_chat([{"role": "system", "content": given["system"]}]), *chat]
+        return chat, read_tools(given.get("tools"))
 
 
-def _answers(chat: Chat) -> list[int]:
-    """The places of the assistant's answers to something that the user said."""
-    roles = [turn["role"] for turn in chat]
-    return [index for index, role in enumerate(roles) if role == "assistant" and "user" in roles[:index]]
+def _holds_chats(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds lists of messages. A column named `messages` of texts does not."""
+    return isinstance(cols.value_feature(dataset, column), dict)
 
 
-def _plain_prompt(chat: Chat) -> str:
+def _pieces(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, list]:
+    """Texts in tokens as rows to learn, each text with an end token, in pieces of at most `max_length` tokens. A piece
+    begins with the last token of the piece before it, so that each token is learned once."""
+    if max_length is not None and max_length < 2:
+        raise UserError(f"{max_length} token leaves nothing to learn: raise max_length")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces = []
+    for text in texts:
+        ids = text + end
+        step = len(ids) if max_length is None else max_length - 1
+        pieces += [ids[start : start + step + 1] for start in range(0, max(1, len(ids) - 1), step)]
+    return {
+        "input_ids": pieces,
+        "completion_mask": [[1] * len(ids) for ids in pieces],
+        cols.CUT: [False] * len(pieces),
+    }
+
+
+def _without_end(tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens to continue: a tokenizer that adds an end token to every text would end them."""
+    end = [tokenizer.eos_token_id]
+    return [ids[:-1] if ids[-1:] == end else ids for ids in tokens]
+
+
+def _plain_prompt(chat: Chat, tools: Tools) -> str:
+    _require_plain(chat, tools)
     return "".join(PLAIN_TURNS[turn["role"]].format(turn["content"]) for turn in chat) + "Assistant:"
 
 
-def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool) -> str:
+def _require_plain(chat: Chat, tools: Tools) -> None:
+    """Raises `UserError` for a chat with tools, which the plain template cannot write."""
+    if tool_names(chat, tools) or any(message["role"] not in PLAIN_TURNS for message in chat):
+        raise UserError(
+            "the plain template writes no tools: name one that does with data.chat_template, or take a base model "
+            "that has one"
+        )
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool, tools: Tools) -> str:
     """A chat as text by the tokenizer's chat template. With `to_answer` it ends with what begins an answer."""
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=to_answer)
+        text = tokenizer.apply_chat_template(chat, tools=tools, tokenize=False, add_generation_prompt=to_answer)
     except Exception as error:  # errors of Jinja, or of the template's own code
         raise UserError(
-            f"the tokenizer's chat template rejects this chat ({first_line(error)}); change the chat or the template, "
-            "or set data.template to plain"
+            f"the tokenizer's chat template rejects this chat ({first_line(error)}); change the chat or the template "
+            "(data.chat_template)"
         ) from error
     if not text:
-        raise UserError("the tokenizer's chat template writes nothing for this chat; data.template: plain needs none")
+        raise UserError(
+            "the tokenizer's chat template writes nothing for this chat; data.chat_template=plain needs none"
+        )
+    if unseen := [name for name in tool_names(chat, tools) if name not in text]:
+        raise UserError(
+            f"the tokenizer's chat template leaves out the tool {unseen[0]!r}: name one that writes tools with "
+            "data.chat_template, such as qwen3"
+        )
     return str(text)
 
 
@@ -248,20 +379,3 @@ def _common(prompt: list[int], whole: list[int]) -> int:
     """How many tokens are equal at the start of both."""
     pairs = enumerate(zip(prompt, whole, strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
-
-
-def _problem(messages: Any, with_answer: bool) -> str | None:
-    """What is wrong with `messages`: it is not a chat, or has no answer to learn, or nothing to answer. None if it is
-    fine."""
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        return f"expected a list of {{'role': ..., 'content': ...}}, found {str(messages)[:60]}"
-    for turn in messages:
-        if turn.get("role") not in PLAIN_TURNS:
-            return f"a message has the role {turn.get('role')!r}; roles are {', '.join(PLAIN_TURNS)}"
-        if not isinstance(turn.get("content"), str) or cols.is_missing(turn["content"]):
-            return "a message's content is empty or not text"
-    if not any(turn["role"] == "user" for turn in messages):
-        return "the chat has no message of the user"
-    if with_answer and not _answers(messages):
-        return "the chat has no answer of the assistant to learn"
-    return None

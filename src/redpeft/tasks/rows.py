@@ -16,10 +16,15 @@ from redpeft.tasks.columns import DOCUMENT_COLUMNS, find_column, first_of, is_mi
 
 logger = logging.getLogger(__name__)
 
+MAY_BE_EMPTY = ("input", "system", "tools")
+"""Of a task's columns, those that a row may leave empty."""
+
 
 def leave_out_missing(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
-    """The rows with a value in each of a task's columns, except "input", which may be empty."""
-    needed = [name for key, names in columns.items() if key != "input" for name in np.atleast_1d(names).tolist()]
+    """The rows with a value in each of a task's columns, but for those that may be empty (`MAY_BE_EMPTY`)."""
+    needed = [
+        name for key, names in columns.items() if key not in MAY_BE_EMPTY for name in np.atleast_1d(names).tolist()
+    ]
     require_columns(dataset, needed)
     empty = {index for name in needed for index, value in enumerate(values(dataset, name)) if _lacks(value)}
     if not empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from redpeft.errors import UserError
-from redpeft.models import Limit, input_limit, known_tokens, positions
+from redpeft.models import Limit, end_tokens, input_limit, known_tokens, positions
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import Task
 from redpeft.tasks.metrics import IGNORED
@@ -97,11 +98,30 @@ def _teaching(
     total, cut, left_out = len(whole.rows), sum(whole.cut), len(whole.rows) - len(kept)
     notes = []
     if cut:
-        notes.append(f"{cut:,} of {total:,} rows are longer than {whole.limit.source}{task.own_limits} and are cut")
+        share = f"{cut:,} of {total:,} rows ({100 * cut / total:.3g} %)"
+        notes.append(f"{share} are longer than {whole.limit.source}{task.own_limits} and are cut")
     if left_out:
         notes.append(f"{left_out:,}{'' if cut else f' of {total:,} rows'} have nothing left to learn and are left out")
+    if endless := _without_end(whole, model, tokenizer):
+        ends = " or ".join(tokenizer.convert_ids_to_tokens(end_tokens(model, tokenizer)))
+        notes.append(
+            f"{endless:,} answers are learned without the model's end token ({ends}): generated ones will not end; a "
+            "chat template can write {{ eos_token }} behind an answer"
+        )
     note = f"{_place(dataset, split)}: {'; '.join(notes)}" if notes else None
     return Encoded(whole.rows.select(kept), whole.cut, whole.limit, left_out, note)
+
+
+def _without_end(whole: Encoded, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the answers to learn that are not cut hold no token at which the model stops. Plain texts may go
+    on."""
+    ends = set(end_tokens(model, tokenizer)) if "completion_mask" in whole.rows.column_names else set()
+    if not ends:
+        return 0
+    rows = zip(*(cols.values(whole.rows, name) for name in ("input_ids", "completion_mask")), whole.cut, strict=True)
+    return sum(
+        0 in mask and 1 in mask and not cut and not ends.intersection(compress(ids, mask)) for ids, mask, cut in rows
+    )
 
 
 def _with_rows(encoded: Encoded, dataset: Dataset, split: str) -> Encoded:

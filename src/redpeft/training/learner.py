@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import CHAT_TEMPLATE_FILE
 
 from redpeft.adapters.folder import load_adapter
 from redpeft.console import log_main
@@ -24,6 +25,7 @@ from redpeft.models import (
     DTYPES,
     QUANTISERS,
     SLOW_BF16,
+    adapter_tokenizer,
     bf16_slowdown,
     choose_precision,
     draw_weights,
@@ -34,11 +36,13 @@ from redpeft.models import (
     quantised_weights,
     quantization_config,
     quiet,
+    read_chat_template,
     tokenizer_digest,
     training_device,
 )
 from redpeft.storage import ADAPTER, MODEL, TRAINED, find_adapter, replaced_folder
 from redpeft.tasks.base import TASKS, Task
+from redpeft.tasks.chats import set_chat_template
 from redpeft.training.baselines import METHODS
 from redpeft.training.recipe import Recipe
 
@@ -50,7 +54,8 @@ class Learner:
     Attributes:
         head: the modules that are trained whole.
         new: the weights that the base's checkpoint does not have, which are drawn by the recipe's seed.
-        digest: of the base's tokenizer.
+        digest: of the tokenizer as it was loaded.
+        new_template: whether the tokenizer has another chat template than the base's.
     """
 
     model: Any
@@ -58,6 +63,7 @@ class Learner:
     head: list[str]
     new: list[str]
     digest: str
+    new_template: bool
 
 
 def build_learner(recipe: Recipe, task: Task) -> Learner:
@@ -67,6 +73,10 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
     by a fixed seed, so that all jobs on a base share them.
     """
     base, tokenizer = load_base(recipe, task)
+    before = tokenizer.chat_template
+    if recipe.init_from is not None:
+        tokenizer.chat_template = read_chat_template(find_adapter(recipe.init_from)) or before
+    set_chat_template(tokenizer, recipe.data.chat_template)
     digest = tokenizer_digest(tokenizer)
     new = new_weights(base, recipe.base.model, recipe.base.revision)
     head = head_modules(base, recipe.task, new)
@@ -76,7 +86,7 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
         draw_weights(base, frozen.intersection(new), seed=0)
         new = [name for name in new if name not in frozen]
     draw_weights(base, new, recipe.seed)
-    return Learner(apply_method(base, recipe, new), tokenizer, head, new, digest)
+    return Learner(apply_method(base, recipe, new), tokenizer, head, new, digest, tokenizer.chat_template != before)
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -136,7 +146,8 @@ def save_model(
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write adapter/ or model/ into a run folder. The tokenizer is saved with a whole model, and otherwise if it is no
-    longer the base's. `state`: the tensors, if the model itself holds only a part of them."""
+    longer the base's; if only its chat template is new, that alone. `state`: the tensors, if the model itself holds
+    only a part of them."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = len(trained) == len(list(model.parameters()))
     with replaced_folder(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)) as target:
@@ -148,6 +159,8 @@ def save_model(
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / TRAINED)
         if whole or tokenizer_digest(learner.tokenizer) != learner.digest:
             learner.tokenizer.save_pretrained(target)
+        elif learner.new_template:
+            (target / CHAT_TEMPLATE_FILE).write_text(str(learner.tokenizer.chat_template), encoding="utf-8")
 
 
 def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -161,8 +174,7 @@ def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrai
         whole = recipe.base.model_copy(update={"model": str(saved), "revision": None})
         return load_base(recipe.model_copy(update={"base": whole}), task)
     base, tokenizer = load_base(recipe, task)
-    if (saved / "tokenizer_config.json").is_file():  # it differs from the base's, or the run is old
-        tokenizer = load_tokenizer(saved)
+    tokenizer = adapter_tokenizer(saved, tokenizer)
     if recipe.method == "red":
         return load_adapter(base, saved), tokenizer
     if method.is_peft:

@@ -1,0 +1,142 @@
+"""Chats: what rows of the usual formats say, as messages that a chat template writes.
+
+A chat is a list of messages with "role" and "content" (OpenAI's form), or with "from" and "value" (ShareGPT's). Errors
+here name no row: the caller knows it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from redpeft.errors import UserError
+from redpeft.models import load_tokenizer
+from redpeft.tasks.columns import is_missing, parse_json
+
+Chat = list[dict[str, Any]]
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {role: role for role in ROLES}
+SHAREGPT_ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+
+
+def read_chat(value: Any) -> Chat:
+    """The messages of a chat. Each has "role" and "content", and if they are given "tool_calls", "tool_call_id",
+    "name", "reasoning_content" and "weight". Raises `UserError` for what is not a chat."""
+    found = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
+        raise UserError(f"expected a list of {{'role': ..., 'content': ...}}, found {str(value)[:60]}")
+    return [_read_message(message) for message in found]
+
+
+def _read_message(given: dict[str, Any]) -> dict[str, Any]:
+    kind, roles = ("from", SHAREGPT_ROLES) if given.get("role") is None and "from" in given else ("role", ROLES)
+    role, content, calls = given.get(kind), given.get("content" if kind == "role" else "value"), None
+    if role not in tuple(roles):
+        raise UserError(f"a message has the role {role!r}; roles are {', '.join(roles)}")
+    if role == "function_call":
+        content, calls = None, content
+    elif role == "assistant":
+        calls = given.get("tool_calls")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text")) for part in content)
+    message = {"role": role if kind == "role" else SHAREGPT_ROLES[role], "content": content}
+    if calls:
+        message |= {"content": content or "", "tool_calls": _read_calls(calls)}
+    elif not isinstance(content, str) or (is_missing(content) and message["role"] != "tool"):
+        raise UserError("a message's content is empty or not text")
+    if (weight := given.get("weight")) is not None:
+        if weight not in (0, 1):
+            raise UserError(f"a message has the weight {weight!r}: 1 learns an answer, and 0 does not")
+        message["weight"] = int(weight)
+    kept = ("tool_call_id", "name", "reasoning_content")
+    return message | {name: given[name] for name in kept if given.get(name) is not None}
+
+
+def _read_calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls as chat templates take them, from a list, one call, or JSON text of either."""
+    found = parse_json(value)
+    calls = []
+    for call in found if isinstance(found, list) else [found]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(f"expected a tool call such as {{'name': ..., 'arguments': ...}}, found {str(call)[:60]}")
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        arguments = function.get("arguments", {})
+        calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools that a chat may call, from a list of JSON schemas or its JSON text; None if there are none."""
+    found = None if is_missing(value) else parse_json(value)
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) and _tool_name(tool) for tool in found):
+        raise UserError(
+            f"expected a list of tools such as {{'name': ..., 'parameters': ...}}, found {str(value)[:60]}"
+        )
+    return found
+
+
+def _tool_name(tool: dict[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def tool_names(chat: Chat, tools: Iterable[dict[str, Any]] | None) -> list[str]:
+    """The names of the tools that a chat may call or calls."""
+    called = [call["function"]["name"] for message in chat for call in message.get("tool_calls", ())]
+    return [*map(_tool_name, tools or ()), *called]
+
+
+def learned_answers(chat: Chat) -> list[int]:
+    """The places of the assistant's answers to something that the user said, but for those of weight 0."""
+    roles = [message["role"] for message in chat]
+    return [
+        index
+        for index, message in enumerate(chat)
+        if message["role"] == "assistant" and "user" in roles[:index] and message.get("weight") != 0
+    ]
+
+
+# --- chat templates -------------------------------------------------------------------------------------------------
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
+    """Give a tokenizer the chat template that `data.chat_template` asks for. "auto" and "plain" change nothing.
+
+    Raises `UserError` if `asked` is neither a Jinja file, nor one of the tokenizer's own templates, nor one of TRL's,
+    nor a model with a chat template.
+    """
+    if asked in ("auto", "plain"):
+        return
+    template: Any = None
+    if (file := Path(asked).expanduser()).is_file() or (file := _trl_folder() / f"{asked}.jinja").is_file():
+        try:
+            template = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            raise UserError(f"data.chat_template: cannot read {file}: it is not a text in UTF-8") from None
+    elif isinstance(tokenizer.chat_template, dict):
+        template = tokenizer.chat_template.get(asked)
+    if template is None:
+        try:
+            template = load_tokenizer(asked).chat_template
+        except UserError:
+            raise UserError(
+                f"data.chat_template: {asked!r} is no Jinja file, no template of the tokenizer or of TRL, and no model"
+            ) from None
+    if template is None or "messages" not in str(template):
+        raise UserError(f"data.chat_template: {asked} holds no chat template: none that reads `messages`")
+    tokenizer.chat_template = template
+
+
+def _trl_folder() -> Path:
+    """The folder of TRL's templates; TRL, which need not be installed, is not imported."""
+    spec = importlib.util.find_spec("trl")
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0] if places else "") / "chat_templates"
