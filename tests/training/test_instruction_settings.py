@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 
 PUBLISHED = """\
 task: instruction
-data: {{path: {data}, template: plain}}
+data: {{path: {data}, chat_template: plain}}
 base: {base}
 method: red
 method_options: {{unit: 1}}
