@@ -67,6 +67,15 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def folded(files):
+    """An ordinary folder: q4.gguf with random edits folded in."""
+    torch.manual_seed(0)
+    get_peft_model(load(files / "q4.gguf"), RedConfig(init_weights=False)).save_pretrained(files / "adapter")
+    fold(files / "adapter", files / "folded")
+    return files / "folded"
+
+
+@pytest.fixture(scope="module")
 def run(files, questions, tmp_path_factory):
     """A run of a few steps on q4.gguf."""
     folder = tmp_path_factory.mktemp("runs") / "q4"
@@ -182,6 +191,48 @@ def test_no_tokenizer(tmp_path):
     file = write_gguf(tmp_path / "a.gguf", tokenizer=False)
     assert "a.gguf has no tokenizer in it: take a GGUF file that has one" in error_of(file, AutoTokenizer)
     assert preview(str(file)).dequantised_from == "Q8_0"  # which needs none
+
+
+def test_a_file_that_lacks_a_weight(tmp_path):
+    """transformers would draw it at random."""
+    file = write_gguf(tmp_path / "a.gguf", without="blk.1.ffn_down.weight")
+    assert error_of(file) == f"{file} lacks weights of LlamaForCausalLM: {SITES[1]}.weight"
+
+
+def test_weights_of_another_architecture(tmp_path):
+    file = write_gguf(tmp_path / "a.gguf", architecture="gpt2")
+    assert error_of(file).endswith(": its weights have other shapes than its configuration says")
+
+
+def test_biases_that_transformers_would_leave_out(folded, tmp_path, monkeypatch):
+    """As in a folded model of an architecture that has no switch for them."""
+    monkeypatch.setattr("redpeft.models.LLAMA_BIASES", {})
+    file = write_gguf(tmp_path / "a.gguf", "F32", model=AutoModelForCausalLM.from_pretrained(folded))
+    assert error_of(file).startswith(f"{file} holds biases that transformers' LlamaForCausalLM has no place for: blk.")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "broken or truncated, or no GGUF file ("),
+        ({"architecture": "clip"}, "GGUF model with architecture clip is not supported"),
+        ({"tokenizer": False}, "has no tokenizer in it: take a GGUF file that has one"),
+    ],
+)
+def test_commands_say_it_in_one_line(options, says, questions, capsys, tmp_path):
+    base = write_gguf(tmp_path / "bad.gguf", **options)
+    if not options:
+        base.write_bytes(base.read_bytes()[:-3000])
+    write_rows(tmp_path / "jobs.jsonl", [{"name": "one"}])
+    fields = [f"base={base}", f"data={questions}", "task=instruction", "--out"]
+    for call in (["train"], ["sweep", "--grid", "lr=1e-2"], ["fleet", tmp_path / "jobs.jsonl"]):
+        code, _, err = redpeft(capsys, *call, *fields, tmp_path / call[0])
+        assert code != 0
+        assert says in err.splitlines()[-1]
+        assert "Traceback" not in err
+    code, _, err = redpeft(capsys, "export-base", base, "--out", tmp_path / "exported")
+    assert (code, err.count("\n")) == (2, 1)
+    assert says in err
 
 
 def test_one_of_several_parts(tmp_path):
@@ -356,15 +407,35 @@ def test_a_model_that_transformers_loaded_has_the_same_fingerprint(run, files, r
     assert not [each for each in recwarn if "another base model" in str(each.message)]
 
 
-def test_folding_gives_the_same_tokens_and_leaves_nothing_behind(files, tmp_path):
-    torch.manual_seed(0)
-    get_peft_model(load(files / "q4.gguf"), RedConfig(init_weights=False)).save_pretrained(tmp_path / "adapter")
-    fold(tmp_path / "adapter", tmp_path / "folded")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "folded"]
-    inputs, folded = torch.arange(3, 40).reshape(1, -1), AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
-    edited = load_adapter(load(files / "q4.gguf"), tmp_path / "adapter")
-    torch.testing.assert_close(folded(inputs).logits, edited(inputs).logits, atol=1e-4, rtol=1e-4)
-    assert load_tokenizer(tmp_path / "folded").chat_template == CHATML
+def test_folding_gives_the_same_outputs_and_its_biases_are_read_from_a_file_again(files, folded, tmp_path):
+    edited = load_adapter(load(files / "q4.gguf"), files / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(folded)
+    inputs = torch.arange(3, 40).reshape(1, -1)
+    torch.testing.assert_close(model(inputs).logits, edited(inputs).logits, atol=1e-4, rtol=1e-4)
+    assert load_tokenizer(folded).chat_template == CHATML
+    again = load(write_gguf(tmp_path / "folded.gguf", "F32", model=model))
+    assert again.config.mlp_bias  # transformers does not look whether the file has biases
+    for site in SITES:
+        assert model.get_parameter(f"{site}.bias").any()
+        assert torch.equal(again.get_parameter(f"{site}.bias"), model.get_parameter(f"{site}.bias"))
+
+
+def test_sweeps_and_fleets_train_on_a_file(files, questions, run, capsys, tmp_path):
+    fields = [f"base={files / 'q4.gguf'}", f"data={questions}", "task=instruction", "epochs=2", "batch_size=3"]
+    sweep = ["sweep", *fields, "--grid", "lr=1e-2,3e-2", "--out", tmp_path / "sweep", "--json"]
+    write_rows(tmp_path / "jobs.jsonl", [{"name": "low", "learning_rate": 1e-2}, {"name": "high"}])
+    fleet = ["fleet", tmp_path / "jobs.jsonl", *fields, "--out", tmp_path / "fleet", "--json"]
+    for call in (sweep, fleet, sweep):  # the last one has nothing left to do
+        code, out, err = redpeft(capsys, *call)
+        assert code == 0, err
+    assert json.loads(out)["best"] == "learning_rate=0.03"
+    assert "dequantised" not in err
+    expected = json.loads((run / "result.json").read_text())
+    for folder in (tmp_path / "sweep" / "learning_rate=0.03" / "seed-0", tmp_path / "fleet" / "high"):
+        result = json.loads((folder / "result.json").read_text())
+        assert result["base_dequantised_from"] == "Q4_1"
+        assert result["validation"]["loss"] == pytest.approx(expected["validation"]["loss"], rel=1e-3)
+        assert [*predict(open_run(folder), ROWS[:1])]
 
 
 def test_previews(files, capsys):

@@ -37,6 +37,7 @@ from redpeft.errors import UserError, first_line, shorten_list
 from redpeft.storage import is_local, new_folder
 
 GGUF = ".gguf"
+LLAMA_BIASES = {"mlp_bias": ".ffn_down.", "attention_bias": ".attn_output."}  # switches that no GGUF file has
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # as from_pretrained and configurations call it
@@ -109,11 +110,13 @@ def _in_package(name: str, packaged: PackagedBase) -> Path:
 
 
 class GGUFHeader(NamedTuple):
-    """What a GGUF file says of itself. `quantised_as`: such as Q4_1 or F16, as llama.cpp calls it."""
+    """What a GGUF file says of itself. `quantised_as`: such as Q4_1 or F16, as llama.cpp calls it. `biases`: the names
+    of the biases in it, and how many numbers each has."""
 
     architecture: str
     quantised_as: str
     has_tokenizer: bool
+    biases: dict[str, int]
 
 
 def read_gguf_header(base: str | Path) -> GGUFHeader | None:
@@ -145,7 +148,8 @@ def _read_gguf_header(file: Path, modified: int) -> GGUFHeader:
         raise UserError(f"{file}: broken or truncated, or no GGUF file ({first_line(error)})") from error
     if parts > 1:  # transformers would read one and draw the other weights at random
         raise UserError(f"{file} is one of {parts} parts: make one file of them (llama-gguf-split --merge)")
-    return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields)
+    biases = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name.endswith(".bias")}
+    return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields, biases)
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
@@ -167,6 +171,10 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
         if kind == "AutoTokenizer" and not header.has_tokenizer:
             raise UserError(f"{folder / str(gguf_file)} has no tokenizer in it: take a GGUF file that has one")
         kwargs["gguf_file"] = gguf_file
+        if kind != "AutoTokenizer" and header.architecture == "llama":
+            kwargs |= {
+                switch: True for switch, place in LLAMA_BIASES.items() if any(place in name for name in header.biases)
+            }
         if is_model:
             kwargs["output_loading_info"] = True
             _obey_switch_of_bars()
@@ -177,6 +185,8 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     except Exception as error:  # errors of transformers, tokenizers, safetensors and the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
         reason = first_line(error)
+        if "ignore_mismatched_sizes" in reason:  # the rest is a table that transformers has printed
+            reason = "its weights have other shapes than its configuration says"
         if reason.endswith(":"):
             reason = " ".join(str(error).split())
         if reason.startswith("Unrecognized configuration class"):
@@ -185,6 +195,7 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     if header and is_model:
         model, info = loaded
         model.gguf_loading_info = info
+        _check_gguf_weights(model, info, header, base)
         if quantizer := getattr(model, "hf_quantizer", None):
             quantizer.remove_quantization_config(model)
         _complete_gguf_config(model.config, header, base)
@@ -202,6 +213,18 @@ def _obey_switch_of_bars() -> None:
         from transformers import modeling_gguf_pytorch_utils
 
         modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm
+
+
+def _check_gguf_weights(model: PreTrainedModel, info: dict[str, Any], header: GGUFHeader, base: str | Path) -> None:
+    """Refuse a file whose weights are not those of the model: transformers draws at random what is missing, and leaves
+    out what it has no place for. A head beside the model may be new."""
+    inside = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith(inside)):
+        raise UserError(f"{base} lacks weights of {type(model).__name__}: {shorten_list(missing)}")
+    own = sum(tensor.numel() for name, tensor in model.state_dict().items() if name.endswith("bias"))
+    if sum(header.biases.values()) > own:
+        names = shorten_list(sorted(header.biases))
+        raise UserError(f"{base} holds biases that transformers' {type(model).__name__} has no place for: {names}")
 
 
 def _complete_gguf_config(config: PretrainedConfig, header: GGUFHeader, base: str | Path) -> None:

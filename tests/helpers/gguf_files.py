@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
+from transformers import LlamaForCausalLM
 
 from .models import llama
 
@@ -31,11 +32,14 @@ def write_gguf(
     tokenizer: bool = True,
     file_type: bool = True,
     parts: int = 1,
+    model: LlamaForCausalLM | None = None,
+    without: str | None = None,
 ) -> Path:
-    """`file`, with the same weights each time, in the number format `kind` (norms in fp32)."""
+    """`file`, with the same weights each time or those of `model`, in the number format `kind` (norms and biases in
+    fp32). `without`: a tensor that is left out."""
     gguf = pytest.importorskip("gguf", reason="the gguf package is not installed")
     pieces = _Vocabulary([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"])
-    model = llama(pieces, tie_word_embeddings=True, initializer_range=0.2)
+    model = model or llama(pieces, tie_word_embeddings=True, initializer_range=0.2)
     config, table = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     writer = gguf.GGUFWriter(file, architecture)
     if file_type:
@@ -68,8 +72,9 @@ def write_gguf(
             values = weight.numpy().astype(np.float32)
             plain = kind == "F32" or values.ndim == 1
             stored = gguf.GGMLQuantizationType["F32" if plain else kind]
-            place = table.get_name(name, try_suffixes=(".weight",))
-            writer.add_tensor(place, values if plain else gguf.quants.quantize(values, stored), raw_dtype=stored)
+            place = table.get_name(name, try_suffixes=(".weight", ".bias"))
+            if place != without:
+                writer.add_tensor(place, values if plain else gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
