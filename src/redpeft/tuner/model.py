@@ -366,16 +366,13 @@ class RedModel(BaseTuner):
             if layer.originals[1] is None and layer.get_base_layer().bias is not None
         )
         put_modules(self.model, heads)
-        # PEFT turns this off where the embeddings are two tensors. That is right for heads that were trained, but not
-        # for a base that came with two, nor for a model that computes something else then.
-        model_config: Any = getattr(self.model, "config", None)
-        tied = (not heads or reads_tying(self.model)) and getattr(model_config, "tie_word_embeddings", False)
-        if tied:
-            model_config.tie_word_embeddings = False
-        model = super().merge_and_unload(progressbar, adapter_names=[])
+        if heads and not reads_tying(self.model):
+            # This sets `tie_word_embeddings` to False where the embeddings are two tensors: right for heads that were
+            # trained, but not for a base that came with two, nor for a model that computes something else then.
+            model = super().merge_and_unload(progressbar, adapter_names=[])
+        else:
+            model = super().unload()
         allow_fast_path(model, True)
-        if tied:
-            model_config.tie_word_embeddings = tied
         if with_bias and not (isinstance(model, PreTrainedModel) and add_biases(model, with_bias)):
             warnings.warn(
                 f"{len(with_bias)} layers without a bias now have one ({shorten_list(with_bias)}): the model in "
