@@ -100,18 +100,17 @@ def run_by_adapter(modules: Mapping[str, nn.Module], batch: MixedBatch, *args: A
     outputs are put back into its order. An adapter without a copy uses the base's.
     """
     hidden = next(value for value in (*args, *kwargs.values()) if torch.is_tensor(value))
-    repeats = batch.index.repeats(hidden.shape[0])
-    names = [name for name in batch.names for _ in range(repeats)]
+    slots = batch.index.rows(hidden.shape[0], torch.device("cpu"))
     parts, order = [], []
-    for name in dict.fromkeys(names):
-        rows = [row for row, other in enumerate(names) if other == name]
-        own_args, own_kwargs = tree_map(partial(_rows_of, rows, len(names)), (args, kwargs))
-        parts.append(modules[name if name in modules else BASE](*own_args, **own_kwargs))
-        order += rows
-    return torch.cat(parts)[torch.tensor(order, device=hidden.device).argsort()]
+    for slot in slots.unique().tolist():
+        rows = (slots == slot).nonzero().flatten()
+        own_args, own_kwargs = tree_map(partial(_rows_of, rows, len(slots)), (args, kwargs))
+        parts.append(modules.get(batch.adapters[slot], modules[BASE])(*own_args, **own_kwargs))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def _rows_of(rows: list[int], count: int, value: Any) -> Any:
+def _rows_of(rows: torch.Tensor, count: int, value: Any) -> Any:
     """These rows of a tensor that has one for each of the batch's; anything else as it is."""
     return value[rows] if has_rows(value, count) else value
 

@@ -174,6 +174,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
             "over each edited output, or merge into the unquantised model"
         )
 
+    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold the adapters (the active ones by default) into the base layer's weight and bias.
 
@@ -187,15 +188,21 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self.check_mergeable()
-        base, originals = self.get_base_layer(), self.originals
-        weight, bias = self._folded(*originals, names=[*self.merged_adapters, *names])
+        base, (own_weight, own_bias) = self.get_base_layer(), self.originals
+        transposed = isinstance(base, Conv1D)  # (in, out)
+        weight, bias = own_weight.T if transposed else own_weight, own_bias
+        for name in [*self.merged_adapters, *names]:
+            weight, bias = fold_edit(weight, bias, *self.redpeft_edit[name].effective)
+        weight = (weight.T if transposed else weight).to(own_weight.dtype).contiguous()
+        if bias is not None:
+            bias = bias.to(own_weight.dtype) if own_bias is not None or bias.any() else None  # none for scales alone
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise UserError(
                 f"{self.site}: NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be "
                 f"broken, or goes beyond the range of {weight.dtype}"
             )
-        for name, original in zip(("original_weight", "original_bias"), originals, strict=True):
-            self.register_buffer(name, original, persistent=False)
+        self.register_buffer("original_weight", own_weight, persistent=False)
+        self.register_buffer("original_bias", own_bias, persistent=False)
         base.weight = nn.Parameter(weight, requires_grad=base.weight.requires_grad)
         base.bias = None if bias is None else nn.Parameter(bias, requires_grad=base.weight.requires_grad)
         self.merged_adapters = [*self.merged_adapters, *names]
@@ -205,20 +212,6 @@ class RedLayer(nn.Module, BaseTunerLayer):
         """The base layer's weight and bias as they are without the adapters, merged or not."""
         base = self.get_base_layer()
         return (self.original_weight, self.original_bias) if self.merged else (base.weight, base.bias)
-
-    @torch.no_grad()
-    def _folded(
-        self, weight: torch.Tensor, own_bias: torch.Tensor | None, names: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        transposed = isinstance(self.get_base_layer(), Conv1D)  # (in, out)
-        rows, bias = weight.T if transposed else weight, own_bias
-        for name in names:
-            edit: Edit = self.redpeft_edit[name]
-            rows, bias = fold_edit(rows, bias, *edit.effective)
-        folded = (rows.T if transposed else rows).to(weight.dtype).contiguous()
-        if bias is None or (own_bias is None and not bias.any()):
-            return folded, None  # scales alone: the layer still needs no bias
-        return folded, bias.to(weight.dtype)
 
     def unmerge(self) -> None:
         """Put the original weight and bias back, bit for bit: dividing by a scale near 0 could not."""

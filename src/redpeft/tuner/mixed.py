@@ -27,22 +27,18 @@ class RowIndex:
         self.slots = slots
         self._by_batch: dict[tuple[int, torch.device], torch.Tensor] = {}
 
-    def repeats(self, batch: int) -> int:
-        """How often each sequence stands in a batch of this size: beam search and `num_return_sequences` repeat each
-        in place, and some models flatten (batch, positions) into one dimension."""
-        repeats, rest = divmod(batch, len(self.slots)) if len(self.slots) else (0, 0)
-        if rest or not repeats:
-            raise UserError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.slots)} and {batch} respectively."
-            )
-        return repeats
-
     def rows(self, batch: int, device: torch.device) -> torch.Tensor:
-        """The table row of each of a batch's sequences: (batch,)."""
+        """The table row of each row of a batch of this size: (batch,). There may be several of each sequence: beam
+        search and `num_return_sequences` repeat each in place, and some models flatten (batch, positions)."""
         key = (batch, device)
         if key not in self._by_batch:
-            self._by_batch[key] = self.slots.to(device).repeat_interleave(self.repeats(batch))
+            repeats, rest = divmod(batch, len(self.slots)) if len(self.slots) else (0, 0)
+            if rest or not repeats:
+                raise UserError(
+                    "Length of `adapter_names` should be the same as the number of inputs, but got "
+                    f"{len(self.slots)} and {batch} respectively."
+                )
+            self._by_batch[key] = self.slots.to(device).repeat_interleave(repeats)
         return self._by_batch[key]
 
 
@@ -57,10 +53,8 @@ class MixedBatch:
         unknown = sorted(set(names) - {*loaded, BASE})
         if unknown:
             raise UserError(f"unknown adapters in adapter_names: {', '.join(unknown)}; loaded: {', '.join(loaded)}")
-        self.names = list(names)
-        self.adapters = [name for name in dict.fromkeys(names) if name != BASE]
-        slots = {name: slot for slot, name in enumerate([*self.adapters, BASE])}
-        self.index = RowIndex(torch.tensor([slots[name] for name in names]))
+        self.adapters = list(dict.fromkeys(names))
+        self.index = RowIndex(torch.tensor([self.adapters.index(name) for name in names]))
 
     @torch.compiler.disable  # likewise
     def editors(self, layers: Iterable[RedLayer]) -> dict[RedLayer, Editor]:
@@ -74,14 +68,13 @@ class MixedBatch:
 
 @torch.no_grad()
 def stack_edits(edits: Mapping[str, Edit], adapters: Sequence[str]) -> torch.Tensor:
-    """A site's table for these adapters: (adapters + 1, 2, width), each row a scale and a bias as they act.
+    """A site's table for these adapters: (adapters, 2, width), each row a scale and a bias as they act.
 
-    The last row is the identity, for `"__base__"`. An adapter without an edit here has the identity too. Nothing is
-    kept from one forward pass or generation to the next: to find out whether an edit has changed costs as much as
-    stacking it.
+    An adapter without an edit here has the identity, and so has `"__base__"`. Nothing is kept from one forward pass or
+    generation to the next: to find out whether an edit has changed costs as much as stacking it.
     """
     like = next(iter(edits.values())).bias
-    table = like.new_zeros(len(adapters) + 1, 2, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
+    table = like.new_zeros(len(adapters), 2, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
     table[:, 0] = 1.0
     slots = [slot for slot, name in enumerate(adapters) if name in edits]
     if slots:
