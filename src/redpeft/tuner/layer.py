@@ -241,6 +241,12 @@ def red_layers(model: nn.Module) -> dict[str, RedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, RedLayer)}
 
 
+def edits_of(model: nn.Module, adapter: str) -> dict[str, Edit]:
+    """An adapter's edits, by the names of their layers."""
+    layers = red_layers(model).items()
+    return {name: layer.redpeft_edit[adapter] for name, layer in layers if adapter in layer.redpeft_edit}
+
+
 @contextmanager
 def edited_by(editors: Mapping[RedLayer, Editor]) -> Iterator[None]:
     """While inside, each of these layers' outputs is edited by its editor, whatever its adapters are."""

@@ -45,10 +45,10 @@ from redpeft.tuner.heads import (
     same_tensors,
     wrappers,
 )
-from redpeft.tuner.layer import RedLayer, edited_by, red_layers
+from redpeft.tuner.layer import RedLayer, edited_by, edits_of, red_layers
 from redpeft.tuner.mixed import BASE, MixedBatch
 from redpeft.tuner.register import PREFIX
-from redpeft.tuner.sites import find_sites, shared_expert
+from redpeft.tuner.sites import SHARED_EXPERT, adds_shared_expert, find_sites
 from redpeft.tuner.units import add_hook, remove_hook
 
 logger = logging.getLogger(__name__)
@@ -83,10 +83,7 @@ class RedModel(BaseTuner):
         if not config.inference_mode:
             leave_unpacked(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = red_layers(model).items()
-        edits = {
-            name: layer.redpeft_edit[adapter_name] for name, layer in layers if adapter_name in layer.redpeft_edit
-        }
+        edits = edits_of(model, adapter_name)
         automatic = config.unit == "auto"
         imported = was_saved and config.scale_origin == 0 and automatic and not config.unit_measured
         for edit in edits.values():
@@ -150,11 +147,10 @@ class RedModel(BaseTuner):
         known = {_either_scale(key) for key in model.state_dict()}
         given = {_either_scale(key): key for key in remapped}
         given = {same if same in known else same.removeprefix(_PEFT_PREFIX): key for same, key in given.items()}
-        expected = [  # of a layer that stands in several places, its edit in the first one: so it is saved
+        expected = [
             f"{name}.redpeft_edit.{adapter_name}.{key}"
-            for name, layer in red_layers(model).items()
-            if adapter_name in layer.redpeft_edit
-            for key in layer.redpeft_edit[adapter_name].state_dict()
+            for name, edit in edits_of(model, adapter_name).items()
+            for key in edit.state_dict()
         ]
         missing = sorted(key for key in expected if _either_scale(key) not in given)
         left_over = sorted(key for same, key in given.items() if same not in known)
@@ -184,8 +180,8 @@ class RedModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained until it is set
         self._replace_module(parent, target_name, layer, target)
-        if added := shared_expert(target, parent.named_children()):
-            layer.edit_too(parent.get_submodule(added))
+        if adds_shared_expert(parent, target):
+            layer.edit_too(parent.get_submodule(SHARED_EXPERT))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Wherever it stands: several blocks may share a linear. PEFT's own would move the layer to another device too.

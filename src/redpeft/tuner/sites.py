@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -209,15 +209,20 @@ class _Block:
         if kind == "ffn":
             if len(self.ffn) > 1:
                 raise _ambiguity_error(kind, [self], f": {', '.join(self.ffn)} could each be it")
-            return [Site(name, kind, self.width, self.index, self._shared_expert(name)) for name in self.ffn]
+            return [Site(name, kind, self.width, self.index, self._added(name)) for name in self.ffn]
         pick = self._output if kind == "attention" else self._query_key_value
         return [Site(name, kind, out, self.index) for named in self.attentions for name, _, out in pick(*named)]
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The block and all modules in it, in order."""
+        return {self.name: self.module, **dict(_walk(self.name, self.module))}
 
     @cached_property
     def width(self) -> int:
         """The commonest width in the block: of all that its linears read and write, and of its norms."""
         votes: Counter[int] = Counter()
-        for _, module in _walk(self.name, self.module):
+        for module in self.modules.values():
             weight = getattr(module, "weight", None)
             if widths := linear_widths(module):
                 votes.update(widths)
@@ -227,7 +232,7 @@ class _Block:
 
     @cached_property
     def attends(self) -> bool:
-        return any(_is_attention(*named) for named in [(self.name, self.module), *_walk(self.name, self.module)])
+        return any(_is_attention(*named) for named in self.modules.items())
 
     @property
     def reads_text(self) -> bool:
@@ -259,8 +264,12 @@ class _Block:
         beside = {_parent(name) for name, *widths in linears if widths == [self.width, self.width]}
         if 2 * inner != self.width and any(_parent(name) in beside for name in back):
             return []
-        # Conformers have half an FFN before attention and half an FFN after it: the second is the site.
-        return back[-1:] if self._attention_between(back[-2:]) else back
+        if len(back) > 1:
+            names = list(self.modules)
+            between = names[names.index(back[-2]) : names.index(back[-1])]
+            if any(_is_attention(name, self.modules[name]) for name in between):
+                return back[-1:]  # Conformers have half an FFN before attention and half an FFN, the site, after it
+        return back
 
     def _with_experts(self, experts: list[str], parts: list[Named]) -> list[str]:
         """The site of a block with experts: the smallest module that holds them all."""
@@ -270,23 +279,16 @@ class _Block:
         # DBRX's attention is within a "norm", which is no FFN beside the experts either.
         others = [named for named in _flat(siblings) if not (_matches(_NORM, *named) or _matches(_SKIPPED, *named))]
         dense = [named[0] for named in others if _ways_back(_linears(*named), self.width)]
-        if not dense or _last(dense[0]) == shared_expert(dict(parts)[site], siblings):
+        if not dense or dense[0] == self._added(site):
             return [site]
         # Gemma 4 norms the sum of its experts and its dense FFN: the norm's output is the site. LongCat-Flash adds its
         # experts later than the FFN beside them, behind one more attention: their sum is nowhere.
         return [name for name, _ in siblings if _NORM_AFTER_FFN.search(name)] or [site, *dense]
 
-    def _shared_expert(self, site: str) -> str | None:
-        """The full name of the shared expert whose output this block adds to that of `site` (GraniteMoeShared)."""
-        modules = {self.name: self.module, **dict(_walk(self.name, self.module))}
-        name = shared_expert(modules[site], _children("", modules[_parent(site)]))
-        return name and f"{_parent(site)}.{name}"
-
-    def _attention_between(self, names: list[str]) -> bool:
-        """Whether attention is declared between two modules."""
-        order = [(name in names, _is_attention(name, module)) for name, module in _walk(self.name, self.module)]
-        here = [position for position, (is_one, _) in enumerate(order) if is_one]
-        return len(here) == 2 and any(attends for _, attends in order[here[0] : here[1]])
+    def _added(self, site: str) -> str | None:
+        """The full name of the shared expert whose output is added to that of `site`."""
+        parent = _parent(site)
+        return f"{parent}.{SHARED_EXPERT}" if adds_shared_expert(self.modules[parent], self.modules[site]) else None
 
     @cached_property
     def attentions(self) -> list[Named]:
@@ -346,13 +348,11 @@ def _bypasses_forward(kind: type) -> bool:
     return any("multi_head_attention_forward" in code.co_names for code in codes if code)
 
 
-def shared_expert(experts: nn.Module, siblings: Iterable[Named]) -> str | None:
-    """The one of the modules beside `experts` whose output their block adds to theirs, by the last part of its name.
-    None for a module that holds no experts or sums them all itself."""
-    if not any(_matches(_EXPERT, *child) for child in _children("", experts)):
-        return None
-    shared = (_last(name) for name, module in siblings if _last(name) == SHARED_EXPERT and _linears("", module))
-    return next(shared, None)
+def adds_shared_expert(parent: nn.Module, experts: nn.Module) -> bool:
+    """Whether a module adds the output of its `SHARED_EXPERT` to that of another part of it, which holds experts."""
+    shared = dict(_children("", parent)).get(SHARED_EXPERT)
+    holds_experts = any(_matches(_EXPERT, *child) for child in _children("", experts))
+    return holds_experts and shared is not None and bool(_linears("", shared))
 
 
 def _matches(pattern: re.Pattern, name: str, module: nn.Module) -> bool:

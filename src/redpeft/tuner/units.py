@@ -28,7 +28,7 @@ from redpeft.errors import UserError, first_line, shorten_list
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.first_step import check_first_step
-from redpeft.tuner.layer import RedLayer, edited_by, red_layers
+from redpeft.tuner.layer import RedLayer, edited_by, edits_of, red_layers
 
 MAX_VALUES = 2**20
 STD_PER_MEDIAN = 1.4826
@@ -127,7 +127,7 @@ def typical_size(hidden: torch.Tensor, site: str, real: torch.Tensor | None = No
     ReLU) where they are the majority. Raises `UserError` for an output that is zero everywhere or nowhere finite.
     """
     positions = hidden.detach().reshape(-1, hidden.shape[-1])
-    if real is not None and real.numel() == len(positions):
+    if real is not None:
         positions = positions[real.reshape(-1).to(positions.device, torch.bool)]
     if not len(positions):
         return None
@@ -210,7 +210,7 @@ def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, traine
             if trained:
                 check_first_step(edit)  # also of a copy of the model that got the adapter
     for name, config in getattr(base, "peft_config", {}).items():
-        edits = [layer.redpeft_edit[name] for layer in layers if name in layer.redpeft_edit]
+        edits = list(edits_of(base, name).values())
         if any(edit.auto_unit and not edit.express_pending for edit in edits):
             config.resolve(unit_measured=True, scale_origin=abs(edits[0].origin))
 
