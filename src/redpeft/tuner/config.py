@@ -85,8 +85,6 @@ class RedConfig(PeftConfig):
             if self.resolved and names != set(self.target_modules):
                 self.base_fingerprint = None  # it was taken with the names of a compiled model
             self.target_modules = names
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
         self._model_configs: dict[str, PeftConfig] = {}  # all configurations of the model that this one belongs to
         self._resolved: dict[str, tuple[Any, Any]] = {}  # by field: the value asked for, and the one set by `resolve`
 

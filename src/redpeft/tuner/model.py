@@ -328,10 +328,9 @@ class RedModel(BaseTuner):
         The active head has to be theirs; where they bring different heads, `head` names the adapter whose head it is.
         Raises `UserError` otherwise, for unknown names, and for what `RedLayer.merge` refuses.
         """
+        acting = common_heads(self.model, self.active_adapters)
         for name, module in self._merged_heads(adapter_names, head).items():
-            wrapper = self.model.get_submodule(name)
-            active = [wrapper.modules_to_save[n] for n in wrapper.active_adapters if n in wrapper.modules_to_save]
-            if not same_tensors(module.state_dict(), next(iter(active), wrapper.original_module).state_dict()):
+            if not same_tensors(module.state_dict(), acting[name].state_dict()):
                 raise UserError(
                     f"the active {name} (modules_to_save) is not that of the adapters to merge: call set_adapter with "
                     "the adapter whose head is to act first"
