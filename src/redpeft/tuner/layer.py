@@ -76,7 +76,6 @@ class RedLayer(nn.Module, BaseTunerLayer):
         if not config.init_weights:
             edit.randomize()
         self.redpeft_edit[adapter_name] = edit.train(self.get_base_layer().training)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own looks for `weight`, which a mixture-of-experts block has not, and casts to the base's dtype.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import warnings
@@ -121,12 +120,9 @@ class RedModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(config: RedConfig, key: str) -> Any:
-        if config.resolved:
-            # The names are full, and those of the chosen blocks: PEFT would take them as endings too, which modules of
-            # another tower may have, and look for block numbers in them again.
-            config = copy.copy(config)
-            config.target_modules, config.layers_to_transform = {key}.intersection(config.target_modules or ()), None
-        return BaseTuner._check_target_module_exists(config, key)
+        found = BaseTuner._check_target_module_exists(config, key)
+        # PEFT takes full names as endings too, which modules of another tower may have.
+        return found and (not config.resolved or key in (config.target_modules or ()))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -177,8 +173,6 @@ class RedModel(BaseTuner):
             return
         width = output_width(target, self.model)
         layer = RedLayer(target, adapter_name, peft_config, width=width, site=current_key)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained until it is set
         self._replace_module(parent, target_name, layer, target)
         if adds_shared_expert(parent, target):
             layer.edit_too(parent.get_submodule(SHARED_EXPERT))
