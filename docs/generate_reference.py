@@ -78,7 +78,7 @@ def signatures() -> str:
     from redpeft.reproduce import plan, run_tables
     from redpeft.runs import job_list, on_ray, runner, sweep
     from redpeft.tasks import data, e2e, files, metrics
-    from redpeft.training import learner, predict, recipe, train
+    from redpeft.training import learner, predict, preview, recipe, train
 
     shown = {
         "redpeft": [getattr(redpeft, name) for name in redpeft.__all__],
@@ -96,6 +96,7 @@ def signatures() -> str:
         "redpeft.adapters.released": [released.import_released, released.export_released],
         "redpeft.training.recipe": [recipe.load_recipe, recipe.template],
         "redpeft.training.train": [train.train],
+        "redpeft.training.preview": [preview.preview, preview.RunPreview],
         "redpeft.training.learner": [learner.trainable_parameters, learner.Trained],
         "redpeft.training.predict": [predict.load_run, predict.open_run, predict.evaluate, predict.predict],
         "redpeft.runs.runner": [runner.run_recipe, runner.jobs_of, runner.run_jobs],

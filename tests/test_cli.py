@@ -319,6 +319,22 @@ def trained(tmp_path_factory, tiny_encoder_folder, data_folder):
     return folder / "run", out.getvalue()
 
 
+def test_preview_shows_a_recipe_and_makes_no_run(redpeft, tiny_encoder_folder, data_folder, tmp_path):
+    call = ["preview", f"base={tiny_encoder_folder}", f"data={data_folder}", f"out={tmp_path / 'run'}", "batch_size=8"]
+    code, out, _ = redpeft(*call, "max_steps=2", "--json")
+    assert (code, json.loads(out)["steps"], json.loads(out)["rows"]["train"]) == (0, 2, 24)
+    code, out, err = redpeft(*call, "max_steps=2", "seeds=1,2")
+    assert code == 0
+    assert "film is good [SEP] → [[yes]]" in out
+    assert (
+        "Rows: train 24, validation 8, test 8; none was cut\nThat is one run; there are 2, one for each seed." in out
+    )
+    assert list(tmp_path.iterdir()) == []
+    code, out, err = redpeft(*call, "data.text=nosuch")
+    assert (code, out) == (2, "")
+    assert err == redpeft("train", *call[1:], "data.text=nosuch")[2]
+
+
 def test_train_prints_one_object(trained):
     run, out = trained
     result = json.loads(out)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -15,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 import transformers
 from torch import nn
@@ -786,6 +788,46 @@ def allow_fast_path(model: nn.Module, allowed: bool) -> None:
             if isinstance(module, kind):
                 kept = vars(module).setdefault(f"_redpeft_{name}", getattr(module, name, off))
                 setattr(module, name, kept if allowed else off)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+SAMPLING = 0.002  # seconds between two measurements of a process on a CPU
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    return psutil.virtual_memory().available
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Sequence[int]]:
+    """Gives a list of bytes that are in use on the device, by the whole process on a CPU. The first is that before;
+    afterwards the largest is the peak inside."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        found = [torch.cuda.memory_allocated(device)]
+        yield found
+        found.append(torch.cuda.max_memory_allocated(device))
+        return
+    process, done = psutil.Process(), threading.Event()
+    found = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not done.wait(SAMPLING):
+            found.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
+        found.append(process.memory_info().rss)
 
 
 # --- forward passes that measure ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,30 @@ def init(
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return CommandOutput({"recipe": path}, [f"Wrote {path}. Edit it, then: redpeft train {path}"])
+
+
+@command("redpeft preview base=roberta-base data.path=reviews.csv")
+def preview(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="A recipe file, and fields that override it."),
+    ],
+) -> CommandOutput:
+    """Look at what a recipe will train: rows as the model will see them, lengths, steps, time, memory. Nothing is
+    written."""
+    path, overrides = recipe_and_fields("preview", arguments)
+    from redpeft.training.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides)  # a wrong recipe is refused before torch is imported
+    from redpeft.runs.reports import rows_line
+    from redpeft.runs.runner import jobs_of
+    from redpeft.training.preview import preview, shown
+
+    first, *others = jobs_of(recipe, recipe.run_folder())
+    found = preview(first.recipe, first.folder)
+    data = asdict(found)
+    seeds = [f"That is one run; there are {len(others) + 1}, one for each seed."] if others else []
+    return CommandOutput(data, [*shown(found), rows_line(data), *seeds])
 
 
 @command("redpeft train base=roberta-base data.path=reviews.csv --out runs/reviews --seeds 1,2,3")

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import psutil
-import torch
 
 from redpeft.console import counted
 from redpeft.errors import UserError
 from redpeft.fleet.adamw import Rates
 from redpeft.fleet.fleet import Fleet
-from redpeft.models import keep_modes_and_rng
+from redpeft.models import free_memory, keep_modes_and_rng, peak_memory
 
 COPIES = 4  # of a job's numbers: values, two moments, and the best values
 SHARE = 0.8  # of the free memory may be used
 MIB = 2**20
-SAMPLING = 0.002  # seconds between two measurements of a process on a CPU
 
 
 class NoRoom(UserError):
@@ -64,49 +57,13 @@ def plan_memory(fleet: Fleet, batch: dict[str, Any], rows: int) -> MemoryPlan:
     """Measure a training pass. `fleet` has one slot, which is overwritten; `batch` is as large as a pass will be, and
     has so many rows. The model's modes and the random numbers are left as they were."""
     fleet.fill(0)
-    with keep_modes_and_rng(fleet.model), _peak(fleet.device) as peak:
+    with keep_modes_and_rng(fleet.model), peak_memory(fleet.device) as peak:
         fleet.step(batch, [0] * rows, {0: Rates(0.0, 0.0)})
     numbers = fleet.state.values.shape[1]
     return MemoryPlan(
         slot=COPIES * numbers * fleet.state.values.element_size(),
-        step=max(peak),
+        step=max(peak) - peak[0],
         free=free_memory(fleet.device),
         edit_numbers=fleet.edit_numbers,
         head_numbers=numbers - fleet.edit_numbers,
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    return psutil.virtual_memory().available
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[Sequence[int]]:
-    """Gives a list; afterwards its largest number is the memory in bytes that was added on the device inside."""
-    found: list[int] = []
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
-        return
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-
-    def watch() -> None:
-        while not done.wait(SAMPLING):
-            found.append(process.memory_info().rss - before)
-
-    found.append(0)
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        thread.join()
-        found.append(process.memory_info().rss - before)

@@ -37,7 +37,7 @@ def closing_lines(recipe: Recipe, result: Result) -> list[str]:
     """The best epoch, the time, the rows, the run folder, and two commands that use it."""
     folder = recipe.run_folder()
     seeds = result.get("seeds")
-    lines = [_best(result), _rows(result), f"Run: {folder}"]
+    lines = [_best(result), rows_line(result), f"Run: {folder}"]
     return [*filter(None, lines), "Next:", *next_calls(recipe, folder / f"seed-{seeds[0]}" if seeds else folder)]
 
 
@@ -66,7 +66,7 @@ def _best(result: Result) -> str:
     return f"Best epoch by {result['metric']}: {best}. Trained in {in_words(result['seconds'])}{speed}."
 
 
-def _rows(result: Result) -> str | None:
+def rows_line(result: Result) -> str | None:
     """How many rows there were, were cut and were left out, by split; None for an old run without counts."""
     if "rows_cut" not in result:
         return None

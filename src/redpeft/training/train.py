@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,29 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     return result
 
 
-def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def set_up(recipe: Recipe, folder: Path, say: Callable[[str], None] = log_main) -> tuple[TrainingRun, Any]:
+    """A run with its data read, its model loaded and its rows encoded, and the Trainer that trains it.
+
+    Nothing is written, but Trainer makes an empty folder in `folder`. `say` gets lines for people: what the columns
+    are, how many rows each class has, how many were cut. Raises `UserError` for wrong input.
+    """
     bars_on_terminals_only()
     task, splits = read_task(recipe)
     unread = unread_columns(splits["train"], task.columns)
     said = ", ".join(f"{key} = {value}" for key, value in task.columns.items())
-    log_main(f"columns: {said}{'; not read: ' + shorten_list(unread, 8) if unread else ''}")
+    say(f"columns: {said}{'; not read: ' + shorten_list(unread, 8) if unread else ''}")
     for line in task.describe(splits["train"]):
-        log_main(line)
+        say(line)
     set_seed(recipe.seed)
     learner = build_learner(recipe, task)
     run = prepare(recipe, folder, task, splits, learner)
     for note in run.notes:
-        log_main(note)
-    trainer = make_trainer(recipe, folder, task, learner.model, learner.tokenizer, run.encoded, learner.head)
+        say(note)
+    return run, make_trainer(recipe, folder, task, learner.model, learner.tokenizer, run.encoded, learner.head)
+
+
+def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    run, trainer = set_up(recipe, folder)
     callback = attach(trainer, folder, recipe.save_steps)
     with explaining_full_disk(folder):
         if trainer.is_world_process_zero():

@@ -82,7 +82,8 @@ def make_trainer(
     rows = trainer.train_dataset
     if recipe.method == "red":
         with autocast(choose_precision(recipe.precision, recipe.base.dtype), model.device):
-            calibrate(model, _first_batch(trainer))
+            # the first rows in the data's order, whatever the seed and the number of processes
+            calibrate(model, as_batch(trainer, range(min(CALIBRATION_ROWS, len(rows)))))
     trainer.order = epoch_order(recipe, rows)
     trainer.head, trainer.head_lr = head_parameters(model, head).values(), recipe.head_lr
     return trainer
@@ -198,11 +199,10 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
     return args
 
 
-def _first_batch(trainer: Any) -> dict[str, torch.Tensor]:
-    """The first training rows in the data's order, whatever the seed and the number of processes."""
-    rows = trainer._remove_unused_columns(trainer.train_dataset)
-    rows = rows.select(range(min(CALIBRATION_ROWS, len(rows))))
-    batch = trainer.data_collator(list(rows))
+def as_batch(trainer: Any, rows: Iterable[int]) -> dict[str, torch.Tensor]:
+    """Training rows as the model gets them, on its device."""
+    chosen = trainer._remove_unused_columns(trainer.train_dataset).select(rows)
+    batch = trainer.data_collator(list(chosen))
     return {key: value.to(trainer.model.device) for key, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -372,7 +372,12 @@ def answer_scores(trainer: Any, task: Task, dataset: Dataset, max_length: int) -
     """
     if task.score_answers is None:
         return {}
+    texts = answer_questions(trainer, task, dataset, max_length)
+    return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}
+
+
+def answer_questions(trainer: Any, task: Task, dataset: Dataset, max_length: int) -> list[str]:
+    """The generated answers to a data set's questions."""
     tokenizer = trainer.processing_class
     questions = encode_questions(task, task.questions(dataset), trainer.model, tokenizer, max_length)
-    texts = decode_tokens(tokenizer, trainer.predict(questions.rows).predictions)
-    return task.score_answers(texts, dataset) if trainer.is_world_process_zero() else {}
+    return decode_tokens(tokenizer, trainer.predict(questions.rows).predictions)
