@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 from transformers import (
@@ -21,7 +19,7 @@ from transformers import (
 from redpeft.errors import UserError
 from redpeft.training.baselines import DEFAULT_RATES, METHODS
 from redpeft.training.learner import apply_method, head_modules, head_parameters, trainable_parameters
-from redpeft.training.recipe import Recipe, load_recipe
+from redpeft.training.recipe import load_recipe
 
 SMALL = {
     "vocab_size": 50,
@@ -58,8 +56,6 @@ def small(method):
 
 
 def test_every_method_can_be_named_in_a_recipe():
-    named = Recipe.model_fields["method"].annotation
-    assert list(get_args(named)) == list(METHODS) == list(DEFAULT_RATES)
     assert all(recipe(method).resolved().learning_rate == rate for method, rate in DEFAULT_RATES.items())
 
 

@@ -13,6 +13,9 @@ from redpeft.training.baselines import METHODS
 from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
 
+# Three of PEFT's methods that are not listed.
+TWO = {"target_modules": ["query", "value"]}
+OTHERS = {"vera": {"r": 4} | TWO, "ln_tuning": {"target_modules": ["LayerNorm"]}, "miss": {"r": 2} | TWO}
 FAST = {"learning_rate": 3e-2, "max_steps": 4, "batch_size": 16}
 
 
@@ -25,15 +28,16 @@ def runs(make_recipe, tmp_path_factory):
         "prompt": {"num_virtual_tokens": 5},
         "prefix": {"num_virtual_tokens": 5},
         "top_layers": {"layers": 1},
+        **OTHERS,
     }
     found = {}
-    for method in METHODS:
+    for method in [*METHODS, *OTHERS]:
         changes = FAST | {"max_length": 48, "method_options": options.get(method, {})}
         found[method] = folder / method, train(make_recipe(method=method, **changes), folder / method)
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *OTHERS])
 def test_a_loaded_run_scores_as_it_did_when_it_was_saved(method, runs, data_folder):
     folder, result = runs[method]
     run = load_run(folder)

@@ -43,7 +43,6 @@ from redpeft.models import (
 from redpeft.storage import ADAPTER, MODEL, TRAINED, find_adapter, replaced_folder
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.chats import set_chat_template
-from redpeft.training.baselines import METHODS
 from redpeft.training.recipe import Recipe
 
 
@@ -101,7 +100,7 @@ def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTo
     if precision == "bf16":
         _warn_of_slow_bf16(recipe.base.dtype)
     if recipe.base.dtype == "auto":
-        dtype: Any = torch.float32 if METHODS[recipe.method].own_weights or precision == "fp32" else "auto"
+        dtype: Any = torch.float32 if recipe.chosen_method.own_weights or precision == "fp32" else "auto"
     elif recipe.base.dtype != "fp32" and precision == "fp32":
         raise UserError(f"base.dtype {recipe.base.dtype} needs a precision of 16 bits too: bf16, or fp16 on a GPU")
     else:
@@ -168,7 +167,7 @@ def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrai
 
     Raises `UserError` for a base model that the run was not trained on.
     """
-    method = METHODS[recipe.method]
+    method = recipe.chosen_method
     saved = find_adapter(folder) if method.is_peft else folder / MODEL
     if not method.is_peft and not (saved / TRAINED).is_file():  # a whole model
         whole = recipe.base.model_copy(update={"model": str(saved), "revision": None})
@@ -206,7 +205,7 @@ def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[s
     head = head_modules(model, recipe.task, new_weights)
     if recipe.init_from is not None:
         trained: torch.nn.Module = load_adapter(model, find_adapter(recipe.init_from), is_trainable=True)
-    elif METHODS[recipe.method].is_peft:
+    elif recipe.chosen_method.is_peft:
         trained = _add_adapter(model, recipe, head)
     else:
         _unfreeze(model, recipe, head)
@@ -243,8 +242,8 @@ def trainable_parameters(model: PreTrainedModel, recipe: Recipe, new_weights: It
 
 def check_options(recipe: Recipe) -> None:
     """Raises `UserError` for method_options that are wrong for every model."""
-    cls = METHODS[recipe.method].options_class
-    known = METHODS[recipe.method].option_names
+    cls = recipe.chosen_method.options_class
+    known = recipe.chosen_method.option_names
     if recipe.method_options and not known:
         raise UserError(f"method {recipe.method} has no options: leave out {', '.join(recipe.method_options)}")
     for key in recipe.method_options:
@@ -258,7 +257,7 @@ def check_options(recipe: Recipe) -> None:
 
 def _options(recipe: Recipe, values: dict[str, Any]) -> Any:
     """An instance of the method's options."""
-    method = METHODS[recipe.method]
+    method = recipe.chosen_method
     with _explained():
         return method.options_class(
             **values, **({"task_type": TASKS[recipe.task].task_type} if method.is_peft else {})
@@ -267,7 +266,7 @@ def _options(recipe: Recipe, values: dict[str, Any]) -> Any:
 
 def _fit(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
     """The options of one of PEFT's methods for this model."""
-    fit, options = METHODS[recipe.method].fit, recipe.all_options
+    fit, options = recipe.chosen_method.fit, recipe.all_options
     return resolve_name(fit)(model, options, TASKS[recipe.task].task_type) if fit else options
 
 
@@ -300,7 +299,7 @@ def _explained() -> Iterator[None]:
 
 def _unfreeze(model: PreTrainedModel, recipe: Recipe, head: list[str]) -> None:
     """Freeze all but the head and what the method trains."""
-    change = resolve_name(METHODS[recipe.method].train or "")
+    change = resolve_name(recipe.chosen_method.train or "")
     names = change(model, _options(recipe, recipe.all_options))
     if not names and not head:
         raise UserError("method head needs a task with a head: classification or token-classification")

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from redpeft.errors import UserError
 from redpeft.storage import CHECKPOINTS, LOCK, RECIPE, RESULT, TASK, read_result, write_atomically
 from redpeft.tasks.base import TASKS, DataConfig
-from redpeft.training.baselines import DEFAULT_RATES, METHODS
+from redpeft.training.baselines import DEFAULT_RATES, METHODS, Method
 
 HEADER = """\
 # A redpeft recipe. Run it with `redpeft train THIS_FILE`. `key=value` after the file name overrides a field; nested
@@ -26,9 +27,8 @@ HEADER = """\
 
 if TYPE_CHECKING:
     TaskName = str
-    MethodName = str
 else:
-    TaskName, MethodName = Literal[tuple(TASKS)], Literal[tuple(METHODS)]
+    TaskName = Literal[tuple(TASKS)]
 
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
@@ -75,8 +75,10 @@ class Recipe(BaseModel):
         "Default: inferred from the labels.",
     )
     data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
-    method: MethodName = Field(
-        "red", description="What is trained beside the head: red, or a baseline (all the others)."
+    method: str = Field(
+        "red",
+        description=f"What is trained beside the head: red, a baseline ({', '.join(list(METHODS)[1:])}), or any other "
+        "method of PEFT by its name, such as vera, with its own method_options.",
     )
     method_options: dict[str, Any] = Field(
         default_factory=dict,
@@ -92,7 +94,7 @@ class Recipe(BaseModel):
         gt=0,
         description="Peak learning rate. Default: "
         + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_RATES.items())
-        + ".",
+        + "; PEFT's other methods have none.",
     )
     head_lr: float | None = Field(None, gt=0, description="Peak learning rate of the head. Default: learning_rate.")
     head: Literal["all", "last"] = Field(
@@ -178,8 +180,19 @@ class Recipe(BaseModel):
             return []
         return [value] if isinstance(value, str) else value
 
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, name: str) -> str:
+        try:
+            METHODS[name]
+        except UserError as error:
+            raise PydanticCustomError("unknown_method", "{why}", {"why": str(error)}) from None
+        return name
+
     @model_validator(mode="after")
     def _agree(self) -> Recipe:
+        if self.learning_rate is None and self.chosen_method.rate is None:
+            raise ValueError(f"method {self.method} has no default learning rate: give learning_rate")
         if self.init_from is not None and self.method != "red":
             raise ValueError(f"init_from continues a RED adapter, so method must be red, not {self.method}")
         if self.init_from is not None and self.method_options:
@@ -190,7 +203,7 @@ class Recipe(BaseModel):
                 raise ValueError(f"{name} is for the task {able}, not {self.task}")
         if self.head == "last" and not TASKS[self.task].task_type.endswith("_CLS"):
             raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
-        method = METHODS[self.method]
+        method = self.chosen_method
         if self.packing and not method.packed:
             raise ValueError(
                 f"packing would put several rows after one prompt: leave it out with method {self.method}"
@@ -209,13 +222,17 @@ class Recipe(BaseModel):
         return self
 
     @property
+    def chosen_method(self) -> Method:
+        return METHODS[self.method]
+
+    @property
     def all_options(self) -> dict[str, Any]:
         """The method_options, with the method's own defaults for those that are not given."""
-        return METHODS[self.method].defaults | self.method_options
+        return self.chosen_method.defaults | self.method_options
 
     def resolved(self) -> Recipe:
         """This recipe with the learning rate and the options that the method chooses."""
-        rate = self.learning_rate or DEFAULT_RATES[self.method]
+        rate = self.learning_rate or self.chosen_method.rate
         return self.model_copy(update={"learning_rate": rate, "method_options": self.all_options})
 
     def alone(self) -> Recipe:
@@ -392,6 +409,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"unknown key {where!r}" + (f": did you mean {near!r}?" if near else "; `redpeft init` lists them all")
     if problem["type"] == "missing":
         return f"{where} is missing: {_describe(problem['loc'])}"
+    if problem["type"] == "unknown_method":
+        return problem["msg"]
     message = problem["msg"].removeprefix("Value error, ")
     return f"{where}: {message}, not {problem['input']!r}" if where else message
 
