@@ -94,7 +94,7 @@ def _check_folder(folder: Path) -> None:
 
 def _recipe(encoder: str, method: str, seeds: Sequence[int]) -> Recipe:
     data = {"path": str(MESSAGES), "text": "text", "label": "label"}
-    return Recipe(base=encoder, data=data, method=method, seeds=list(seeds), **SCHEDULE)
+    return Recipe(base=encoder, task="classification", data=data, method=method, seeds=list(seeds), **SCHEDULE)
 
 
 def _score(results: Sequence[dict[str, Any]]) -> Score:

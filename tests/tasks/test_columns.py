@@ -66,6 +66,31 @@ def test_rows_that_cannot_be_predicted(rows, plain, message):
         cols.rows_to_dataset(rows, ["text"], plain)
 
 
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"text": "a", "label": "b"}, "classification"),
+        ({"review": "a", "Stars": 4}, "classification"),
+        ({"prompt": "a", "response": "b", "label": "c"}, "classification"),
+        ({"body": "a", "kind": "b"}, "classification"),
+        ({"chat": "a text", "label": "b"}, "classification"),
+        ({"tokens": ["a"], "ner_tags": ["O"]}, "token-classification"),
+        ({"mr": "a", "ref": "b"}, "e2e"),
+        ({"messages": [{"role": "user", "content": "a"}], "label": True}, "instruction"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "instruction"),
+        ({"instruction": "a", "input": "b", "output": "c", "category": "d"}, "instruction"),
+        ({"Question": "a", "answer": "b"}, "instruction"),
+        ({"text": "a"}, "instruction"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"chosen": [{"role": "user", "content": "a"}], "rejected": [{"role": "user", "content": "b"}]}, "preference"),
+        ({"prompt": "a", "completion": "b", "label": True}, "preference"),
+        ({"prompt": "a", "answer": "b"}, "reward"),
+    ],
+)
+def test_the_task_is_guessed_from_the_columns(row, task):
+    assert cols.guess_task(Dataset.from_list([row]))[0] == task
+
+
 def test_columns_that_nobody_reads_are_named():
     dataset = Dataset.from_list(
         [{"chat": [{"role": "user", "content": "x", "weight": 0, "id": 7}], "system": "be kind", "__row__": 1}]

@@ -8,9 +8,29 @@ from helpers.data import ROWS, write_rows
 from redpeft.errors import UserError
 from redpeft.storage import is_local
 from redpeft.tasks import data as data_module
-from redpeft.tasks.base import DataConfig
+from redpeft.tasks.base import TASKS, DataConfig
 from redpeft.tasks.columns import ROW, where
-from redpeft.tasks.data import read_data, read_evaluation, read_splits
+from redpeft.tasks.data import guess_task, read_data, read_evaluation, read_splits
+
+
+def test_the_task_of_data_is_guessed_and_said(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    chats = write_rows(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "Hi"}]}])
+    assert guess_task(DataConfig(path=chats)) == guess_task(DataConfig(path=chats)) == "instruction"
+    said = "chats.jsonl has the column messages: the task is instruction; task=... overrides this"
+    assert caplog.messages == [said]  # once
+    assert guess_task(DataConfig(path=chats, label="messages")) == "classification"
+    assert guess_task(DataConfig(path=str(tmp_path / "none.csv"))) == "classification"
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    if "preference" in TASKS:
+        assert guess_task(DataConfig(path=pairs)) == "preference"
+    monkeypatch.setattr("redpeft.tasks.data.TASKS", ["classification"])
+    with pytest.raises(UserError) as caught:
+        guess_task(DataConfig(path=write_rows(tmp_path / "more.jsonl", [{"chosen": "b", "rejected": "c"}])))
+    assert str(caught.value) == (
+        "more.jsonl has the columns chosen, rejected, for the task preference, which this version does not have; name "
+        "another task and its columns to use them otherwise"
+    )
 
 
 def test_folder_with_splits_under_their_usual_names(tmp_path):

@@ -17,8 +17,10 @@ SMALL = {"base": "some/model", "data": "rows.csv"}
 def test_defaults_and_short_forms():
     recipe = load_recipe(None, SMALL)
     assert (recipe.base.model, recipe.data.path, recipe.method) == ("some/model", "rows.csv", "red")
-    assert (recipe.batch_size, recipe.epochs, recipe.warmup, recipe.max_length) == (32, 5, 0.06, 256)
-    assert recipe.learning_rate is None
+    assert (recipe.batch_size, recipe.epochs, recipe.warmup) == (32, 5, 0.06)
+    assert (recipe.task, recipe.learning_rate, recipe.max_length) == (None, None, None)
+    assert (recipe.resolved().task, recipe.resolved().max_length) == ("classification", 256)
+    assert load_recipe(None, {**SMALL, "task": "instruction"}).resolved().max_length == 2048
     assert recipe.resolved().learning_rate == DEFAULT_RATES["red"]
     assert load_recipe(None, {**SMALL, "method": "full"}).resolved().learning_rate == DEFAULT_RATES["full"]
 
@@ -125,8 +127,8 @@ def test_sites_may_be_listed_with_commas():
         (["epochs"], "'epochs' is not of the form key=value"),
         (["epochs.x=1"], "epochs: Input should be a valid number"),
         (["method=lora", "init_from=somewhere"], "method must be red, not lora"),
-        (["packing=true"], "packing is for the task instruction"),
-        (["learn_prompt=true"], "learn_prompt is for the task instruction"),
+        (["task=classification", "packing=true"], "packing is for the task instruction"),
+        (["task=e2e", "learn_prompt=true"], "learn_prompt is for the task instruction"),
         (
             ["task=e2e", "problem_type=regression"],
             "problem_type is for the task classification and text-to-text, not e2e",

@@ -88,7 +88,7 @@ def jobs_of_grid(
     wrong whatever the data is.
     """
     fields = dotted_fields(recipe, overrides)
-    recipes = [load_recipe(None, {**fields, **point.values}) for point in points]
+    recipes = [load_recipe(None, {**fields, **point.values}).resolved() for point in points]
     for each in recipes:
         check_recipe(each)
     return [

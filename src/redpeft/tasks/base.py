@@ -147,6 +147,7 @@ class Task(ABC):
         group: what rows share that ask the same, such as "prompt". No such group is split between training and
             validation.
         recipe_fields: the fields of a recipe that this task has and not every task.
+        max_length: the longest row in tokens, if a recipe does not say it.
         by_trl: whether TRL's `SFTTrainer` trains it. TRL brings its own collator.
         default_columns: the columns of rows to answer with an adapter without its run; {} if that is not possible.
         generation: None if answers come from logits. Otherwise the arguments of `generate`; then `compute_metrics` and
@@ -160,6 +161,7 @@ class Task(ABC):
     task_type: ClassVar[str]
     group: ClassVar[str]
     recipe_fields: ClassVar[Collection[str]] = ()
+    max_length: ClassVar[int] = 256
     by_trl: ClassVar[bool] = False
     default_columns: ClassVar[Mapping[str, str]] = {}
     generation: ClassVar[dict[str, Any] | None] = None

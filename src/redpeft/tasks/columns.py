@@ -68,6 +68,21 @@ REFERENCE_COLUMNS = ["ref", "reference", "human_reference", "target"]
 DOCUMENT_COLUMNS = ["document_id", "doc_id", "docid", "document", "doc"]  # they name the document of a row
 
 
+COLUMNS_OF_TASKS = [
+    ("preference", [["chosen"], ["rejected"]]),
+    ("preference", [["prompt"], ["completion"], ["label"]]),
+    ("token-classification", [WORD_COLUMNS, TAG_COLUMNS]),
+    ("instruction", [MESSAGE_COLUMNS]),
+    ("classification", [["label", "labels"]]),
+    *(("instruction", [[prompt], [response]]) for prompt, response in PROMPT_PAIRS),
+    ("e2e", [MEANING_COLUMNS, REFERENCE_COLUMNS]),
+    ("classification", [LABEL_COLUMNS]),
+    ("instruction", [["text"]]),
+    ("reward", [["prompt"]]),
+]
+"""By what columns a task is recognised: the first one counts of which the data has one of each list of names."""
+
+
 # --- columns --------------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +121,16 @@ def find_column(dataset: Dataset, names: Iterable[str], without: Iterable[str] =
     """The first of `names` (in lower case) that is a column, in any case, and is not in `without`."""
     present = {name.lower(): name for name in reversed(column_names(dataset)) if name not in without}
     return next((present[name] for name in names if name in present), None)
+
+
+def guess_task(dataset: Dataset) -> tuple[str, list[str]]:
+    """The task that these columns are for, and the columns that say so; classification if none does."""
+    for task, wanted in COLUMNS_OF_TASKS:
+        found = [name for names in wanted if (name := find_column(dataset, names)) is not None]
+        if len(found) < len(wanted) or (wanted == [MESSAGE_COLUMNS] and not holds_objects(dataset, found[0])):
+            continue
+        return task, found
+    return "classification", []
 
 
 def with_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
@@ -187,6 +212,11 @@ def value_feature(dataset: Dataset, column: str) -> Any:
     """The type of a column's values, or of their elements if they are lists."""
     feature = dataset.features[column]
     return feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+
+
+def holds_objects(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds lists of objects, such as messages."""
+    return isinstance(value_feature(dataset, column), dict)
 
 
 def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:

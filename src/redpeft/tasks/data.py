@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from redpeft.errors import UserError, first_line
 from redpeft.storage import is_local
+from redpeft.tasks import columns
 from redpeft.tasks.base import TASKS, DataConfig, Task
 from redpeft.tasks.columns import LABEL_COLUMNS, Missing, find_column, is_missing, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
@@ -37,13 +39,61 @@ def read_data(kind: str, data: DataConfig, seed: int = 0, **options: Any) -> tup
     """
     splits = read_splits(data, seed)
     if data.drop_missing:
-        columns = TASKS[kind].find_columns(splits["train"], data)
-        splits = {name: leave_out_missing(split, columns) for name, split in splits.items()}
+        found = TASKS[kind].find_columns(splits["train"], data)
+        splits = {name: leave_out_missing(split, found) for name, split in splits.items()}
     try:
         task = TASKS[kind].from_splits(splits, data, **options)
     except Missing as error:
         raise UserError(f"{error}; data.drop_missing=true leaves such rows out") from None
     return task, choose_rows(splits, task, data, seed)
+
+
+def guess_task(data: DataConfig) -> str:
+    """The task that a data set's columns are for, which is logged once. Where the data cannot be read it is
+    classification: whoever reads it says what is wrong.
+
+    Raises:
+        UserError: the columns are for a task that this version does not have.
+    """
+    named = {
+        "instruction": data.messages or data.response or data.tools or data.system or data.chat_template != "auto",
+        "token-classification": data.tokens or data.tags,
+        "text-to-text": data.prefix,
+        "classification": data.label or data.text_pair or data.label_separator or data.protocol,
+    }
+    if task := next((task for task, field in named.items() if field), None):
+        return task
+    try:
+        return _guess_task(data.model_dump_json())
+    except _Unreadable:
+        return "classification"
+
+
+class _Unreadable(Exception):
+    """Data that cannot be read."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _guess_task(data: str) -> str:
+    notes = logging.getLogger("redpeft.tasks")
+    level = notes.level
+    notes.setLevel(logging.CRITICAL)  # what reading says is said when the data is read to learn from
+    try:
+        train = read_splits(DataConfig.model_validate_json(data))["train"]
+    except UserError:
+        raise _Unreadable from None
+    finally:
+        notes.setLevel(level)
+    task, found = columns.guess_task(train)
+    seen = f"{source(train)} has the column{'s' if len(found) > 1 else ''} {', '.join(found)}"
+    if task not in TASKS:
+        raise UserError(
+            f"{seen}, for the task {task}, which this version does not have; name another task and its columns to use "
+            "them otherwise"
+        )
+    if found:
+        logger.info("%s: the task is %s; task=... overrides this", seen, task)
+    return task
 
 
 def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:

@@ -62,6 +62,7 @@ class InstructionTask(Task):
     task_type: ClassVar[str] = "CAUSAL_LM"
     group: ClassVar[str] = "prompt"
     recipe_fields: ClassVar[Collection[str]] = ("packing", "learn_prompt")
+    max_length: ClassVar[int] = 2048
     by_trl: ClassVar[bool] = True
     default_columns: ClassVar[Mapping[str, str]] = {"prompt": "prompt", "response": "response"}
     generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
@@ -113,7 +114,7 @@ class InstructionTask(Task):
         """Raises `UserError` for a missing column, an empty text, or a value that is not a chat."""
         for key in self._needed(with_labels):
             cols.require_columns(dataset, [self.columns[key]])
-            if not _holds_chats(dataset, self.columns[key]):
+            if not cols.holds_objects(dataset, self.columns[key]):
                 cols.check_texts(dataset, self.columns[key])
         if "text" in self.columns:
             return
@@ -309,11 +310,6 @@ class InstructionTask(Task):
         if not cols.is_missing(given.get("system")) and chat[:1] and chat[0]["role"] != "system":
             chat = [*read_chat([{"role": "system", "content": given["system"]}]), *chat]
         return chat, read_tools(given.get("tools"))
-
-
-def _holds_chats(dataset: Dataset, column: str) -> bool:
-    """Whether a column holds lists of messages. A column named `messages` of texts does not."""
-    return isinstance(cols.value_feature(dataset, column), dict)
 
 
 def _pieces(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, list]:

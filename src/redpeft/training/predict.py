@@ -115,7 +115,9 @@ def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> Fi
         has_head = usable[name].task_type.endswith("_CLS")
         task = usable[name].without_run(_labels(folder, str(model)) if has_head else [])
     fields = {"base.model": str(model), "data.path": str(folder), "task": task.name}
-    return FinishedRun(folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}), task)
+    return FinishedRun(
+        folder, load_recipe(None, {**fields, "method": METHOD_OF[config["peft_type"]]}).resolved(), task
+    )
 
 
 def _labels(folder: Path, model: str) -> list[str]:

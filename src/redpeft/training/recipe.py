@@ -27,8 +27,13 @@ HEADER = """\
 
 if TYPE_CHECKING:
     TaskName = str
+    Length = int
 else:
-    TaskName = Literal[tuple(TASKS)]
+    TaskName = Literal[tuple(TASKS)] | None
+    Length = int | None
+
+GUESSED: Any = None
+"""The value of a field that a resolved recipe always has."""
 
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
@@ -60,11 +65,11 @@ class Recipe(BaseModel):
 
     base: Base = Field(description="The base model: a folder or a name on the Hugging Face Hub, or these fields.")
     task: TaskName = Field(
-        "classification",
+        GUESSED,
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
         "meaning representation and its text), or text-to-text (classification with an encoder-decoder such as T5, "
-        "which generates the label).",
+        "which generates the label). Default: guessed from the columns of the data, and shown.",
     )
     metric: str | None = Field(
         None, description="The metric that chooses the best epoch. Default: the task's main metric."
@@ -116,10 +121,10 @@ class Recipe(BaseModel):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
-    max_length: int = Field(
-        256,
-        ge=1,
-        description="Longest row in tokens. Longer rows are cut, also where the model or its tokenizer takes less. "
+    max_length: Length = Field(
+        GUESSED,
+        description="Longest row in tokens. Default: 2048 for instruction, 256 for the other tasks. Longer rows are "
+        "cut, also where the model or its tokenizer takes less. "
         "Rows with nothing left to learn are left out. Both are counted and reported.",
     )
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
@@ -197,12 +202,8 @@ class Recipe(BaseModel):
             raise ValueError(f"init_from continues a RED adapter, so method must be red, not {self.method}")
         if self.init_from is not None and self.method_options:
             raise ValueError("init_from brings its own method_options; leave them out")
-        for name in ("packing", "learn_prompt", "problem_type"):
-            if getattr(self, name) and name not in TASKS[self.task].recipe_fields:
-                able = " and ".join(task for task in TASKS if name in TASKS[task].recipe_fields)
-                raise ValueError(f"{name} is for the task {able}, not {self.task}")
-        if self.head == "last" and not TASKS[self.task].task_type.endswith("_CLS"):
-            raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
+        if self.task is not None:
+            self._check_task()
         method = self.chosen_method
         if self.packing and not method.packed:
             raise ValueError(
@@ -221,6 +222,15 @@ class Recipe(BaseModel):
             )
         return self
 
+    def _check_task(self) -> None:
+        """Raises `ValueError` for fields that the task does not have."""
+        for name in ("packing", "learn_prompt", "problem_type"):
+            if getattr(self, name) and name not in TASKS[self.task].recipe_fields:
+                able = " and ".join(task for task in TASKS if name in TASKS[task].recipe_fields)
+                raise ValueError(f"{name} is for the task {able}, not {self.task}")
+        if self.head == "last" and not TASKS[self.task].task_type.endswith("_CLS"):
+            raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
+
     @property
     def chosen_method(self) -> Method:
         return METHODS[self.method]
@@ -231,9 +241,28 @@ class Recipe(BaseModel):
         return self.chosen_method.defaults | self.method_options
 
     def resolved(self) -> Recipe:
-        """This recipe with the learning rate and the options that the method chooses."""
-        rate = self.learning_rate or self.chosen_method.rate
-        return self.model_copy(update={"learning_rate": rate, "method_options": self.all_options})
+        """This recipe with the learning rate and the options that the method chooses, the task of its data, and the
+        length that the task chooses. `UserError`: fields that do not fit the task, or data for an unknown task."""
+        task = self.task or self._guess_task()
+        chosen = {
+            "task": task,
+            "learning_rate": self.learning_rate or self.chosen_method.rate,
+            "max_length": self.max_length or TASKS[task].max_length,
+            "method_options": self.all_options,
+        }
+        resolved = self.model_copy(update=chosen)
+        try:
+            resolved._check_task()
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        return resolved
+
+    def _guess_task(self) -> str:
+        from redpeft.tasks.data import guess_task  # only here: it imports datasets
+
+        if self.packing or self.learn_prompt:
+            return "instruction"
+        return "classification" if self.problem_type else guess_task(self.data)
 
     def alone(self) -> Recipe:
         """The resolved recipe of a single run, without `seeds` and `output`."""

@@ -58,6 +58,8 @@ def make_trainer(
 ) -> Any:
     """The Trainer of a run, with the units of RED measured. It is ready to train."""
     trainer_class, arguments_class, extra = trainer_classes(recipe)
+    if recipe.packing:  # rows are packed up to this length, which the model may not have
+        extra["max_length"] = input_limit(model, tokenizer, recipe.max_length).tokens
     args = arguments(recipe, folder, task, arguments_class, extra)
     collator = task.collator(tokenizer)
     callbacks: list[TrainerCallback] = []
