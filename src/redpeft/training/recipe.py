@@ -123,6 +123,7 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     max_length: Length = Field(
         GUESSED,
+        ge=1,
         description="Longest row in tokens. Default: 2048 for instruction, 256 for the other tasks. Longer rows are "
         "cut, also where the model or its tokenizer takes less. "
         "Rows with nothing left to learn are left out. Both are counted and reported.",
