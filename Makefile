@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-oldest test-newest test-peft test-serving soak-serving reproduce-smoke lint types bench \
+.PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving reproduce-smoke lint types bench \
 	lock lock-upgrade clean
 
 # $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned
@@ -54,6 +54,9 @@ test: .venv/.quantisers  ## the tests that every change must pass
 
 test-slow: .venv/.quantisers .venv/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
 	$(BIN)/python -m pytest -m "slow and not serving"
+
+test-gpu: .venv/.ready  ## what is the same on a GPU as on the CPU; for a machine that has one
+	$(BIN)/python -m pytest -m gpu
 
 # Tables that share a base model share a folder, and with it their runs.
 reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)

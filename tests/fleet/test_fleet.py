@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import redpeft
+from helpers.devices import ON_EACH_DEVICE
 from redpeft.errors import UserError
 from redpeft.fleet import Fleet, Rates
 
@@ -57,11 +58,11 @@ def moe():
     return Qwen2MoeForCausalLM(config), {"task_type": "CAUSAL_LM"}
 
 
-def fleet_of(make, slots=4, **options):
+def fleet_of(make, slots=4, device="cpu", **options):
     """A fleet of a float64 model, whose slots hold edits far from the identity, some scales negative and large."""
     torch.manual_seed(0)
     base, config = make()
-    model = get_peft_model(base.double(), redpeft.RedConfig(**config, **options))
+    model = get_peft_model(base.to(device, torch.float64), redpeft.RedConfig(**config, **options))
     redpeft.calibrate(model)
     fleet = Fleet(model, slots)
     for slot in range(slots):
@@ -96,7 +97,7 @@ def alone(fleet, slot, batches, rates):
     optimiser = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     losses = []
     for batch in batches:
-        loss = model(**batch).loss
+        loss = model(**{name: value.to(fleet.device) for name, value in batch.items()}).loss
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*edits, *heads], rates.max_grad_norm)
@@ -105,9 +106,10 @@ def alone(fleet, slot, batches, rates):
     return losses, torch.cat([parameter.detach().flatten() for parameter in fleet.parameters])
 
 
+@ON_EACH_DEVICE
 @pytest.mark.parametrize("make", [bert, albert, gpt2, moe])
 @pytest.mark.parametrize("options", [{}, {"use_scale": False}, {"use_bias": False}], ids=str)
-def test_every_slot_learns_as_it_would_alone(make, options, monkeypatch):
+def test_every_slot_learns_as_it_would_alone(make, options, device, monkeypatch):
     """Rows of three slots, in any order and number; shared layers, Conv1D, blocks of experts; a slot that rests."""
     if make in (gpt2, moe):  # the models' own loss is fp32
         from redpeft.fleet.losses import row_loss
@@ -117,7 +119,7 @@ def test_every_slot_learns_as_it_would_alone(make, options, monkeypatch):
             return sums.sum() / counts.sum()
 
         monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.loss_function", property(lambda _: own_loss))
-    fleet = fleet_of(make, **options)
+    fleet = fleet_of(make, device=device, **options)
     owners = torch.tensor([3, 0, 3, 1, 0, 3])
     batches = [batch_of(fleet, len(owners), seed) for seed in range(3)]
     expected = {}
