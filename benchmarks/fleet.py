@@ -4,6 +4,7 @@
     python benchmarks/fleet.py jobs --data ../shared/data --counts 200   # 200 small data sets
     python benchmarks/fleet.py slots                                     # a step of 64 rows with 1 to 4,096 slots
     python benchmarks/fleet.py slots --model llama-1b                    # on a GPU: 16 to 4,096 slots, bf16 decoder
+    python benchmarks/fleet.py slots --model smollm2 --rows 512 --rows-a-job 4     # and one adapter alone beside them
     python benchmarks/fleet.py rows                                      # a row in batches of 1 to 64, and in a fleet
 
 The jobs are small data sets cut from SST-2, AG News and CoLA, each with other rows and its classes renamed, on a
@@ -32,10 +33,10 @@ from typing import Any
 
 import psutil
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 import redpeft
 from redpeft.demo import find_encoder
@@ -113,42 +114,89 @@ def compare(sets: Sequence[Path], counts: Sequence[int], ways: Sequence[str], va
     return table
 
 
-def step_times(model_name: str, slots: Sequence[int], rows: int, tokens: int, steps: int) -> Table:
-    """Medians of a training step of `rows` rows that belong to as many slots as there are, at most one a row.
+def step_times(
+    model_name: str, slots: Sequence[int], rows: int, tokens: int, steps: int, rows_a_job: int | None = None
+) -> dict[str, Any]:
+    """Seconds of training steps with ever more slots: medians, quartiles, and what they hold in memory.
 
-    The sizes take turns, so that what else the machine does meets all of them.
+    A step has `rows` rows that belong to as many slots as there are, at most one a row; or, with `rows_a_job`, that
+    many rows of each of at most `rows // rows_a_job` slots, and then a step of one adapter alone with as many rows is
+    measured beside it. All take turns, so that what else the machine does meets all of them.
     """
     model, vocabulary, labels = _model(model_name)
-    fleets = {}
-    for count in slots:
-        fleets[count] = Fleet(model, count)
-        for slot in range(count):
-            fleets[count].fill(slot)
-    seconds: dict[int, list[float]] = {count: [] for count in slots}
-    memory: dict[int, int] = {}
-    draw = random.Random(0)
-    for step in range(steps + 1):
-        for count, fleet in fleets.items():
-            owners = [draw.randrange(count) for _ in range(rows)] if count < rows else draw.sample(range(count), rows)
-            ids = torch.randint(5, vocabulary, (rows, tokens), device=fleet.device)
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels(ids)}
-            if fleet.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            fleet.step(batch, owners, dict.fromkeys(owners, RATES))
-            if step:  # the first is the warm-up
-                seconds[count].append(time.perf_counter() - began)
-            memory[count] = _peak()
-    table = Table(title=f"{model_name}: a step of {rows} rows of {tokens} tokens, medians of {steps}")
-    for name in ("slots", "ms", "quartiles", "times 1 slot's", "table and moments", "peak memory"):
-        table.add_column(name, justify="right")
-    first = statistics.median(seconds[slots[0]])
+    fleets = {count: Fleet(model, count) for count in slots}
+    tables = {count: sum(part.nbytes for part in fleet.state) for count, fleet in fleets.items()}
     for count, fleet in fleets.items():
-        low, middle, high = (1000 * value for value in statistics.quantiles(seconds[count], n=4))
-        state = sum(part.numel() * part.element_size() for part in fleet.state)
-        sizes = f"{state / 2**20:,.1f} MiB", f"{memory[count] / 2**30:.2f} GiB"
-        table.add_row(f"{count:,}", f"{middle:.0f}", f"{low:.0f}-{high:.0f}", f"{middle / 1000 / first:.3f}", *sizes)
+        for slot in range(count):
+            fleet.fill(slot)
+    draw, step_alone = random.Random(0), _step_alone(model)
+
+    def owners_in(count: int) -> list[int]:
+        if rows_a_job:
+            return [
+                slot for slot in draw.sample(range(count), min(count, rows // rows_a_job)) for _ in range(rows_a_job)
+            ]
+        return [draw.randrange(count) for _ in range(rows)] if count < rows else draw.sample(range(count), rows)
+
+    def batch_of(size: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(5, vocabulary, (size, tokens), device=model.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels(ids)}
+
+    seconds: dict[int | None, list[float]] = {count: [] for count in slots}
+    peaks: dict[int | None, int] = {}
+    for step in range(steps + 1):
+        for count in [*slots, *([None] if rows_a_job else [])]:  # None: alone
+            if count is None:
+                function = partial(step_alone, batch_of(rows_a_job or 0))
+            else:
+                owners = owners_in(count)
+                function = partial(fleets[count].step, batch_of(len(owners)), owners, dict.fromkeys(owners, RATES))
+            spent = _seconds(function)
+            if step:  # the first is the warm-up
+                seconds.setdefault(count, []).append(spent)
+            others = sum(tables.values()) - tables.get(count or 0, 0) if model.device.type == "cuda" else 0
+            peaks[count] = _peak() - others
+
+    def measured(count: int | None) -> dict[str, Any]:
+        low, middle, high = statistics.quantiles(seconds[count], n=4)
+        return {"seconds": middle, "quartiles": [low, high], "peak_bytes": peaks[count]}
+
+    report: dict[str, Any] = {"model": model_name, "tokens": tokens, "steps": steps, "device": _device_name()}
+    report["sizes"] = [
+        {
+            "slots": count,
+            "jobs": len(set(owners := owners_in(count))),
+            "rows": len(owners),
+            "table_bytes": tables[count],
+            **measured(count),
+        }
+        for count in slots
+    ]
+    return report | ({"alone": {"rows": rows_a_job, **measured(None)}} if rows_a_job else {})
+
+
+def step_table(report: dict[str, Any]) -> Table:
+    title = f"{report['model']}: a training step, rows of {report['tokens']} tokens, medians of {report['steps']}"
+    table = Table(title=title)
+    alone = report.get("alone")
+    names = ["slots", "jobs", "rows", "ms", "quartiles", "times the first", "table and moments", "peak memory"]
+    for name in [*names, "job steps/s", "times alone's"] if alone else names:
+        table.add_column(name, justify="right")
+    sizes = report["sizes"]
+    for one in sizes + ([{"slots": "alone", "jobs": 1, "table_bytes": 0, **alone}] if alone else []):
+        low, high = (1000 * value for value in one["quartiles"])
+        rate = one["jobs"] / one["seconds"]
+        cells = [
+            one["slots"] if one["slots"] == "alone" else f"{one['slots']:,}",
+            str(one["jobs"]),
+            str(one["rows"]),
+            f"{1000 * one['seconds']:.1f}",
+            f"{low:.1f}-{high:.1f}",
+            f"{one['seconds'] / sizes[0]['seconds']:.3f}",
+            f"{one['table_bytes'] / 2**20:,.1f} MiB",
+            f"{one['peak_bytes'] / 2**30:.2f} GiB",
+        ]
+        table.add_row(*cells, *([f"{rate:.1f}", f"{rate * alone['seconds']:.1f}"] if alone else []))
     return table
 
 
@@ -158,12 +206,6 @@ def row_times(sizes: Sequence[int], lengths: Sequence[int], rows: int, steps: in
     fleet = Fleet(model, rows)
     for slot in range(rows):
         fleet.fill(slot)
-    optimiser = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=3e-2)
-
-    def alone(batch: dict[str, torch.Tensor]) -> None:
-        model(**batch).loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
 
     def together(batch: dict[str, torch.Tensor]) -> None:
         owners = [row // 4 for row in range(rows)]
@@ -172,43 +214,79 @@ def row_times(sizes: Sequence[int], lengths: Sequence[int], rows: int, steps: in
     table = Table("tokens", *(f"batches of {size}" for size in sizes), f"a fleet, {rows} rows", title="ms a row")
     for tokens in lengths:
         cells = []
-        for size, step in [*((size, alone) for size in sizes), (rows, together)]:
+        for size, step in [*((size, _step_alone(model)) for size in sizes), (rows, together)]:
             ids = torch.randint(5, vocabulary, (size, tokens), device=fleet.device)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels(ids)}
-            cells.append(f"{1000 * _median_seconds(partial(step, batch), steps) / size:.1f}")
+            seconds = [_seconds(partial(step, batch)) for _ in range(steps + 1)][1:]  # the first is the warm-up
+            cells.append(f"{1000 * statistics.median(seconds) / size:.1f}")
         table.add_row(str(tokens), *cells)
     return table
 
 
-def _median_seconds(function: Callable[[], None], times: int) -> float:
-    seconds = []
-    for _ in range(times + 1):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])  # the first is the warm-up
+def _step_alone(model: PeftModel) -> Callable[[dict[str, torch.Tensor]], None]:
+    """A training step of the model's own adapter, as a Trainer takes it."""
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = torch.optim.AdamW(learned, lr=RATES.edit, weight_decay=0.0, fused=True)
+
+    def step(batch: dict[str, torch.Tensor]) -> None:
+        model.train()
+        model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(learned, RATES.max_grad_norm)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
 
 
-def _model(name: str) -> tuple[Any, int, Any]:
-    """A model with RED, the size of its vocabulary, and labels for a batch of token ids."""
-    if name == "llama-1b":
-        config = LlamaConfig(
-            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=128_256, tie_word_embeddings=True,
-        )  # fmt: skip
+def _seconds(function: Callable[[], Any]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+DECODERS = {
+    "smollm2": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49_152,
+    },
+    "llama-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256,
+    },
+}  # fmt: skip
+MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
+
+
+def _model(name: str) -> tuple[PeftModel, int, Any]:
+    """A model of this shape with RED, its weights random; the size of its vocabulary; labels for a batch of token ids.
+
+    The encoder is fp32, the decoders are bf16.
+    """
+    if name in DECODERS:
+        config = LlamaConfig(**DECODERS[name], tie_word_embeddings=True, use_cache=False)
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         adapted = get_peft_model(base.to(_device()), redpeft.RedConfig(task_type="CAUSAL_LM"))
-        vocabulary, labels = config.vocab_size, torch.clone
+        labels = torch.clone
     else:
-        base = AutoModelForSequenceClassification.from_pretrained(find_encoder(), num_labels=2).to(_device())
+        config = BertConfig(**MINILM, num_labels=2)
+        base = AutoModelForSequenceClassification.from_config(config).to(_device())
         adapted = get_peft_model(base, redpeft.RedConfig(task_type="SEQ_CLS", modules_to_save=["classifier"]))
-        vocabulary, labels = base.config.vocab_size, lambda ids: ids[:, 0] % 2
+        labels = lambda ids: ids[:, 0] % 2  # noqa: E731
     redpeft.calibrate(adapted)
-    return adapted, vocabulary, labels
+    return adapted, config.vocab_size, labels
 
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
 def _peak() -> int:
@@ -230,11 +308,13 @@ def main() -> None:
     one.add_argument("--epochs", type=int, default=3)
     one.add_argument("--ways", default=",".join(WAYS))
     one = commands.add_parser("slots")
-    one.add_argument("--model", choices=("minilm", "llama-1b"), default="minilm")
+    one.add_argument("--model", choices=("minilm", *DECODERS), default="minilm", help="a shape; weights are random")
     one.add_argument("--slots", default=None, help="comma-separated")
-    one.add_argument("--rows", type=int, default=64)
+    one.add_argument("--rows", type=int, default=64, help="in a step, at most")
+    one.add_argument("--rows-a-job", type=int, help="so many of each job; and a step of one adapter alone beside it")
     one.add_argument("--tokens", type=int, default=32)
     one.add_argument("--steps", type=int, default=20)
+    one.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     one = commands.add_parser("rows")
     one.add_argument("--sizes", default="1,4,8,16,64")
     one.add_argument("--lengths", default="16,32,64", help="in tokens")
@@ -251,9 +331,13 @@ def main() -> None:
         sizes, lengths = ([int(part) for part in text.split(",")] for text in (asked.sizes, asked.lengths))
         Console().print(row_times(sizes, lengths, asked.rows, asked.steps))
     elif asked.command == "slots":
-        default = "16,256,1024,4096" if asked.model == "llama-1b" else "1,8,64,256,1024,4096"
+        default = "16,256,1024,4096" if asked.model in DECODERS else "1,8,64,256,1024,4096"
         slots = [int(count) for count in (asked.slots or default).split(",")]
-        Console().print(step_times(asked.model, slots, asked.rows, asked.tokens, asked.steps))
+        report = step_times(asked.model, slots, asked.rows, asked.tokens, asked.steps, asked.rows_a_job)
+        if asked.json:
+            print(json.dumps(report, indent=2))
+        else:
+            Console(width=None if sys.stdout.isatty() else 120).print(step_table(report))
     else:
         counts = [int(count) for count in asked.counts.split(",")]
         values = {"base": find_encoder(), "batch_size": asked.batch_size, "epochs": asked.epochs}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import platform
 import random
@@ -32,6 +33,7 @@ from rich.table import Table
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
+import redpeft
 from redpeft import RedConfig, find_sites
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,6 +77,7 @@ def floor(model: nn.Module) -> nn.Module:
 
 
 MODELS = {"bert": bert, "llama": llama}
+FEWEST_ROUNDS = 5
 FLOOR = "frozen floor"
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FLOOR: floor,
@@ -151,15 +154,21 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     base = MODELS[name](options.layers, options.width, options.tokens, options.vocabulary).to(device, dtype)
     ids = torch.randint(0, options.vocabulary, (options.batch, options.tokens), device=device)
     gradient = torch.randn(options.batch, options.tokens, options.width, device=device, dtype=dtype)
-    variants = {method: Variant(base, method, options.compile) for method in METHODS}
-    memory = {}
-    for method, variant in variants.items():
+    end = time.monotonic() + 60 * options.minutes
+    variants, memory = {}, {}
+    for method in dict.fromkeys([FLOOR, *options.methods]):
+        if variants and time.monotonic() > end:
+            print(f"{name}: no time is left for {method}", file=sys.stderr)
+            continue
+        variants[method] = variant = Variant(base, method, options.compile)
         variant.step(ids, gradient)  # compiles, makes the optimiser's state, measures RED's units
         memory[method] = variant.saved_bytes(ids, gradient), variant.peak_bytes(ids, gradient)
         variant.step(ids, gradient)
 
     order = list(variants.values())
-    for _ in track(range(options.rounds), name, console=Console(stderr=True), transient=True):
+    for done in track(range(options.rounds), name, console=Console(stderr=True), transient=True):
+        if done >= FEWEST_ROUNDS and time.monotonic() > end:
+            break
         random.shuffle(order)
         for variant in order:
             variant.timed_step(ids, gradient)
@@ -199,7 +208,8 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "peft", "redpeft")},
+        **{package: version(package) for package in ("torch", "transformers", "peft")},
+        "redpeft": redpeft.__version__,  # also where it runs from its sources
     }
 
 
@@ -231,6 +241,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="architectures")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="beside the frozen floor")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each method, at least 2")
     parser.add_argument("--layers", type=int, default=6, help="transformer blocks")
     parser.add_argument("--width", type=int, default=768, help="hidden size")
@@ -240,6 +251,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the base model")
     parser.add_argument("--compile", action="store_true", help="compile the models with torch.compile")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="of a model: then no method and no round begins"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of torch")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser.parse_args(arguments)

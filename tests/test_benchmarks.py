@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -102,5 +105,41 @@ def test_fleets_are_measured_beside_their_ways(tmp_path):
     values = {"base": module.find_encoder(), "batch_size": 3, "epochs": 1}
     found = [module.work(way, sets, tmp_path / way, values) for way in ("fleet", "one by one")]
     assert [one["steps"] for one in found] == [6, 6]
-    for table in (module.step_times("minilm", [1, 3], rows=4, tokens=6, steps=2), module.row_times([1, 2], [4], 4, 2)):
-        assert table.row_count == len(table.rows) > 0
+    assert module.row_times([1, 2], [4], 4, 2).row_count == 1
+
+
+def test_steps_of_fleets_are_measured_beside_one_alone():
+    module = benchmark("fleet")
+    for rows_a_job, jobs, rows in ((None, [1, 3, 4], [4, 4, 4]), (2, [1, 2, 2], [2, 4, 4])):
+        report = module.step_times("minilm", [1, 3, 64], rows=4, tokens=6, steps=2, rows_a_job=rows_a_job)
+        assert [one["rows"] for one in report["sizes"]] == rows
+        if rows_a_job:  # else the owners are drawn
+            assert [one["jobs"] for one in report["sizes"]] == jobs
+        of_one = report["sizes"][0]["table_bytes"]
+        assert [one["table_bytes"] for one in report["sizes"]] == [of_one, 3 * of_one, 64 * of_one]
+        assert ("alone" in report) == bool(rows_a_job)
+        assert module.step_table(report).row_count == (4 if rows_a_job else 3)
+
+
+def test_methods_that_find_no_time_are_left_out(training_step, capsys):
+    training_step.main([*TINY, "--models", "llama", "--minutes", "0", "--methods", "RED", "IA3", "--json"])
+    shown = capsys.readouterr()
+    assert [row["method"] for row in json.loads(shown.out)["models"]["llama"]] == ["frozen floor"]
+    assert "no time is left for RED" in shown.err
+
+
+@pytest.mark.slow
+def test_the_parts_for_a_gpu_leave_a_file_for_each_result(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+    out = tmp_path / "out"
+    settings = {"TINY": "1", "PYTHON": sys.executable, "OUT": str(out), "WORK": str(tmp_path / "work")}
+    done = subprocess.run(
+        ["bash", script, "training_step", "fleets"], env=os.environ | settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "training_step-eager, RED:" in done.stdout
+    assert "fleets-minilm, 4 slots:" in done.stdout
+    assert {path.name for path in out.iterdir()} == {"training_step-eager.json", "fleets-minilm.json"}
+    assert len(json.loads((out / "training_step-eager.json").read_text())["models"]["llama"]) == len(METHODS)
+    fleets = json.loads((out / "fleets-minilm.json").read_text())
+    assert [one["slots"] for one in fleets["sizes"]] == [2, 4]
