@@ -52,7 +52,7 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any] | None = None) -> dict[
     pending = [layer for layer in layers if _pending_edits(layer)]
     if pending:
         if batch is not None:
-            sizes = _measure(base, pending, partial(model, **batch), _masks(batch))
+            sizes = _measure(base, pending, model, batch)
         else:
             try:
                 sizes = _measure_on_example(base, pending, model)
@@ -103,7 +103,7 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
                     f"{error} to measure the units of biases: call redpeft.calibrate(model, batch) before training, "
                     "with one batch on all processes"
                 ) from error
-            sizes = _measure(base, pending, partial(base.forward, *args, **kwargs), _masks(kwargs))
+            sizes = _measure(base, pending, partial(base.forward, *args), kwargs)
         if missed := [layer.site for layer in pending if not sizes[layer]]:
             if len(missed) == len(pending):
                 raise UserError(f"no forward pass reaches {shorten_list(missed)}: an edit there would do nothing")
@@ -166,17 +166,17 @@ def _measure_on_example(base: nn.Module, layers: Sequence[RedLayer], model: nn.M
         inputs = example_inputs(base, device)
         if "use_cache" in inspect.signature(module.forward).parameters:
             inputs["use_cache"] = False
-        return _measure(base, layers, partial(run, **inputs))
+        return _measure(base, layers, run, inputs)
     except Exception as error:
         raise UserError(f"cannot generate inputs for {type(base).__name__} ({first_line(error)})") from error
 
 
-def _measure(
-    base: nn.Module, layers: Sequence[RedLayer], run: Callable[[], Any], masks: Sequence[torch.Tensor] = ()
-) -> Sizes:
+def _measure(base: nn.Module, layers: Sequence[RedLayer], run: Callable[..., Any], inputs: Mapping[str, Any]) -> Sizes:
     """The typical sizes of the base layers' outputs in one forward pass, without edits and in evaluation mode. Modes
-    and random numbers are as before afterwards. `masks`: (batch, positions), 0 for padding."""
+    and random numbers are as before afterwards. Attention masks (batch, positions) of the inputs are 0 for padding."""
     sizes: Sizes = {layer: [] for layer in layers}
+    masks: list[Any] = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
+    masks = [mask for mask in masks if torch.is_tensor(mask) and mask.dim() == 2]
     waiting: dict[RedLayer, torch.Tensor] = {}  # the first parts of sums of two outputs
 
     def watch(layer: RedLayer, hidden: torch.Tensor, with_bias: bool) -> torch.Tensor:
@@ -196,7 +196,7 @@ def _measure(
         layer.unmerge()
     with keep_modes_and_rng(base), torch.no_grad(), edited_by({layer: partial(watch, layer) for layer in every}):
         base.eval()
-        run()
+        run(**inputs)
     return sizes
 
 
@@ -218,11 +218,6 @@ def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, traine
 def _pending_edits(layer: RedLayer, trained: bool = False) -> list[Edit]:
     """The active edits of a site that need `express` before training; `trained`: only those that are trained."""
     return [edit for edit in layer.active_edits if edit.express_pending and (edit.trainable or not trained)]
-
-
-def _masks(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
-    masks: list[Any] = [inputs.get(name) for name in ("attention_mask", "decoder_attention_mask")]
-    return [mask for mask in masks if torch.is_tensor(mask) and mask.dim() == 2]
 
 
 def _several_processes() -> bool:
