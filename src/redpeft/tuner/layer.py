@@ -27,7 +27,7 @@ from redpeft.tuner.compose import Combination
 from redpeft.tuner.config import RedConfig
 from redpeft.tuner.edit import Edit, fold_edit
 
-# What edits an output in place of a layer's active adapters: of (hidden, with_bias), as `Edit.forward`.
+# Edits an output in place of a layer's active adapters: (hidden, with_bias) -> hidden, as `Edit.forward`.
 Editor = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
@@ -96,12 +96,11 @@ class RedLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Fill the edit of `adapter_name` with a combination of those of other adapters, in the first one's unit, or 1
         where not all of them have been measured."""
-        weighted = [
-            (name, weight) for name, weight in zip(adapters, weights, strict=True) if name in self.redpeft_edit
-        ]
-        if weighted:
-            edits = [self.redpeft_edit[name] for name, _ in weighted]
-            d, bias = combination([edit.difference for edit in edits], [weight for _, weight in weighted])
+        pairs = zip(adapters, weights, strict=True)
+        here = [(self.redpeft_edit[name], weight) for name, weight in pairs if name in self.redpeft_edit]
+        if here:
+            edits, used = zip(*here, strict=True)
+            d, bias = combination([edit.difference for edit in edits], used)
             unit = torch.ones_like(edits[0].unit) if any(edit.unit_pending for edit in edits) else edits[0].unit
             combined = self.redpeft_edit[adapter_name]
             offset = d + (1 - combined.origin)

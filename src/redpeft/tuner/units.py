@@ -137,16 +137,14 @@ def typical_size(hidden: torch.Tensor, site: str, real: torch.Tensor | None = No
         drawn = torch.randint(len(finite), (count,), generator=torch.Generator().manual_seed(0))
         finite = finite[drawn.to(finite.device)]
     sizes = finite.abs().flatten().to(torch.promote_types(hidden.dtype, torch.float32))
-    unit = STD_PER_MEDIAN * sizes.median() if len(sizes) else sizes.new_tensor(torch.nan)
-    if unit == 0 and bool(sizes.any()):
-        unit = STD_PER_MEDIAN * sizes[sizes > 0].median()
-    if not bool(torch.isfinite(unit)) or unit == 0:
-        what = "zero everywhere" if unit == 0 else "not finite"
+    if len(sizes) and sizes.median() == 0:
+        sizes = sizes[sizes > 0]
+    if not len(sizes):
         raise UserError(
-            f"the output of {site} is {what}, so the bias has no unit there: "
-            "give the unit as a number (unit=1), or leave the module out with exclude_modules"
+            f"the output of {site} is {'zero everywhere' if len(finite) else 'not finite'}, so the bias has no unit "
+            "there: give the unit as a number (unit=1), or leave the module out with exclude_modules"
         )
-    return unit
+    return STD_PER_MEDIAN * sizes.median()
 
 
 Sizes = dict[RedLayer, list[float]]  # of each of the site's outputs in a forward pass
