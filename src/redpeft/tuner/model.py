@@ -52,8 +52,6 @@ from redpeft.tuner.units import add_hook, remove_hook
 
 logger = logging.getLogger(__name__)
 
-_PEFT_PREFIX = "base_model.model."  # of the keys in adapter files
-
 
 class RedModel(BaseTuner):
     """A model whose sites are wrapped in `RedLayer`s, as `get_peft_model(model, RedConfig(...))` makes it."""
@@ -140,16 +138,14 @@ class RedModel(BaseTuner):
             site, _, name = key.rpartition(".")
             if name in ORIGINS and site.endswith(".redpeft_edit"):
                 remapped[f"{site}.{adapter_name}.{name}"] = remapped.pop(key)
-        known = {_either_scale(key) for key in model.state_dict()}
-        given = {_either_scale(key): key for key in remapped}
-        given = {same if same in known else same.removeprefix(_PEFT_PREFIX): key for same, key in given.items()}
         expected = [
             f"{name}.redpeft_edit.{adapter_name}.{key}"
             for name, edit in edits_of(model, adapter_name).items()
             for key in edit.state_dict()
         ]
-        missing = sorted(key for key in expected if _either_scale(key) not in given)
-        left_over = sorted(key for same, key in given.items() if same not in known)
+        known, given = ({_either_name(key) for key in keys} for keys in (model.state_dict(), remapped))
+        missing = sorted(key for key in expected if _either_name(key) not in given)
+        left_over = sorted(key for key in remapped if _either_name(key) not in known)
         if missing or left_over:
             raise UserError(
                 f"the file of adapter '{adapter_name}' does not fit this model; "
@@ -435,9 +431,9 @@ def refuse_missing_values(model: nn.Module, args: Any) -> None:
     remove_hook(model, refuse_missing_values)
 
 
-def _either_scale(key: str) -> str:
-    """The key of a tensor, the same for `scale_offset` and `scale`."""
-    return key.removesuffix("_offset")
+def _either_name(key: str) -> str:
+    """The key of a tensor, the same for `scale_offset` and `scale`, with PEFT's prefix and without."""
+    return key.removeprefix("base_model.model.").removesuffix("_offset")
 
 
 def _check_plain(model: nn.Module) -> None:
