@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -63,27 +64,20 @@ def test_equal_questions_count_once(tmp_path):
     }
 
 
-@pytest.mark.parametrize("task", ["classification", "e2e"])
-def test_the_trial_run_is_short_and_leaves_nothing(data, monkeypatch, task):
-    seen, clock = {}, iter((100.0, 110.0))
+def test_a_trial_is_a_preview_of_a_few_steps_and_rows(data, monkeypatch):
+    seen, clock = [], iter((100.0, 110.0))
+    found = {"seconds_per_step": 0.5, "seconds": 4.6, "seconds_per_validation": 1.6, "seconds_to_test": 2.0}
 
-    def train(recipe, folder):
-        seen.update(recipe=recipe, folder=folder)
-        folder.mkdir()
-        (folder / "metrics.jsonl").write_text('{"loss": 1}\n{"eval_loss": 1, "eval_runtime": 1.6}\n')
-        return {"seconds_per_step": 0.5, "steps": 6, "rows": {"validation": 16, "test": 8}}
+    def preview(recipe):
+        seen.append(recipe)
+        return SimpleNamespace(**found, rows={"train": 60, "validation": 16, "test": 8})
 
-    monkeypatch.setattr(time_estimate, "train", train)
+    monkeypatch.setattr(time_estimate, "preview", preview)
     monkeypatch.setattr(time_estimate.time, "perf_counter", lambda: next(clock))
-    speed = time_estimate._try_steps(run(data, data / "one", save_steps=1, task=task).job.recipe)
-    assert (speed.step, speed.validation) == (0.5, pytest.approx(0.1))
-    rest = 10 - 6 * 0.5 - 1.6
-    if task == "e2e":  # the rest is answering
-        assert (speed.test, speed.rest) == (pytest.approx(rest / 8), 0)
-    else:
-        assert (speed.test, speed.rest) == (pytest.approx(0.1), pytest.approx(rest - 0.8))
-    assert (seen["recipe"].max_steps, seen["recipe"].data.max_eval_rows) == (6, 16)
-    assert not seen["folder"].parent.exists()
+    speed = time_estimate._try_steps(run(data, data / "one").job.recipe)
+    assert (speed.step, speed.validation, speed.test) == (0.5, pytest.approx(0.1), pytest.approx(0.25))
+    assert speed.rest == pytest.approx(10 - 4.6 - 2)
+    assert (seen[0].max_steps, seen[0].data.max_train_rows, seen[0].data.max_eval_rows) == (6, 60, 16)
 
 
 def test_missing_data_and_bases_are_errors(data, tiny_encoder_folder):

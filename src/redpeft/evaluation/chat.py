@@ -321,6 +321,8 @@ class Conversation:
                 elif line:
                     self.ask(line)
             except EOFError:
+                if on_terminal:
+                    self.note("")
                 return
             except UnicodeDecodeError:
                 raise UserError("standard input is not UTF-8: save it as UTF-8") from None
@@ -384,6 +386,7 @@ class Conversation:
                 self.adapted.check_known([name for name in names if name != BASE])
                 others: list[Weights] = [{} if name == BASE else {name: 1.0} for name in names]
                 self.beside = others or ([] if self.beside else [{}])
+                self.note(f"answering too: {', '.join(map(expression, self.beside)) or 'nobody'}")
             case ["/set", *settings]:
                 self.sampling = self.sampling.changed(
                     {name: value for name, _, value in (each.partition("=") for each in settings)}

@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from redpeft.models import load_pretrained
 from redpeft.reproduce.plan import TableRun
-from redpeft.storage import read_metrics
-from redpeft.tasks.base import TASKS
+from redpeft.training.preview import preview
 from redpeft.training.recipe import Recipe
-from redpeft.training.train import read_task, train
+from redpeft.training.train import read_task
 
 STEPS, ROWS = 6, 16
 
@@ -46,8 +43,7 @@ def count_rows(runs: Sequence[TableRun]) -> dict[str, dict[str, int]]:
 def estimate(runs: Sequence[TableRun], rows: Mapping[str, Mapping[str, int]]) -> float:
     """Seconds that these runs take, one after the other on this machine; `rows` are those of `count_rows`.
 
-    The first run of each task is tried with a few steps and rows, in a temporary folder. Raises `UserError` and
-    `RunError` as training does.
+    The first run of each task is tried with a few steps and rows. Raises `UserError` and `RunError` as training does.
     """
     speeds: dict[str, Speed] = {}
     for run in runs:
@@ -68,20 +64,12 @@ def _rows(recipe: Recipe) -> dict[str, int]:
 
 def _try_steps(recipe: Recipe) -> Speed:
     few = recipe.data.model_copy(update={"max_train_rows": STEPS * recipe.batch_size, "max_eval_rows": ROWS})
-    quick: dict[str, Any] = {"data": few, "epochs": 1, "max_steps": STEPS, "save_steps": None, "report_to": []}
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stderr(io.StringIO()):
-        folder = Path(name) / "run"
-        result = train(recipe.model_copy(update=quick), folder)
-        entries = read_metrics(folder)
-    wall = time.perf_counter() - began
-    step = result["seconds_per_step"] or 0.0
-    evaluation = next(entry["eval_runtime"] for entry in entries if "eval_runtime" in entry)
-    validation = evaluation / result["rows"]["validation"]
-    rest = max(0.0, wall - result["steps"] * step - evaluation)
-    if TASKS[recipe.task].score_answers:  # answers and their scores take nearly all of the rest
-        return Speed(step, validation, rest / result["rows"].get("test", ROWS), 0.0)
-    return Speed(step, validation, validation, max(0.0, rest - validation * result["rows"].get("test", 0)))
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = preview(recipe.model_copy(update={"data": few, "epochs": 1, "max_steps": STEPS}))
+    rest = time.perf_counter() - began - found.seconds - found.seconds_to_test
+    test = found.seconds_to_test / found.rows.get("test", ROWS)
+    return Speed(found.seconds_per_step, found.seconds_per_validation / found.rows["validation"], test, max(0.0, rest))
 
 
 def _seconds(recipe: Recipe, rows: Mapping[str, int], speed: Speed) -> float:

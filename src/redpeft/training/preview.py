@@ -104,15 +104,17 @@ class RunPreview:
     free_bytes: int
 
 
-def preview(recipe: Recipe, folder: str | Path) -> RunPreview:
-    """What training this recipe in `folder` will do, by the same code, with a few steps as a probe. Nothing is
-    written.
+def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
+    """What training this recipe (in `folder`, if given) will do, by the same code, with a few steps as a probe.
+    Nothing is written.
 
     Raises `UserError` and `RunError` as `train` does before its first step.
     """
-    recipe = recipe.alone().model_copy(update={"report_to": [], "save_steps": None})
-    recipe.result_in(Path(folder))
+    recipe = recipe.alone()
+    if folder is not None:
+        recipe.result_in(Path(folder))
     check_recipe(recipe)
+    recipe = recipe.model_copy(update={"report_to": [], "save_steps": None})
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         run, trainer = set_up(recipe, Path(temporary) / "run", notes.append)
