@@ -33,11 +33,16 @@ def test_the_defaults_are_the_papers_site_and_a_measured_unit():
         ({"unit": "median"}, "unit must be 'auto'"),
         ({"unit": float("nan")}, "positive number"),
         ({"unit": True}, "positive number"),
+        ({"scale_origin": 0.5}, "scale_origin must be 1, or 0 for the paper's own rule, not 0.5"),
     ],
 )
 def test_contradictory_or_empty_choices_are_errors(choices, message):
     with pytest.raises(UserError, match=message):
         RedConfig(**choices)
+
+
+def test_several_sites_in_one_text_are_a_list():
+    assert RedConfig(sites="ffn, qkv").sites == ["ffn", "qkv"]
 
 
 def test_a_resolved_configuration_keeps_what_was_asked_beside_what_was_found(tmp_path):

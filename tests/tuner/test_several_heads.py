@@ -147,6 +147,13 @@ def test_after_a_deletion_one_adapter_acts_everywhere(tiny):
         model.delete_adapter("second")
 
 
+def test_without_any_adapter_the_base_acts(tiny):
+    model = tiny.with_edits(tiny.bert_classifier(), "SEQ_CLS").base_model
+    model.model.classifier.modules_to_save["default"].weight.data.add_(1)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, tiny), logits(tiny.bert_classifier(), tiny))
+
+
 def test_an_idle_adapter_is_deleted_beside_two_active_ones(model, tiny):
     model.base_model.set_adapter(["none", "b"])
     wanted = logits(model, tiny)
