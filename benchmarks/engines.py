@@ -109,6 +109,7 @@ class Engine:
         self.engine, self.settings = self.llm.llm_engine, settings
         self.requests = [LoRARequest(folder.name, n + 1, str(folder)) for n, folder in enumerate(folders)]
         self.numbers = itertools.count()
+        self.vocabulary = self.engine.model_config.get_vocab_size()
 
     def add(self, prompt: list[int], adapter: int | None) -> str:
         from vllm import SamplingParams
@@ -137,7 +138,7 @@ class Engine:
         return time.perf_counter() - began
 
     def prompt(self, draw: random.Random) -> list[int]:
-        return [draw.randrange(3, VOCABULARY) for _ in range(self.settings["prompt"])]
+        return [draw.randrange(3, self.vocabulary) for _ in range(self.settings["prompt"])]
 
     def open_loop(self, seed: int, rate: float, seconds: float, adapters: int) -> list[float]:
         """Seconds to the first token of each request. They arrive at `rate` a second whether or not others are

@@ -4,8 +4,9 @@
     python benchmarks/serving.py load          # time to load an adapter from disk, and the memory of a slot
     python benchmarks/serving.py latency       # time to the first token under open-loop load, 1,000 adapters
 
-On vLLM's CPU build (`make test-serving` makes an environment). The base is a Llama with random weights, in fp32. Each
-way is an engine in a process of its own; they are all alive and take turns, in a new order each round:
+On vLLM's CPU build (`make test-serving` makes an environment). The base is a Llama with random weights, or the model
+in the folder --base, in fp32. Each way is an engine in a process of its own; they are all alive and take turns, in a
+new order each round:
 
     base        vLLM without adapters; `base again` is the same engine once more: how far it is from 1 is noise
     RED         the plug-in, RED alone
@@ -44,6 +45,11 @@ AGAIN = "base again"
 MEMORY = 0.4  # of what is free, for the adapters of one engine
 
 
+def choose_base(options: argparse.Namespace, root: Path) -> Path:
+    """The folder of the base model that the options ask for."""
+    return Path(options.base) if options.base else make_base(root / "base", options.layers, options.width)
+
+
 # --- the questions ---------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +63,7 @@ def fitting(method: str, counts: Sequence[int], folder: Path) -> tuple[list[int]
 
 
 def throughput(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    base = make_base(root / "base", options.layers, options.width)
+    base = choose_base(options, root)
     ways: dict[str, Sequence[Path]] = {BASE: []}
     counts, notes = {}, []
     for method in options.methods:
@@ -95,7 +101,7 @@ def _throughput_row(
 
 
 def load(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    base = make_base(root / "base", options.layers, options.width)
+    base = choose_base(options, root)
     ways = {way: make_adapters(base, way, root / way, options.count, options.count) for way in options.methods}
     os.sync()
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -118,7 +124,7 @@ def load(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> d
 
 
 def latency(options: argparse.Namespace, root: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    base = make_base(root / "base", options.layers, options.width)
+    base = choose_base(options, root)
     ways: dict[str, Sequence[Path]] = {BASE: []}
     notes = []
     for method in options.methods:
@@ -217,8 +223,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     numbers = lambda kind: lambda text: [kind(part) for part in text.split(",")]  # noqa: E731
     for name in COLUMNS:
         one = questions.add_parser(name, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        one.add_argument("--layers", type=int, default=12, help="of the base")
-        one.add_argument("--width", type=int, default=512, help="of the base")
+        one.add_argument("--base", help="a folder with a model, instead of a Llama with random weights")
+        one.add_argument("--layers", type=int, default=12, help="of that Llama")
+        one.add_argument("--width", type=int, default=512, help="of that Llama")
         one.add_argument("--slots", type=int, default=64, help="requests, and adapters, in a batch at most")
         one.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
         one.add_argument("--tokens", type=int, default=32, help="tokens of an answer")

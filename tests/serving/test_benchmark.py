@@ -37,6 +37,11 @@ def test_throughput_is_that_of_every_way_at_every_number_of_adapters():
     assert {row["ratio"] for row in rows if row["way"] == "base"} == {1.0}
 
 
+def test_the_base_can_be_a_folder(base):
+    rows = report("throughput", f"--base={base}", "--adapters=2", "--requests=4", "--rounds=1")["rows"]
+    assert [row["way"] for row in rows] == ["base", "base again", "RED", "LoRA r=8"]
+
+
 def test_a_slot_is_two_vectors_a_layer_beside_loras_matrices():
     red, lora = report("load", "--count=4")["rows"]
     assert red["slot_bytes"] == 2 * 2 * 64 * 4
