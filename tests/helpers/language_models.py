@@ -42,3 +42,10 @@ def write_prompt(folder: Path, base: Path, seed: int) -> Path:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(folder)
     return folder
+
+
+def chat_prompts(base: Path, *questions: str) -> list[list[int]]:
+    """The tokens of each question to a chat model, up to where its answer begins."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
