@@ -7,13 +7,13 @@
 # training_step  a Llama of 1.2 billion parameters, bf16, 1,024 tokens: eager, then compiled
 # fleets         steps of fleets with 16 to 4,096 slots, beside those of one adapter alone
 #
-# MODEL    what the comparison trains: `smollm2`, a model's folder, a GGUF file, or the parts of one in their order, which
-#          are joined (and unpacked, if their names have .xz)
+# MODEL    what the comparison trains: `smollm2`, a model's folder, a GGUF file, or the pieces of one in their order
 # DATA     the folder that method_comparison/data.py wrote
 # OUT      where the results go (gpu-results)
 # WHEELS   a folder of wheels to install into WORK first
 # WORK     a folder for the model and the wheels, used again if it is there (a temporary one)
-# RUNS     the parts of the comparison (A B more), with WORKERS runs at a time (8)
+# RUNS     the parts of the comparison (A B more), WORKERS (8) runs at a time; none begins in the last minute
+# DONE     a folder of results that need no run (method_comparison/results)
 # PYTHON   python3
 # TINY     anything: sizes for a test on a CPU
 set -uo pipefail
@@ -70,26 +70,25 @@ remain() { left=$((end - $(date +%s))) && [ "$left" -gt 0 ]; }
 model() {
     [ -f "$work/model/config.json" ] && return
     local base=$MODEL
-    case $MODEL in
-        *' '* | *.xz*) # parts, or packed
-            # shellcheck disable=SC2086
-            case $MODEL in *.xz*) cat $MODEL | xz -d ;; *) cat $MODEL ;; esac > "$work/model.gguf" || return
-            base=$work/model.gguf ;;
-    esac
     if [ -d "$base" ]; then
         ln -sfn "$(cd "$base" && pwd)" "$work/model"
-    else
-        "$python" -m redpeft export-base "$base" --out "$work/model"
+        return
     fi
+    if [[ $base = *' '* ]]; then
+        # shellcheck disable=SC2086
+        base=$work/model.gguf && cat $MODEL > "$base" || return
+    fi
+    "$python" -m redpeft export-base "$base" --out "$work/model"
 }
 
 comparison() {
     local results=$out/comparison/results
     model || { echo "comparison: MODEL gave no base model"; return 1; }
     mkdir -p "$results"
-    cp -n "$here"/method_comparison/results/*.json "$results" 2> /dev/null # these need no run
+    cp -n "${DONE:-$here/method_comparison/results}"/*.json "$results" 2> /dev/null
+    # shellcheck disable=SC2086
     remain && timeout --kill-after=10 "$left" "$python" "$here/method_comparison/run.py" $compared --base "$work/model" \
-        --data "$DATA" --workers "${WORKERS:-8}" --minutes "$(share 0.8)" --out "$results"
+        --data "$DATA" --workers "${WORKERS:-8}" --minutes "$(awk "BEGIN { print ($left - 60) / 60 }")" --out "$results"
 }
 
 training_step() {

@@ -14,6 +14,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from helpers.data import write_rows
+from helpers.gguf_files import write_gguf
+
 TINY = ["--rounds=2", "--layers=2", "--width=32", "--vocabulary=50", "--batch=2", "--tokens=8", "--threads=1"]
 METHODS = ["frozen floor", "floor again", "RED", "LoRA r=8 on q, v", "LoRA r=16 on all", "IA3", "full"]
 
@@ -143,3 +146,33 @@ def test_the_parts_for_a_gpu_leave_a_file_for_each_result(tmp_path):
     assert len(json.loads((out / "training_step-eager.json").read_text())["models"]["llama"]) == len(METHODS)
     fleets = json.loads((out / "fleets-minilm.json").read_text())
     assert [one["slots"] for one in fleets["sizes"]] == [2, 4]
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_on_the_pieces_of_a_model_until_its_time_is_over(tmp_path):
+    whole = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    pieces = [tmp_path / "model.0", tmp_path / "model.1"]
+    for piece, content in zip(pieces, (whole[:999], whole[999:]), strict=True):
+        piece.write_bytes(content)
+    rows = [{"prompt": f"Spell {word} backward", "response": word[::-1]} for word in ("tea", "cup", "milk")]
+    for name in ("train", "validation", "test", "validation_questions", "test_questions"):
+        write_rows(tmp_path / "data" / "spell_backward" / f"{name}.jsonl", rows)
+    (tmp_path / "data" / "wikitext.txt").write_text("the tea " * 10_000)
+    out = tmp_path / "out"
+    settings = {
+        "PYTHON": sys.executable,
+        "MODEL": " ".join(map(str, pieces)),
+        "DATA": str(tmp_path / "data"),
+        "OUT": str(out),
+        "WORK": str(tmp_path / "work"),
+        "RUNS": "C",
+        "WORKERS": "1",
+        "DONE": str(tmp_path / "none"),
+        "MINUTES": "3",
+    }
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+    done = subprocess.run(["bash", script, "comparison"], env=os.environ | settings, capture_output=True, text=True)
+    results = [json.loads(path.read_text()) for path in (out / "comparison" / "results").glob("*.json")]
+    assert results, done.stdout + done.stderr
+    assert all(0 <= result["test"]["exact_match"] <= 1 and result["text_loss"] > 0 for result in results)
+    assert len(list((out / "comparison" / "texts").iterdir())) == len(results)
