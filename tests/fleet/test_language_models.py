@@ -12,7 +12,7 @@ from helpers.data import write_rows
 from helpers.gguf_files import write_gguf
 from redpeft.fleet import train_fleets
 from redpeft.models import load_tokenizer
-from redpeft.training.predict import open_run, predict
+from redpeft.training.predict import evaluate, load_run, open_run, predict
 from redpeft.training.train import train
 
 pytest.importorskip("trl")
@@ -100,6 +100,33 @@ def test_gradient_checkpointing_changes_nothing(make_chat, queue_of, assert_same
 
 
 @pytest.mark.usefixtures("exact_loss")
+@pytest.mark.usefixtures("exact_loss")
+def test_mixed_chats_tools_and_a_chat_template(make_chat, queue_of, assert_same, tmp_path):
+    """Data that a run on its own takes is the same in a fleet, and evaluated in each of its forms."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": 1}}}]}
+    chats = [
+        {"messages": [{"role": "user", "content": f"Time {i}?"}, call], "tools": [{"name": "clock"}]} for i in range(9)
+    ]
+    mix = [
+        {"path": write_rows(tmp_path / "chats.jsonl", chats), "weight": 2},
+        {"path": write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"Say {i}", "response": str(i)} for i in range(9)])},
+    ]
+    template = (
+        "{% for t in tools or [] %}{{ t.name }} {% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    )
+    template += "{{ m.tool_calls or '' }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    (tmp_path / "mine.jinja").write_text(template)
+    data = {"mix": mix, "chat_template": str(tmp_path / "mine.jinja")}
+    jobs = [make_chat("a", data=data, seed=1), make_chat("b", data=data, seed=2)]
+    compare(jobs, queue_of, assert_same, 1e-9, 1e-9)
+    run = load_run(jobs[0].folder)
+    assert run.tokenizer.chat_template == template
+    for part in mix:
+        assert evaluate(run, part["path"])["loss"] > 0
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": [{"name": "clock"}]}
+    assert len(list(predict(run, ["Hi", asked], max_new_tokens=2))) == 2
+
+
 def test_an_end_token_that_pads_too_is_learned(make_chat, queue_of, assert_same, tmp_path):
     """As in SmolLM2. Rows of a fleet keep their ends as those of a run alone do, whose labels are tested elsewhere."""
     base = str(write_gguf(tmp_path / "chat.gguf"))

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
+
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from pydantic import ValidationError
@@ -11,6 +15,85 @@ from redpeft.tasks import data as data_module
 from redpeft.tasks.base import TASKS, DataConfig
 from redpeft.tasks.columns import ROW, where
 from redpeft.tasks.data import guess_task, read_data, read_evaluation, read_splits
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Chats, prompts with responses and texts, in files."""
+    chats = [
+        {"conversations": [{"from": "human", "value": f"Hi {i}"}, {"from": "gpt", "value": "Yo"}]} for i in range(40)
+    ]
+    asked = [{"q": f"Say {i}", "a": str(i), "system": "Count."} for i in range(200)]
+    return [
+        {"path": write_rows(tmp_path / "chats.jsonl", chats), "weight": 1},
+        {"path": write_rows(tmp_path / "asked.csv", asked), "prompt": "q", "response": "a", "weight": 3},
+        {"path": write_rows(tmp_path / "texts.jsonl", [{"text": "Once"}] * 9)},
+    ]
+
+
+def test_data_sets_of_any_form_are_mixed_by_weight(mixed, caplog):
+    caplog.set_level("INFO")
+    chats, asked, _ = mixed
+    data = DataConfig(mix=[chats, asked])
+    assert guess_task(data) == "instruction"
+    task, splits = read_data("instruction", data, seed=3)
+    assert task.columns == {"messages": "messages", "tools": "tools"}
+    rows = Counter(row.partition(" of ")[2] for row in splits["train"][ROW])
+    assert len(set(splits["train"][ROW])) == len(splits["train"])
+    ends = {chats["path"]: 36, asked["path"]: 180}  # the rest validates
+    assert any(rows[path] == most for path, most in ends.items())
+    assert 1.5 < rows[asked["path"]] / rows[chats["path"]] < 6
+    assert (
+        f"data.mix: {rows.total()} training rows: {rows[chats['path']]} of 36 rows of {chats['path']}, " in caplog.text
+    )
+    assert Counter(row.partition(" of ")[2] for row in splits["validation"][ROW]) == {
+        chats["path"]: 4,
+        asked["path"]: 20,
+    }
+    assert not set(splits["validation"][ROW]) & set(splits["train"][ROW])
+    first = next(row for row in splits["train"] if row[ROW].endswith("csv"))
+    number = int(first[ROW].partition(" ")[0]) - 1
+    assert [(turn["role"], turn["content"]) for turn in json.loads(first["messages"])] == [
+        ("system", "Count."), ("user", f"Say {number}"), ("assistant", str(number)),
+    ]  # fmt: skip
+    again = read_data("instruction", data, seed=3)[1]["train"]
+    assert again[ROW] == splits["train"][ROW] != read_data("instruction", data, seed=4)[1]["train"][ROW]
+    few = read_data("instruction", data.model_copy(update={"max_train_rows": 8, "max_eval_rows": 4}))[1]
+    assert {name: len(split) for name, split in few.items()} == {"train": 8, "validation": 4}
+
+
+def test_labels_of_mixed_data_are_those_of_all(tmp_path):
+    one = write_rows(
+        tmp_path / "one.csv", [{"review": "good film", "stars": "5"}, {"review": "bad film", "stars": "1"}] * 9
+    )
+    two = write_rows(tmp_path / "two.csv", [{"text": "a film", "label": "3"}, {"text": "the film", "label": "5"}] * 9)
+    data = DataConfig(mix=[{"path": one, "label": "stars"}, {"path": two}])
+    task, _ = read_data("classification", data, problem_type="single_label_classification")
+    assert (task.columns, task.label_names) == ({"text": "text", "label": "label"}, ["1", "3", "5"])
+
+
+def test_mixes_that_cannot_be(mixed, tmp_path):
+    chats, asked, texts = mixed
+    wrong = write_rows(tmp_path / "wrong.jsonl", [{"messages": [{"role": "bot", "content": "Hi"}]}])
+    for mix, message in [
+        ([chats, texts], "data.mix: one data set has messages, tools and another text: they cannot be mixed"),
+        (
+            [asked, {"path": wrong}],
+            "wrong.jsonl, row 1: a message has the role 'bot'; roles are system, user, assistant",
+        ),
+        ([chats, {"path": asked["path"]}], "cannot tell which column of asked.csv is the prompt"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_data("instruction", DataConfig(mix=mix))
+    for fields, message in [
+        ({"mix": [{**chats, "pathh": "x"}]}, "data set 1 of `mix` has an unknown field 'pathh'"),
+        ({"mix": [chats, {**asked, "weight": 0}]}, "data set 2 of `mix` has the weight 0: give a number above 0"),
+        ({"mix": [chats, {"weight": 2}]}, "data set 2 of `mix`: no data: give `path`, `train` or `mix`"),
+        ({"mix": [{**chats, "header": "last"}]}, "data set 1 of `mix`.header: Input should be 'first' or 'none'"),
+        ({"mix": [chats], "path": "x"}, "with `mix`, each data set of it has its own `path`"),
+    ]:
+        with pytest.raises(ValidationError, match=re.escape(message)):
+            DataConfig(**fields)
 
 
 def test_the_task_of_data_is_guessed_and_said(tmp_path, caplog, monkeypatch):
@@ -212,6 +295,6 @@ def test_read_evaluation_prefers_test(tmp_path):
 def test_config_refuses_unknown_fields_and_no_data():
     with pytest.raises(ValidationError, match="tekst"):
         DataConfig(path="x", tekst="sentence")
-    with pytest.raises(ValidationError, match="no data: give `path` or `train`"):
+    with pytest.raises(ValidationError, match="no data: give `path`, `train` or `mix`"):
         DataConfig(text="sentence")
     assert all(field.description for field in DataConfig.model_fields.values())

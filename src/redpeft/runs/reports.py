@@ -44,7 +44,7 @@ def closing_lines(recipe: Recipe, result: Result) -> list[str]:
 def next_calls(recipe: Recipe, run: Path) -> list[str]:
     """Calls of `redpeft evaluate` and `redpeft predict` for a finished run, on data of the recipe: its test rows where
     it has some, else its validation rows, else all."""
-    data, name = recipe.data, shlex.quote(str(run))
+    data, name = recipe.data.parts[0] if recipe.data.mix else recipe.data, shlex.quote(str(run))
     labelled = data.test or data.validation or data.path or data.train or ""
     configuration = f" --config {shlex.quote(data.config_name)}" if data.config_name and labelled == data.path else ""
     file = _file(recipe)
@@ -82,6 +82,8 @@ def rows_line(result: Result) -> str | None:
 def _file(recipe: Recipe) -> Path | None:
     """A file with rows like those of the recipe; None where they do not come from files."""
     data = recipe.data
+    if data.mix:
+        return None  # its files may have other columns than the run
     if given := data.test or data.validation:
         return Path(given)
     path = Path(data.path or data.train or "").expanduser()

@@ -7,6 +7,7 @@ be read quickly.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from redpeft.errors import UserError
 
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 LOWER_IS_BETTER = {"mse", "loss"}
 """Of the metrics by which a task chooses its best epoch; of all others a higher value is better."""
+
+
+SOURCE_FIELDS = ("path", "config_name", "train", "validation", "test", "header")
+COLUMN_FIELDS = ("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools")
+"""Fields of the data that each part of a mix has for itself."""
 
 
 class DataConfig(BaseModel):
@@ -49,6 +55,12 @@ class DataConfig(BaseModel):
         description="Tables (.csv, .tsv, .xlsx): first: the first row holds the column names. none: there are no "
         "names, and the columns are called column_1, column_2, ... Default: the first row holds the names, and one "
         "that looks like data is an error.",
+    )
+    mix: list[dict[str, Any]] | None = Field(
+        None,
+        description="Several data sets instead of one, each with the fields that say where it is (path, train, ...), "
+        "the names of its columns (text, prompt, ...), and a weight: its share of the training rows (default: 1). "
+        "They are drawn by the seed, until one of the data sets has no more.",
     )
     protocol: Literal["glue", "glue-t5"] | None = Field(
         None,
@@ -122,10 +134,7 @@ class DataConfig(BaseModel):
         None, ge=1, description="Validate and test on at most this many rows each, in whole groups, drawn by the seed."
     )
 
-    @field_validator(
-        *("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools"),
-        mode="before",
-    )
+    @field_validator(*COLUMN_FIELDS, mode="before")
     @classmethod
     def _column_by_number(cls, value: Any) -> Any:
         """A column that is called 2019 is a number to YAML."""
@@ -133,9 +142,39 @@ class DataConfig(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
-        if not (self.path or self.train):
-            raise ValueError("no data: give `path` or `train`")
+        if not (self.path or self.train or self.mix):
+            raise ValueError("no data: give `path`, `train` or `mix`")
+        own = [name for name in (*SOURCE_FIELDS, *COLUMN_FIELDS, "protocol") if self.mix and getattr(self, name)]
+        if own:
+            raise ValueError(f"with `mix`, each data set of it has its own `{own[0]}`")
+        for number, part in enumerate(self.mix or (), start=1):
+            if unknown := part.keys() - {*SOURCE_FIELDS, *COLUMN_FIELDS, "weight"}:
+                raise ValueError(f"data set {number} of `mix` has an unknown field {min(unknown)!r}")
+            weight = part.get("weight", 1)
+            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+                raise ValueError(f"data set {number} of `mix` has the weight {weight!r}: give a number above 0")
+            try:
+                self._part(part)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join([f"data set {number} of `mix`", *map(str, problem["loc"])])
+                raise ValueError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None
         return self
+
+    @property
+    def parts(self) -> list[DataConfig]:
+        """The data sets of a mix, each as if it were the only one, without the limits of the mix."""
+        return [self._part(part) for part in self.mix or ()]
+
+    @property
+    def weights(self) -> list[float]:
+        """The share of each data set in the rows of a mix."""
+        weights = [part.get("weight", 1) for part in self.mix or ()]
+        return [weight / sum(weights) for weight in weights]
+
+    def _part(self, fields: dict[str, Any]) -> DataConfig:
+        shared = self.model_dump(exclude={"mix", "max_train_rows", "max_eval_rows"})
+        return DataConfig(**shared | {name: value for name, value in fields.items() if name != "weight"})
 
 
 class Task(ABC):
@@ -191,6 +230,13 @@ class Task(ABC):
     def without_run(cls, labels: Sequence[str]) -> Task:
         """The task of an adapter without its run. `labels`: a name for each row of its head, if it has one."""
         return cls(columns=dict(cls.default_columns), metric="loss")  # type: ignore[call-arg]
+
+    @classmethod
+    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+        """The task's columns of a data set alone, under the names of their keys, so that data sets can be mixed."""
+        from redpeft.tasks.columns import keep_columns  # only here: it imports datasets
+
+        return keep_columns(dataset, columns)
 
     @abstractmethod
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:

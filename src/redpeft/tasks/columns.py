@@ -143,6 +143,17 @@ def with_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
     return dataset
 
 
+def keep_columns(dataset: Dataset, columns: Mapping[str, Any]) -> Dataset:
+    """A task's `columns` alone, under the names of their keys. Raises `UserError` for a key of several columns."""
+    for key, names in columns.items():
+        if not isinstance(names, str):
+            raise UserError(f"{source(dataset)}: several columns as {key} cannot be mixed: name one")
+    kept = dataset.select_columns([*columns.values(), *([ROW] if ROW in dataset.column_names else [])])
+    kept = kept.rename_columns({name: key for key, name in columns.items() if name != key})
+    kept.info.description = source(dataset)
+    return kept
+
+
 def _names(columns: Mapping[str, Any]) -> list[str]:
     return [name for names in columns.values() for name in ([names] if isinstance(names, str) else names)]
 

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    concatenate_datasets,
+    interleave_datasets,
+    load_dataset,
+    load_from_disk,
+)
 
 from redpeft.errors import UserError, first_line
 from redpeft.storage import is_local
 from redpeft.tasks import columns
 from redpeft.tasks.base import TASKS, DataConfig, Task
-from redpeft.tasks.columns import LABEL_COLUMNS, Missing, find_column, is_missing, source, values
+from redpeft.tasks.columns import LABEL_COLUMNS, ROW, Missing, find_column, is_missing, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
 from redpeft.tasks.labels import label_name
 from redpeft.tasks.rows import choose_rows, glue_splits, leave_out_missing
 
 logger = logging.getLogger(__name__)
+
+MIX = "data.mix"
+"""What messages call the rows of several data sets."""
 
 SPLIT_NAMES = {
     "train": ("train", "trainset", "train_sft"),
@@ -37,15 +48,73 @@ def read_data(kind: str, data: DataConfig, seed: int = 0, **options: Any) -> tup
     Raises:
         UserError: data that is missing, empty, unreadable, or wrong for this task.
     """
-    splits = read_splits(data, seed)
-    if data.drop_missing:
-        found = TASKS[kind].find_columns(splits["train"], data)
-        splits = {name: leave_out_missing(split, found) for name, split in splits.items()}
+    if data.mix:
+        return _read_mix(kind, data, seed, **options)
+    splits = _whole_rows(kind, data, read_splits(data, seed))
+    task = _make_task(kind, splits, data, **options)
+    return task, choose_rows(splits, task, data, seed)
+
+
+def _whole_rows(kind: str, data: DataConfig, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """The splits without rows that lack a text or a label, if the data says so."""
+    if not data.drop_missing:
+        return splits
+    found = TASKS[kind].find_columns(splits["train"], data)
+    return {name: leave_out_missing(split, found) for name, split in splits.items()}
+
+
+def _make_task(kind: str, splits: dict[str, Dataset], data: DataConfig, **options: Any) -> Task:
     try:
-        task = TASKS[kind].from_splits(splits, data, **options)
+        return TASKS[kind].from_splits(splits, data, **options)
     except Missing as error:
         raise UserError(f"{error}; data.drop_missing=true leaves such rows out") from None
-    return task, choose_rows(splits, task, data, seed)
+
+
+def _read_mix(kind: str, data: DataConfig, seed: int, **options: Any) -> tuple[Task, dict[str, Dataset]]:
+    """`read_data` of several data sets. Each gives its own validation rows; then the training rows are interleaved by
+    the weights until one data set has no more."""
+    parts = [
+        {name: share_columns(kind, split, part) for name, split in _whole_rows(kind, part, read_splits(part)).items()}
+        for part in data.parts
+    ]
+    named = [each.column_names for splits in parts for each in splits.values()]
+    if different := next((names for names in named if sorted(names) != sorted(named[0])), None):
+        first, other = (", ".join(name for name in names if name != ROW) for names in (named[0], different))
+        raise UserError(f"data.mix: one data set has {first} and another {other}: they cannot be mixed")
+    keys = {name: name for name in named[0] if name != ROW}
+    config = data.model_copy(update={"mix": None, **keys})
+    task = _make_task(kind, _joined(parts), config, **options)
+    chosen = [choose_rows(splits, task, part, seed) for splits, part in zip(parts, data.parts, strict=True)]
+    trains = [splits["train"] for splits in chosen]
+    train = interleave_datasets(trains, probabilities=data.weights, seed=seed, stopping_strategy="first_exhausted")
+    taken = Counter(row.partition(" of ")[2] for row in values(train, ROW))
+    shares = (f"{taken[source(each)]:,} of {len(each):,} rows of {source(each)}" for each in trains)
+    logger.info("data.mix: %d training rows: %s", len(train), ", ".join(shares))
+    train.info.description = MIX
+    return task, choose_rows(_joined(chosen) | {"train": train}, task, data, seed)
+
+
+def share_columns(kind: str, split: Dataset, data: DataConfig) -> Dataset:
+    """A split of one data set of a mix with the columns that all of them have."""
+    cls, name = TASKS[kind], data.path or data.train or source(split)
+    found = cls.in_common(split, cls.find_columns(split, data))
+    rows = [f"{row} of {name}" for row in values(found, ROW)]
+    found = found.remove_columns(ROW).add_column(ROW, rows)
+    found.info.description = name
+    return found
+
+
+def _joined(parts: list[dict[str, Dataset]]) -> dict[str, Dataset]:
+    """The rows of all parts, by split."""
+    joined = {}
+    for name in SPLIT_NAMES:
+        if splits := [part[name] for part in parts if name in part]:
+            try:
+                joined[name] = concatenate_datasets(splits)
+            except ValueError as error:  # from datasets: the types of the columns differ
+                raise UserError(f"data.mix: columns of one name have different types: {first_line(error)}") from None
+            joined[name].info.description = MIX
+    return joined
 
 
 def guess_task(data: DataConfig) -> str:
@@ -55,6 +124,7 @@ def guess_task(data: DataConfig) -> str:
     Raises:
         UserError: the columns are for a task that this version does not have.
     """
+    data = data.parts[0] if data.mix else data
     named = {
         "instruction": data.messages or data.response or data.tools or data.system or data.chat_template != "auto",
         "token-classification": data.tokens or data.tags,

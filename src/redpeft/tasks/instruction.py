@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig, Task
 from redpeft.tasks.chats import Chat, learned_answers, read_chat, read_tools, tool_names
 from redpeft.tasks.columns import tokens_of
+from redpeft.tasks.files import with_rows
 from redpeft.tasks.metrics import choose_metric
 from redpeft.tasks.rows import MAY_BE_EMPTY
 
@@ -109,6 +111,25 @@ class InstructionTask(Task):
         found |= {key: name for key, name in more.items() if name}
         cols.require_columns(train, found.values())
         return found
+
+    @classmethod
+    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+        """Plain texts, or chats and tools as JSON text, whatever form the rows had."""
+        if "text" in columns:
+            return cols.keep_columns(dataset, columns)
+        task, chats, tools = cls(columns), [], []
+        for index, row in enumerate(dataset):
+            try:
+                task._check_chat(row, with_labels=True)
+                chat, known = task._read(row, with_labels=True)
+            except UserError as error:
+                raise UserError(f"{cols.where(dataset, index)}: {error}") from None
+            chats.append(json.dumps(chat, ensure_ascii=False))
+            tools.append(known and json.dumps(known, ensure_ascii=False))
+        found = Dataset(pa.table({"messages": chats, "tools": pa.array(tools, pa.string())}))
+        return with_rows(
+            found, cols.source(dataset), dataset[:][cols.ROW] if cols.ROW in dataset.column_names else None
+        )
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
         """Raises `UserError` for a missing column, an empty text, or a value that is not a chat."""

@@ -19,9 +19,9 @@ from redpeft.console import Progress, bars_on_terminals_only, log_main, no_bars
 from redpeft.errors import UserError
 from redpeft.models import autocast, choose_precision, find_base, load_config, pad_prompts
 from redpeft.storage import CONFIG_NAME, RECIPE, RESULT, TASK, read_json
-from redpeft.tasks.base import TASKS, task_from_dict
+from redpeft.tasks.base import TASKS, DataConfig, task_from_dict
 from redpeft.tasks.columns import ROW, values, where, with_columns
-from redpeft.tasks.data import read_evaluation
+from redpeft.tasks.data import read_evaluation, share_columns
 from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.baselines import METHODS
 from redpeft.training.callbacks import plain_scores, show_progress
@@ -150,6 +150,8 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     a text or a label are left out if the recipe says so.
     """
     dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first")
+    if run.recipe.data.mix:  # a file of any form that could be in the mix
+        dataset = share_columns(run.task.name, dataset, DataConfig(path=str(data)))
     dataset = with_columns(dataset, run.task.columns)
     if run.recipe.data.drop_missing:
         dataset = leave_out_missing(dataset, run.task.columns)
