@@ -201,6 +201,7 @@ def apply_method(model: PreTrainedModel, recipe: Recipe, new_weights: Iterable[s
     trained. Everything that is trained is held in fp32 (fp64 for an fp64 base). Raises `UserError` for options that
     the method does not have or that do not fit the model.
     """
+    recipe = recipe.resolved()
     check_options(recipe)
     head = head_modules(model, recipe.task, new_weights)
     if recipe.init_from is not None:
@@ -234,6 +235,7 @@ def trainable_parameters(model: PreTrainedModel, recipe: Recipe, new_weights: It
     The method is applied to `model`, which cannot be used for anything else afterwards. Arguments and errors as in
     `apply_method`.
     """
+    recipe = recipe.resolved()
     head = head_modules(model, recipe.task, new_weights)
     trained = apply_method(model, recipe, new_weights)
     in_head = sum(parameter.numel() for parameter in head_parameters(trained, head).values())
