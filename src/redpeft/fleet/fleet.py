@@ -28,7 +28,7 @@ from redpeft.fleet.losses import row_loss
 from redpeft.fleet.stacked_heads import Groups, StackedHead
 from redpeft.models import keep_modes_and_rng
 from redpeft.tuner.edit import effective_edit
-from redpeft.tuner.layer import edited_by, red_layers
+from redpeft.tuner.layer import red_layers, replaced
 from redpeft.tuner.mixed import RowIndex, edit_rows
 
 
@@ -215,14 +215,12 @@ class Fleet:
             effective = effective_edit(offset, bias, units[:, number, None], edit.origin)
             editors[layer] = partial(edit_rows, torch.stack(effective, dim=1), rows)
         groups = Groups(index, len(live))
-        try:
-            for wrapper, head in zip(self.wrappers, self.heads, strict=True):
-                wrapper.forward = partial(head, [next(parts) for _ in head.trained], groups)
-            with edited_by(editors):
-                yield
-        finally:
-            for wrapper in self.wrappers:
-                wrapper.__dict__.pop("forward", None)
+        heads = {
+            wrapper: partial(head, [next(parts) for _ in head.trained], groups)
+            for wrapper, head in zip(self.wrappers, self.heads, strict=True)
+        }
+        with replaced("editor", editors), replaced("forward", heads):
+            yield
 
     @torch.no_grad()
     def _update(self, slots: torch.Tensor, gradient: torch.Tensor, rates: Rates) -> None:

@@ -39,6 +39,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("redpeft_edit",)
+    editor: Editor | None = None  # set by `replaced`
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: RedConfig, *, width: int, site: str) -> None:
         super().__init__()
@@ -51,7 +52,6 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
         for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
             self.register_buffer(name, None, persistent=False)
-        self.editor: Editor | None = None  # set by `edited_by`
         self.added: RemovableHandle | None = None  # the hook of `edit_too`
         if isinstance(base_layer, Conv1D):  # what PEFT's layers have, and other linears have of their own
             self.in_features, self.out_features = base_layer.weight.shape[0], base_layer.nf
@@ -246,13 +246,15 @@ def edits_of(model: nn.Module, adapter: str) -> dict[str, Edit]:
 
 
 @contextmanager
-def edited_by(editors: Mapping[RedLayer, Editor]) -> Iterator[None]:
-    """While inside, each of these layers' outputs is edited by its editor, whatever its adapters are."""
-    before = {layer: layer.editor for layer in editors}
+def replaced(name: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """While inside, modules have these values as their attribute `name`: a layer's `editor`, or a head's `forward`."""
+    before = {module: vars(module)[name] for module in values if name in vars(module)}
+    for module, value in values.items():
+        setattr(module, name, value)
     try:
-        for layer, editor in editors.items():
-            layer.editor = editor
         yield
     finally:
-        for layer, own in before.items():
-            layer.editor = own
+        for module in values:
+            delattr(module, name)
+        for module, value in before.items():
+            setattr(module, name, value)

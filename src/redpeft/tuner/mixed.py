@@ -58,7 +58,7 @@ class MixedBatch:
 
     @torch.compiler.disable  # likewise
     def editors(self, layers: Iterable[RedLayer]) -> dict[RedLayer, Editor]:
-        """For `edited_by`: each sequence of the batch has the edits of its own adapter."""
+        """The layers' editors: each sequence of the batch has the edits of its own adapter."""
         return {
             layer: partial(edit_rows, stack_edits(layer.redpeft_edit, self.adapters), self.index)
             for layer in layers

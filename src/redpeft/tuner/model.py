@@ -44,7 +44,7 @@ from redpeft.tuner.heads import (
     same_tensors,
     wrappers,
 )
-from redpeft.tuner.layer import RedLayer, edited_by, edits_of, red_layers
+from redpeft.tuner.layer import RedLayer, edits_of, red_layers, replaced
 from redpeft.tuner.mixed import BASE, MixedBatch
 from redpeft.tuner.register import PREFIX
 from redpeft.tuner.sites import SHARED_EXPERT, adds_shared_expert, find_sites
@@ -405,16 +405,12 @@ class RedModel(BaseTuner):
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
         batch = MixedBatch(names, list(self.peft_config))
-        heads = list(wrappers(self.model).values())
-        try:
-            for head in heads:
-                modules = {**head.modules_to_save, BASE: head.original_module}
-                head.forward = partial(run_by_adapter, modules, batch)
-            with edited_by(batch.editors(layers)):
-                yield
-        finally:
-            for head in heads:
-                head.__dict__.pop("forward", None)
+        heads = {
+            head: partial(run_by_adapter, {**head.modules_to_save, BASE: head.original_module}, batch)
+            for head in wrappers(self.model).values()
+        }
+        with replaced("editor", batch.editors(layers)), replaced("forward", heads):
+            yield
 
 
 @torch.compiler.disable

@@ -28,7 +28,7 @@ from redpeft.errors import UserError, first_line, shorten_list
 from redpeft.models import device_and_dtype, example_inputs, keep_modes_and_rng, unwrapped
 from redpeft.tuner.edit import Edit
 from redpeft.tuner.first_step import check_first_step
-from redpeft.tuner.layer import RedLayer, edited_by, edits_of, red_layers
+from redpeft.tuner.layer import RedLayer, edits_of, red_layers, replaced
 
 MAX_VALUES = 2**20
 STD_PER_MEDIAN = 1.4826
@@ -192,7 +192,8 @@ def _measure(base: nn.Module, layers: Sequence[RedLayer], run: Callable[..., Any
     every = red_layers(base).values()
     for layer in every:
         layer.unmerge()
-    with keep_modes_and_rng(base), torch.no_grad(), edited_by({layer: partial(watch, layer) for layer in every}):
+    watchers = {layer: partial(watch, layer) for layer in every}
+    with keep_modes_and_rng(base), torch.no_grad(), replaced("editor", watchers):
         base.eval()
         run(**inputs)
     return sizes
