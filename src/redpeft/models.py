@@ -133,12 +133,20 @@ def read_gguf_header(base: str | Path) -> GGUFHeader | None:
     return _read_gguf_header(file, file.stat().st_mtime_ns)
 
 
+@functools.lru_cache(maxsize=1)
+def _parse_gguf(file: Path, modified: int) -> Any:
+    """`gguf.GGUFReader(file)`, which takes seconds for a large vocabulary. `modified`: the file's time stamp."""
+    from gguf.gguf_reader import GGUFReader  # `gguf.GGUFReader` is this function while a model is loaded
+
+    return GGUFReader(file)
+
+
 @functools.lru_cache(maxsize=8)
 def _read_gguf_header(file: Path, modified: int) -> GGUFHeader:
     import gguf
 
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _parse_gguf(file, modified)
         fields = reader.fields
         architecture = fields["general.architecture"].contents()
         if "general.file_type" in fields:
@@ -179,11 +187,11 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
             }
         if is_model:
             kwargs["output_loading_info"] = True
-            _obey_switch_of_bars()
             if hasattr(transformers, "GgufConfig"):
                 kwargs["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded = auto_class.from_pretrained(str(folder), **kwargs)
+        with _reading_gguf() if header else nullcontext():
+            loaded = auto_class.from_pretrained(str(folder), **kwargs)
     except Exception as error:  # errors of transformers, tokenizers, safetensors and the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
         reason = first_line(error)
@@ -195,6 +203,7 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
             reason = f"transformers has no such class for this architecture; {NEEDED.get(kind, 'choose another task')}"
         raise UserError(f"cannot load {base}{place} with {kind}: {reason}") from error
     if header and is_model:
+        _parse_gguf.cache_clear()  # a large vocabulary takes 0.1 GB and more
         model, info = loaded
         model.gguf_loading_info = info
         _check_gguf_weights(model, info, header, base)
@@ -209,12 +218,24 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
     return loaded
 
 
-def _obey_switch_of_bars() -> None:
-    """Let the progress bar of dequantising be hidden as the other bars of transformers are."""
+@contextmanager
+def _reading_gguf() -> Iterator[None]:
+    """While inside, transformers does once what it does again and again for a GGUF file: it parses the file for the
+    configuration and for the weights, and makes the table of tensor names for every module. And the progress bar of
+    dequantising is hidden as its other bars are."""
+    import gguf
+
     with suppress(ImportError):
         from transformers import modeling_gguf_pytorch_utils
 
         modeling_gguf_pytorch_utils.tqdm = transformers.utils.logging.tqdm
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda file: _parse_gguf(Path(file), Path(file).stat().st_mtime_ns)  # type: ignore
+    gguf.get_tensor_name_map = functools.cache(name_map)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map  # type: ignore
 
 
 def _check_gguf_weights(model: PreTrainedModel, info: dict[str, Any], header: GGUFHeader, base: str | Path) -> None:
