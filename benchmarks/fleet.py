@@ -39,7 +39,6 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig
 
 import redpeft
-from redpeft.demo import find_encoder
 from redpeft.fleet import Fleet, Rates
 from redpeft.fleet.queue import Job
 from redpeft.runs.runner import run_fleets
@@ -340,7 +339,7 @@ def main() -> None:
             Console(width=None if sys.stdout.isatty() else 120).print(step_table(report))
     else:
         counts = [int(count) for count in asked.counts.split(",")]
-        values = {"base": find_encoder(), "batch_size": asked.batch_size, "epochs": asked.epochs}
+        values = {"base": "minilm", "batch_size": asked.batch_size, "epochs": asked.epochs}
         with tempfile.TemporaryDirectory() as folder:
             sets = make_sets(asked.data, Path(folder), max(counts), asked.rows)
             Console().print(compare(sets, counts, asked.ways.split(","), values))

@@ -105,7 +105,7 @@ def test_fleets_are_measured_beside_their_ways(tmp_path):
     labels = [json.loads(line)["label"] for path in sets for line in (path / "train.jsonl").read_text().splitlines()]
     assert len(labels) == 18
     assert all(label.startswith("class ") for label in labels)
-    values = {"base": module.find_encoder(), "batch_size": 3, "epochs": 1}
+    values = {"base": "minilm", "batch_size": 3, "epochs": 1}
     found = [module.work(way, sets, tmp_path / way, values) for way in ("fleet", "one by one")]
     assert [one["steps"] for one in found] == [6, 6]
     assert module.row_times([1, 2], [4], 4, 2).row_count == 1

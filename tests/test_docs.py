@@ -130,7 +130,7 @@ def workplace(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("BASE", str(tiny_encoder_folder))
-    monkeypatch.setattr("redpeft.demo.find_encoder", lambda: str(tiny_encoder_folder))
+    shutil.copytree(tiny_encoder_folder, "minilm")
     Path("messages").mkdir()
     for file in demo.MESSAGES.glob("*.jsonl"):
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)

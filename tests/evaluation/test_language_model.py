@@ -18,6 +18,7 @@ from redpeft.adapters.fold.folding import fold
 from redpeft.errors import UserError
 from redpeft.evaluation.language_model import (
     Decoding,
+    LanguageModel,
     WithoutPadding,
     attach,
     detach,
@@ -27,6 +28,7 @@ from redpeft.evaluation.language_model import (
 )
 from redpeft.training.recipe import load_recipe
 from redpeft.training.train import train
+from redpeft.tuner.mixed import BASE
 
 SHORT = Decoding(max_new_tokens=24)
 ASKED = ["Hi", "Name three rivers in Europe, please.", "2+2?", "Write a poem about autumn leaves and rain"]
@@ -52,6 +54,21 @@ def test_a_batch_answers_as_each_question_alone(opened, penalty):
     assert together == [opened.answer([chat], decoding)[0] for chat in chats]
     assert opened.answer(chats[::-1], decoding) == together[::-1]
     assert len({len(text) for text in together}) > 4
+
+
+def test_each_chat_of_a_batch_has_its_own_adapter(talker, opened, tmp_path):
+    model, tokenizer = load_language_model(str(talker))
+    for seed, name in enumerate(["a", "b"]):
+        model = attach(model, write_red(tmp_path / name, talker, seed), name)
+    several = LanguageModel(model, tokenizer)
+    names = ["b", BASE, "a", "b"]
+    together = several.answer(CHATS, SHORT, names)
+    for chat, name, answer in zip(CHATS, names, together, strict=True):
+        alone = opened if name == BASE else open_language_model(str(talker), tmp_path / name)
+        assert alone.answer([chat], SHORT) == [answer]
+    assert several.answer(CHATS, SHORT, ["a"] * 4) != several.answer(CHATS, SHORT, ["b"] * 4)
+    with pytest.raises(UserError, match="unknown adapters in adapter_names: c"):
+        several.answer(CHATS[:1], SHORT, ["c"])
 
 
 def test_what_is_generated_is_what_greedy_decoding_by_hand_gives(opened, talker):

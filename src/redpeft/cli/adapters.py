@@ -30,7 +30,7 @@ def sites(
     return CommandOutput(dataclasses.asdict(found), [title, preview_table(found)])
 
 
-@command("redpeft inspect runs/demo/red/seed-0 --plot red.png")
+@command("redpeft inspect runs/demo/red --plot red.png")
 def inspect(
     adapter: RunFolder,
     other: Annotated[Path | None, typer.Argument(help="A second adapter to compare with.", show_default=False)] = None,

@@ -115,7 +115,7 @@ def evaluate(
     return CommandOutput(found, [_scores({data: metrics}), *([_confusion(matrix)] if small else [])])
 
 
-@command("echo 'Where is my card?' | redpeft predict runs/demo/red/seed-0 -")
+@command("echo 'Where is my card?' | redpeft predict runs/demo/red -")
 def predict(
     run: RunFolder,
     file: Annotated[
@@ -172,14 +172,18 @@ def score(
     return CommandOutput(data, [_scores({predictions.name: scores})])
 
 
-@command("redpeft demo --out runs/demo")
+@command("redpeft demo --quick")
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for runs and plot.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The folder for runs and plot. Default: runs/demo, or runs/demo-quick."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One minute: fewer steps, and RED alone.")] = False,
 ) -> CommandOutput:
-    """Train RED and four other methods on a small data set in the package: no account, no download, five minutes."""
+    """Teach a small chat model three styles, and sort messages by RED and other methods: no account, five minutes."""
     from redpeft.demo import run_demo
 
-    result, shown = run_demo(out)
+    result, shown = run_demo(out or Path("runs", "demo-quick" if quick else "demo"), quick)
     return CommandOutput(result, shown)
 
 

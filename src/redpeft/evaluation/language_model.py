@@ -7,9 +7,9 @@ the left, and the penalties see no padding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class LanguageModel:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    task: InstructionTask
+    task: InstructionTask = field(default_factory=lambda: InstructionTask({"messages": "messages"}))
     context: Callable[[], AbstractContextManager] = nullcontext
 
     def prompt(self, chat: Chat, decoding: Decoding) -> list[int]:
@@ -89,14 +89,19 @@ class LanguageModel:
             )
         return prompt
 
-    def answer(self, chats: list[Chat], decoding: Decoding) -> list[str]:
-        """The next answer of each chat, made together as one batch, without spaces around it. Raises as `prompt`."""
+    def answer(self, chats: Sequence[Chat], decoding: Decoding, adapters: Sequence[str] | None = None) -> list[str]:
+        """The next answer of each chat, made together as one batch, without spaces around it.
+
+        `adapters`: the name of the adapter that answers each chat, `tuner.mixed.BASE` for none of them; default: the
+        active one answers all. Raises as `prompt`, and `UserError` for an unknown name.
+        """
         prompts = [self.prompt(chat, decoding) for chat in chats]
         inputs = pad_prompts(self.tokenizer, prompts, "left").to(self.model.device)
         padding = (inputs["attention_mask"] == 0).sum(1).tolist()
         with torch.inference_mode(), self.context(), quiet():
             tokens = self.model.generate(
                 **inputs,
+                **({} if adapters is None else {"adapter_names": list(adapters)}),
                 **GREEDY,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
@@ -155,7 +160,7 @@ def open_language_model(name: str, adapter: str | Path | None = None) -> Languag
             raise UserError(f"{adapter} does not name its base model: give the base as MODEL, and this with --adapter")
     model, tokenizer = load_language_model(name)
     if adapter is None:
-        return LanguageModel(model, tokenizer, InstructionTask({"messages": "messages"}))
+        return LanguageModel(model, tokenizer)
     task, tokenizer = prompt_form(adapter, tokenizer)
     return LanguageModel(attach(model, adapter), tokenizer, task)
 
