@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 import urllib.error
 
 import pytest
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from .server import Server, put
 from .tiny_adapters import adapter, edits
@@ -147,6 +149,22 @@ def test_new_ones_are_picked_up_replaced_ones_answer_anew_and_removed_ones_are_g
     shutil.rmtree(server.folder / "later")
     assert refused(server, "later").status_code == 404
     assert "later" not in server.models()
+
+
+def test_a_chat_is_written_by_the_template_of_its_adapter(server, adapters, base):
+    shutil.copytree(adapters[0], server.folder / "templated")
+    (server.folder / "templated" / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    chat = [{"role": "user", "content": "Hi"}]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for name, text in {
+        "templated": "Hi!",
+        "edit-0": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
+    }.items():
+        asked = json.loads(server.post("tokenize", model=name, messages=chat, add_special_tokens=False))["tokens"]
+        assert tokenizer.decode(asked) == text
+        answer = server.client.chat.completions.create(model=name, messages=chat, max_tokens=2)
+        assert answer.usage.prompt_tokens == len(asked)
+    shutil.rmtree(server.folder / "templated")
 
 
 def test_a_cancelled_request_leaves_the_rest_in_order(server, adapters, prompts, reference):

@@ -18,10 +18,12 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse, ModelCard, Mod
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
+from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from redpeft.errors import UserError, first_line
+from redpeft.models import read_chat_template
 from redpeft.serving.options import Options
 from redpeft.serving.served_folder import FileSignature, Refusals, ServedFolder, file_signature
 from redpeft.storage import find_adapter
@@ -192,6 +194,35 @@ def _as_checked(choose: Callable[..., Any]) -> Callable[..., Any]:
     return adapter_of
 
 
+chat_template: ContextVar[str | None] = ContextVar("the chat template of this request's adapter", default=None)
+
+
+def _with_template(check: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM's check of a request's model, which also looks up the chat template that its adapter was trained with."""
+
+    @functools.wraps(check)
+    async def call(serving: BaseServing, request: Any, *args: Any, **kwargs: Any) -> ErrorResponse | None:
+        error = await check(serving, request, *args, **kwargs)
+        adapter = serving.models.lora_requests.get(request.model)
+        chat_template.set(read_chat_template(find_adapter(adapter.lora_path)) if adapter and not error else None)
+        return error
+
+    return call
+
+
+def _by_template(preprocess: Callable[..., Any]) -> Callable[..., Any]:
+    """vLLM writes a chat by the template of its adapter, or else by the server's. A request's own template
+    overrides both."""
+
+    @functools.wraps(preprocess)
+    async def call(renderer: Any, *args: Any, **kwargs: Any) -> Any:
+        if (template := chat_template.get()) is not None:
+            kwargs["default_template"] = template
+        return await preprocess(renderer, *args, **kwargs)
+
+    return call
+
+
 refusals = Refusals()
 refusal_reason: ContextVar[str] = ContextVar("why an adapter was refused in this request", default="")
 
@@ -253,6 +284,8 @@ def install() -> None:
     models.resolve_lora = _of_folder(_with_reason(models.resolve_lora), resolve_lora)
     models.load_lora_adapter = _of_folder(_with_reason(models.load_lora_adapter), load_lora_adapter)
     models.unload_lora_adapter = _of_folder(models.unload_lora_adapter, unload_lora_adapter)
+    BaseServing._check_model = _with_template(BaseServing._check_model)
+    OnlineRenderer.preprocess_chat = _by_template(OnlineRenderer.preprocess_chat)
     BaseServing._maybe_get_adapters = _as_checked(BaseServing._maybe_get_adapters)
     AsyncLLM.add_lora = _remembering(AsyncLLM.add_lora)
     LLMEngine.add_lora = _raising(LLMEngine.add_lora)
