@@ -52,7 +52,7 @@ def test_a_preview_is_what_the_run_becomes_and_writes_nothing(make_recipe, tmp_p
     assert not any(part.learned for example in found.examples for part in example.parts)
 
 
-def test_the_probe_begins_with_the_longest_rows_and_ends_early(make_recipe, monkeypatch):
+def test_the_probe_begins_with_the_longest_row_and_ends_early(make_recipe, monkeypatch):
     widths = []
     step = RunTrainer.training_step
 

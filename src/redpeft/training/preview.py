@@ -7,11 +7,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 from rich.console import Console, ConsoleOptions
 from rich.panel import Panel
@@ -83,8 +85,8 @@ class RunPreview:
         seconds: of training with its validations, which result.json calls the same.
         seconds_per_step, seconds_per_validation: parts of it.
         seconds_to_test: afterwards, with the test rows; 0 without.
-        peak_bytes: of memory that was in use during the probe, which begins with the longest rows.
-        free_bytes: of memory before it.
+        peak_bytes: of memory that was in use in the probe's first steps, which begin with the longest row.
+        free_bytes: of memory before them.
     """
 
     notes: list[str]
@@ -122,11 +124,10 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
             _example(run.task, run.learner.tokenizer, as_batch(trainer, [row]))
             for row in range(min(EXAMPLES, len(trainer.train_dataset)))
         ]
-        device, trainable = trainer.args.device, [p for p in run.learner.model.parameters() if p.requires_grad]
-        free = free_memory(device)
-        with warnings.catch_warnings(), peak_memory(device) as peak:
+        free = free_memory(trainer.args.device)
+        probe = _probe(trainer)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of scores on few rows
-            step = _seconds_per_step(trainer)
             validation = _seconds_to_score(trainer, trainer.eval_dataset)
         return RunPreview(
             notes=notes,
@@ -135,14 +136,14 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
             rows={name: len(split) for name, split in run.splits.items()},
             rows_cut=run.rows_cut,
             rows_left_out=run.rows_left_out,
-            trainable_parameters=sum(parameter.numel() for parameter in trainable),
+            trainable_parameters=sum(p.numel() for p in run.learner.model.parameters() if p.requires_grad),
             steps=trainer.state.max_steps,
             validations=trainer.state.num_train_epochs,
-            seconds=trainer.state.max_steps * step + trainer.state.num_train_epochs * validation,
-            seconds_per_step=step,
+            seconds=trainer.state.max_steps * probe.seconds_per_step + trainer.state.num_train_epochs * validation,
+            seconds_per_step=probe.seconds_per_step,
             seconds_per_validation=validation,
             seconds_to_test=_seconds_to_test(run, trainer) if "test" in run.encoded else 0.0,
-            peak_bytes=max(peak),
+            peak_bytes=max(probe.peak),
             free_bytes=free,
         )
 
@@ -194,39 +195,57 @@ def _histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 
 class Probe(TrainerCallback):
-    """Ends training after a few steps, without validation and checkpoint. `times`: when it began, and when each step
-    ended."""
+    """Ends training after a few steps, without validation and checkpoint.
+
+    `times`: when training began and when each step ended. `peak`: bytes in use in the first steps, which do not count
+    for the time, as watching the memory takes some.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.times: list[float] = []
+        self.watching = ExitStack()
+        self.peak = self.watching.enter_context(peak_memory(device))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.times = [time.perf_counter()]
+        self.times.append(time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.times.append(time.perf_counter())
         steps = len(self.times) - 1
+        if steps == WARM_UP:
+            self.watching.close()
         if steps >= STEPS or (steps > WARM_UP and self.times[-1] - self.times[0] > SECONDS):
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_evaluate = control.should_save = False
 
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean."""
+        warm = self.times[min(WARM_UP, len(self.times) - 2) :]
+        return (warm[-1] - warm[0]) / (len(warm) - 1)
 
-def _seconds_per_step(trainer: Any) -> float:
-    """By a few steps of training, of which the first has the longest rows and does not count."""
+
+def _probe(trainer: Any) -> Probe:
+    """A few steps of training, of which the first takes the batch with the longest row."""
     lengths = [len(ids) for ids in values(trainer.train_dataset, "input_ids")]
-    order = list(trainer.order)
-    longest = sorted(order, key=lengths.__getitem__, reverse=True)[: trainer.order.batch_size]
-    trainer.order = [*longest, *(row for row in order if row not in set(longest))]
-    probe = Probe()
+    order, size = list(trainer.order), trainer.order.batch_size
+    starts = range(0, len(order) - size + 1, size)
+    first = max(starts, key=lambda start: max(lengths[row] for row in order[start : start + size]), default=0)
+    trainer.order = [*order[first : first + size], *order[:first], *order[first + size :]]
+    probe = Probe(trainer.args.device)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(probe)
-    trainer.train()
-    warm = probe.times[min(WARM_UP, len(probe.times) - 2) :]
-    return (warm[-1] - warm[0]) / (len(warm) - 1)
+    with probe.watching:
+        trainer.train()
+    return probe
 
 
 def _seconds_to_score(trainer: Any, rows: Dataset) -> float:
     """For all rows, by some of all lengths."""
     few = rows.select(_spread(len(rows), BATCHES * trainer.args.per_device_eval_batch_size))
+    trainer.evaluate(few.select([0]))  # the first time takes longer
     began = time.perf_counter()
     trainer.evaluate(few)
     return (time.perf_counter() - began) * len(rows) / len(few)
