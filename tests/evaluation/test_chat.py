@@ -6,9 +6,11 @@ import os
 import signal
 
 import pytest
+import torch
 
 from helpers.language_models import write_lora, write_prompt, write_red, write_talker
 from redpeft.adapters.arithmetic import compose
+from redpeft.adapters.folder import read_adapter
 from redpeft.errors import UserError
 from redpeft.evaluation import chat as chat_module
 from redpeft.evaluation.chat import Sampling, chat, short_names
@@ -114,6 +116,20 @@ def test_drawn_answers_repeat_with_their_seed(talk):
     assert len(again) == 2
     beside = talk("/side-by-side formal", "/strength 1.0000001", "Hi", sampling=drawn)[1]
     assert without_spaces(beside) == without_spaces(f"formal:{first[1]}1*formal:{first[1]}")
+
+
+def test_what_answers_is_saved_as_an_adapter(talk, folders, tmp_path):
+    mixed = ["/mix formal=0.7 brief=-0.3", "/strength 0.5", f"/save {tmp_path / 'mix'}", "/adapter brief"]
+    said, _ = talk(*mixed, f"/save '{tmp_path / 'a b'}'", "/clear", "/mix formal=0.7 brief=-0.3", "/strength 0.5", "a")
+    assert said[1] == answer_of(folders, "half-of-both", "a") == answer_of(tmp_path, "mix", "a")
+    saved, original = read_adapter(tmp_path / "a b"), read_adapter(folders / "brief")
+    assert all(torch.equal(saved.edits[site].bias, edit.bias) for site, edit in original.edits.items())
+    with pytest.raises(UserError, match="mix exists already"):
+        talk(f"/save {tmp_path / 'mix'}")
+    with pytest.raises(UserError, match="this is a LORA adapter, not a RED adapter"):
+        talk("/adapter lora", f"/save {tmp_path / 'lora'}", adapters=("lora",))
+    with pytest.raises(UserError, match="the base model is no adapter: choose one first"):
+        talk("/base", "/save x")
 
 
 def test_settings_are_shown_and_changed(talk, capsys):

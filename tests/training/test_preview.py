@@ -52,7 +52,7 @@ def test_a_preview_is_what_the_run_becomes_and_writes_nothing(make_recipe, tmp_p
     assert not any(part.learned for example in found.examples for part in example.parts)
 
 
-def test_the_probe_begins_with_the_longest_row_and_ends_early(make_recipe, monkeypatch):
+def test_the_probe_takes_the_batches_of_the_run_the_longest_first_and_ends_early(make_recipe, monkeypatch, tmp_path):
     widths = []
     step = RunTrainer.training_step
 
@@ -65,6 +65,11 @@ def test_the_probe_begins_with_the_longest_row_and_ends_early(make_recipe, monke
     found = preview(make_recipe(), "run")
     assert (found.steps, len(widths)) == (18, 5)
     assert widths[0] == max(widths) > min(widths)
+    monkeypatch.setattr(preview_module, "STEPS", 6)  # an epoch
+    widths.clear()
+    preview(make_recipe())
+    train(make_recipe(max_steps=6), tmp_path / "run")
+    assert sorted(widths[:6]) == sorted(widths[6:12])
     widths.clear()
     monkeypatch.setattr(preview_module, "SECONDS", 0.0)
     preview(make_recipe(), "run")

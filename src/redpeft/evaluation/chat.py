@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
+from redpeft.adapters.arithmetic import compose
 from redpeft.adapters.folder import read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
@@ -34,6 +35,7 @@ COMMANDS = {
     "/mix NAME=0.7 NAME=0.3": "the weighted sum of adapters answers",
     "/side-by-side [NAME ...]": "others answer each question too (default: the base model); again: no longer",
     "/set [NAME=VALUE ...]": "show or change how answers are drawn, such as temperature=0",
+    "/save FOLDER": "write the adapter or mix that answers, at its strength, as an adapter",
     "/again": "draw another answer to the last question",
     "/clear": "begin a new chat",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
@@ -392,6 +394,13 @@ class Conversation:
                     {name: value for name, _, value in (each.partition("=") for each in settings)}
                 )
                 self.note(str(self.sampling))
+            case ["/save", folder]:
+                if not self.whole:
+                    raise UserError("the base model is no adapter: choose one first, with /adapter NAME")
+                compose(
+                    " + ".join(f"{w!r} * {str(self.adapted.folders[n])!r}" for n, w in self.weights.items()), folder
+                )
+                self.note(f"wrote {expression(self.weights)} to {folder}")
             case ["/again"]:
                 if self.messages == self.beginning:
                     raise UserError("nothing was asked yet")
