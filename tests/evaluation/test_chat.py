@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -100,8 +101,8 @@ def test_a_base_model_alone_and_a_system_message(talk, folders):
     said, _ = talk("Hi", model="talker", adapters=(), system="Be brief.")
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert said[2:] == open_language_model(str(folders / "talker")).answer([prompt], AS_CHAT)
-    said, _ = talk("Hi", "/clear", "Ho", model="talker", adapters=(), system="Be brief.")
-    assert said[:2] == ["Be brief.", "Ho"]
+    said, _ = talk("Hi", "/clear", "", " /Ho", model="talker", adapters=(), system="Be brief.")
+    assert said[:2] == ["Be brief.", "/Ho"]
 
 
 def test_drawn_answers_repeat_with_their_seed(talk):
@@ -156,7 +157,7 @@ def test_settings_are_shown_and_changed(talk, capsys):
         ("/mix lora=0.5 formal=0.5", "lora is a LORA adapter, which answers as it is: only RED adapters have a"),
         ("/strength", "write /strength 0.5"),
         ("/again", "nothing was asked yet"),
-        ("/nosuch", "there is no command /nosuch; /help lists them"),
+        ("/nosuch", "there is no command /nosuch; /help lists them, and a space before it makes it a question"),
         ('/adapter "formal', "cannot read '/adapter \"formal': No closing quotation"),
         ("/set nosuch=1", "there is no setting nosuch: there are temperature=0.0 top_p=0.9"),
         ("/set top_p=2", "top_p: Input should be less than or equal to 1, not '2'"),
@@ -220,12 +221,14 @@ def test_an_interrupt_ends_an_answer_and_the_chat_goes_on(talk, monkeypatch, cap
     assert 0 < len(without_spaces(written)) - len(without_spaces("".join(said[1::2]))) <= 5
 
 
-def test_outputs_that_are_not_finite_and_chats_that_are_too_long_are_refused(talk):
+def test_outputs_that_are_not_finite_and_chats_that_are_too_long_are_refused(talk, capsys):
     for sampling in ({"temperature": 0}, {"temperature": 1}):
         with pytest.raises(UserError, match=r"^the model's outputs are not finite with 1e\+38 \* formal: choose a sm"):
             talk("/strength 1e38", "Hi", sampling=sampling)
     with pytest.raises(UserError, match=r"^the chat has \d+ tokens, as many as .* 512: /clear begins a new one"):
         talk("Hi " * 200)
+    assert talk("Hi " * 160, sampling={"temperature": 0, "max_new_tokens": 400})[0][1:]
+    assert re.match(r"cut at \d+ tokens: the model reads no longer chat, /clear begins", capsys.readouterr().err)
 
 
 def test_input_that_is_no_text_is_refused(monkeypatch, folders):

@@ -132,17 +132,17 @@ class AdaptedModel:
             with self.model.disable_adapter():
                 yield self.model.get_base_model()
             return
-        if list(weights.values()) != [1.0]:
-            for name in weights:
-                if self.kinds[name] != "REDPEFT":
-                    raise UserError(
-                        f"{name} is a {self.kinds[name]} adapter, which answers as it is: only RED adapters have a "
-                        "strength and can be mixed"
-                    )
+        as_trained = list(weights.values()) == [1.0]
+        other = next((name for name in weights if self.kinds[name] != "REDPEFT"), None)
+        if other is not None and not as_trained:
+            raise UserError(
+                f"{other} is a {self.kinds[other]} adapter, which answers as it is: only RED adapters have a strength "
+                "and can be mixed"
+            )
         self._load(list(weights))
         names = [self._loaded[name] for name in weights]
         self.model.set_adapter(names[0])
-        if list(weights.values()) != [1.0]:
+        if not as_trained:
             if MIX in self.model.peft_config:
                 self.model.delete_adapter(MIX)
             self.model.add_weighted_adapter(names, list(weights.values()), MIX)
@@ -198,10 +198,11 @@ def expression(weights: Weights) -> str:
 
 
 class Answer(NamedTuple):
-    """What was answered, and why it ended: "end", "limit" (of new tokens) or "stopped" (by Ctrl-C)."""
+    """What was answered, and whether Ctrl-C stopped it. `note`: why it is not whole; None if it is."""
 
     text: str
-    ended: str
+    stopped: bool
+    note: str | None
 
 
 def answer(
@@ -220,9 +221,10 @@ def answer(
             limit = input_limit(model, tokenizer)
             raise UserError(f"the chat has {len(prompt)} tokens, as many as {limit.source}: /clear begins a new one")
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        ends = end_tokens(model, tokenizer)
         streamer = AnswerStreamer(tokenizer, write)
         torch.manual_seed(sampling.seed)
-        ended = "stopped"
+        stopped = True
         with torch.inference_mode(), adapted.context(), quiet(), contextlib.suppress(KeyboardInterrupt):
             model.generate(
                 **pad_prompts(tokenizer, [prompt], "left").to(model.device),
@@ -233,14 +235,24 @@ def answer(
                 no_repeat_ngram_size=0,
                 max_new_tokens=room,
                 logits_processor=LogitsProcessorList([OnlyFinite(expression(weights))]),
-                eos_token_id=end_tokens(model, tokenizer),
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=streamer,
             )
-            ended = "limit" if streamer.tokens[-1] not in end_tokens(model, tokenizer) else "end"
-        if ended == "stopped":
-            streamer.end()
-    return Answer(tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip(), ended)
+            stopped = False
+    note = None
+    if stopped:
+        streamer.end()
+        note = "stopped"
+    elif streamer.tokens[-1] not in ends:
+        full = room < sampling.max_new_tokens
+        more = (
+            "the model reads no longer chat, /clear begins a new one"
+            if full
+            else "/set max_new_tokens=... allows more"
+        )
+        note = f"cut at {counted(room, 'token')}: {more}"
+    return Answer(tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip(), stopped, note)
 
 
 class AnswerStreamer(TextStreamer):
@@ -317,11 +329,11 @@ class Conversation:
         while True:
             try:
                 with contextlib.redirect_stdout(self.out):
-                    line = input(f"{expression(self.weights)}> " if on_terminal else "").strip()
+                    line = input(f"{expression(self.weights)}> " if on_terminal else "").rstrip()
                 if line.startswith("/"):
                     self.obey(line)
                 elif line:
-                    self.ask(line)
+                    self.ask(line.lstrip())
             except EOFError:
                 if on_terminal:
                     self.note("")
@@ -350,10 +362,9 @@ class Conversation:
             found = answer(self.adapted, weights, asked, sampling, self.write)
             self.write("\n")
             answers[who] = found.text
-            if found.ended == "limit":
-                self.note(f"cut at {counted(sampling.max_new_tokens, 'token')}: /set max_new_tokens=... allows more")
-            if found.ended == "stopped":
-                self.note("stopped")
+            if found.note:
+                self.note(found.note)
+            if found.stopped:
                 break
         if text := answers.get(expression(self.weights)):
             self.messages = [*asked, {"role": "assistant", "content": text}]
@@ -412,7 +423,8 @@ class Conversation:
                 raise EOFError
             case [name, *_]:
                 usage = next((usage for usage in COMMANDS if usage.split()[0] == name), None)
-                raise UserError(f"write {usage}" if usage else f"there is no command {name}; /help lists them")
+                unknown = f"there is no command {name}; /help lists them, and a space before it makes it a question"
+                raise UserError(f"write {usage}" if usage else unknown)
 
     def choose(self, whole: Weights, strength: float = 1.0) -> None:
         """Let a weighted sum of adapters answer from now on. Nothing changes where it cannot be computed."""
