@@ -100,7 +100,6 @@ def test_gradient_checkpointing_changes_nothing(make_chat, queue_of, assert_same
 
 
 @pytest.mark.usefixtures("exact_loss")
-@pytest.mark.usefixtures("exact_loss")
 def test_mixed_chats_tools_and_a_chat_template(make_chat, queue_of, assert_same, tmp_path):
     """Data that a run on its own takes is the same in a fleet, and evaluated in each of its forms."""
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "clock", "arguments": {"zone": 1}}}]}
@@ -127,6 +126,7 @@ def test_mixed_chats_tools_and_a_chat_template(make_chat, queue_of, assert_same,
     assert len(list(predict(run, ["Hi", asked], max_new_tokens=2))) == 2
 
 
+@pytest.mark.usefixtures("exact_loss")
 def test_an_end_token_that_pads_too_is_learned(make_chat, queue_of, assert_same, tmp_path):
     """As in SmolLM2. Rows of a fleet keep their ends as those of a run alone do, whose labels are tested elsewhere."""
     base = str(write_gguf(tmp_path / "chat.gguf"))
