@@ -20,7 +20,7 @@ from redpeft.adapters.arithmetic import compose
 from redpeft.adapters.folder import read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
-from redpeft.evaluation.language_model import attach, detach, open_language_model, prompt_form
+from redpeft.evaluation.language_model import GREEDY, attach, detach, open_language_model, prompt_form
 from redpeft.models import end_tokens, input_limit, load_tokenizer, pad_prompts, quiet
 from redpeft.storage import CONFIG_NAME, find_adapter, find_run
 from redpeft.tasks.instruction import Chat, InstructionTask
@@ -220,7 +220,9 @@ def answer(
         if room < 1:
             limit = input_limit(model, tokenizer)
             raise UserError(f"the chat has {len(prompt)} tokens, as many as {limit.source}: /clear begins a new one")
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        settings = dict(GREEDY)
+        if sampling.temperature > 0:
+            settings |= {"do_sample": True, **sampling.model_dump(include={"temperature", "top_p", "top_k"})}
         ends = end_tokens(model, tokenizer)
         streamer = AnswerStreamer(tokenizer, write)
         torch.manual_seed(sampling.seed)
@@ -228,9 +230,7 @@ def answer(
         with torch.inference_mode(), adapted.context(), quiet(), contextlib.suppress(KeyboardInterrupt):
             model.generate(
                 **pad_prompts(tokenizer, [prompt], "left").to(model.device),
-                do_sample=sampling.temperature > 0,
-                **(drawn if sampling.temperature > 0 else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}),
-                num_beams=1,
+                **settings,
                 repetition_penalty=sampling.repetition_penalty,
                 no_repeat_ngram_size=0,
                 max_new_tokens=room,
