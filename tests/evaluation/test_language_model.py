@@ -211,6 +211,8 @@ def test_a_run_answers_as_it_was_trained(talker, tiny_chat_tokenizer, tmp_path):
     (tmp_path / "base").rename(moved)
     assert open_language_model(str(moved), tmp_path / "run").answer(CHATS, SHORT) == answers
     assert open_language_model(str(moved), tmp_path / "run" / "adapter").answer(CHATS, SHORT) == answers
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "alone")
+    assert open_language_model(str(moved), tmp_path / "alone").answer(CHATS, SHORT) == answers
 
 
 def test_an_adapter_brings_its_chat_template(talker, tmp_path):

@@ -15,6 +15,7 @@ from redpeft.tasks.base import DataConfig
 from redpeft.tasks.chats import set_chat_template
 from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
+from redpeft.tasks.instruction import InstructionTask
 
 WEATHER = {
     "name": "weather",
@@ -228,6 +229,25 @@ def test_tools_that_a_template_leaves_out(tmp_path, tiny_chat_tokenizer):
     assert refusal(write_rows(tmp_path / "tools.jsonl", [row])) == (
         "tools.jsonl, row 1: expected a list of tools such as {'name': ..., 'parameters': ...}, found weather"
     )
+
+
+@pytest.mark.parametrize("which", ["tiny_chat_tokenizer", "smollm2"])
+def test_the_plain_template_as_a_chat_template_gives_the_same_tokens(which, request):
+    """So that a server, or a folded model elsewhere, writes chats as in training."""
+    tokenizer = copy.deepcopy(request.getfixturevalue(which))
+    task = InstructionTask({"messages": "messages"}, template="plain")
+    turns = chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"), ("user", " Bye\n"))
+    answer = chat(("assistant", "See you"))
+    [prompt] = task.prompt_tokens([turns], tokenizer)
+    rows = task.rows_to_dataset([{"messages": turns + answer}])
+    [whole] = task.encode(rows, tokenizer)["input_ids"][1:]
+    tokenizer.chat_template = task.chat_template(tokenizer)
+    options = {"tokenize": True, "return_dict": False}
+    assert tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options) == prompt
+    assert tokenizer.apply_chat_template(turns + answer, **options) == whole
+    loaded = InstructionTask({"messages": "messages"})
+    assert loaded.chat_template(tokenizer) == tokenizer.chat_template
+    assert loaded.encode(rows, tokenizer)[:] == task.encode(rows, tokenizer)[:]
 
 
 def test_chat_templates_by_name_and_from_files(tmp_path, tiny_chat_tokenizer, tiny_decoder_folder):

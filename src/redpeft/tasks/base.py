@@ -256,6 +256,10 @@ class Task(ABC):
         """Lines for people, such as the labels and their counts."""
         return []
 
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """The chat template to save with an adapter of this task, if it is not the base's own."""
+        return tokenizer.chat_template
+
     @property
     def head_labels(self) -> Sequence[str]:
         """A name for each output of the task's head. Empty without a head, and for a head that gives a number."""

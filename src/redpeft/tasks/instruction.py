@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -26,11 +26,20 @@ from redpeft.tasks.rows import MAY_BE_EMPTY
 logger = logging.getLogger(__name__)
 
 PLAIN_TURNS = {"system": "{}\n\n", "user": "Human: {}\n\n", "assistant": "Assistant: {}\n\n"}
-"""The plain template, which is the paper's of its instruction tuning: `Human: {prompt}`, an empty line,
+"""The plain template's turns, which are the paper's of its instruction tuning: `Human: {prompt}`, an empty line,
 `Assistant: {response}`.
 
 The space after `Assistant:` belongs to the response, where tokenizers join it to the first word.
 """
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ message.content + '\\n\\n' }}"
+    "{% elif message.role == 'user' %}{{ 'Human: ' + message.content + '\\n\\n' }}"
+    "{% else %}{{ 'Assistant: ' + message.content + (eos_token if loop.last else '\\n\\n') }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""The plain template as a chat template, for whoever else writes chats for an adapter, such as a server."""
+BEGIN = "{{ bos_token }}"
+"""How a chat template writes the token that some tokenizers put before each text."""
 
 
 Tools = list[dict[str, Any]] | None
@@ -273,6 +282,18 @@ class InstructionTask(Task):
             return _plain_prompt(prompt, tools)
         return _render(prompt, tokenizer, True, tools)
 
+    @property
+    def shape(self) -> Hashable:
+        """Plain texts have no chat template, and so are not in one fleet with chats."""
+        return "text" in self.columns
+
+    def chat_template(self, tokenizer: PreTrainedTokenizerBase) -> Any:
+        """What writes chats as this task does, for tokens without special ones put before them."""
+        if "text" in self.columns or not self._is_plain(tokenizer):
+            return tokenizer.chat_template
+        begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        return (BEGIN if begins else "") + PLAIN_TEMPLATE
+
     def load_model(self, base: str | Path, tokenizer: PreTrainedTokenizerBase, **kwargs: Any) -> PreTrainedModel:
         """The base model as a language model. Without a pad token it gets the tokenizer's."""
         if tokenizer.eos_token_id is None:
@@ -292,7 +313,8 @@ class InstructionTask(Task):
         return [{"text": text.strip()} for text in predictions]
 
     def _is_plain(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        return self.template == "plain" or not tokenizer.chat_template
+        template = tokenizer.chat_template or PLAIN_TEMPLATE
+        return self.template == "plain" or str(template).removeprefix(BEGIN) == PLAIN_TEMPLATE
 
     def _text(self, pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str:
         """A prompt with its answer."""

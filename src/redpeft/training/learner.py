@@ -54,7 +54,7 @@ class Learner:
         head: the modules that are trained whole.
         new: the weights that the base's checkpoint does not have, which are drawn by the recipe's seed.
         digest: of the tokenizer as it was loaded.
-        new_template: whether the tokenizer has another chat template than the base's.
+        chat_template: None if it is the base's.
     """
 
     model: Any
@@ -62,7 +62,7 @@ class Learner:
     head: list[str]
     new: list[str]
     digest: str
-    new_template: bool
+    chat_template: str | None
 
 
 def build_learner(recipe: Recipe, task: Task) -> Learner:
@@ -72,10 +72,11 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
     by a fixed seed, so that all jobs on a base share them.
     """
     base, tokenizer = load_base(recipe, task)
-    before = tokenizer.chat_template
+    own = tokenizer.chat_template
     if recipe.init_from is not None:
-        tokenizer.chat_template = read_chat_template(find_adapter(recipe.init_from)) or before
+        tokenizer.chat_template = read_chat_template(find_adapter(recipe.init_from)) or own
     set_chat_template(tokenizer, recipe.data.chat_template)
+    template = task.chat_template(tokenizer)
     digest = tokenizer_digest(tokenizer)
     new = new_weights(base, recipe.base.model, recipe.base.revision)
     head = head_modules(base, recipe.task, new)
@@ -85,7 +86,9 @@ def build_learner(recipe: Recipe, task: Task) -> Learner:
         draw_weights(base, frozen.intersection(new), seed=0)
         new = [name for name in new if name not in frozen]
     draw_weights(base, new, recipe.seed)
-    return Learner(apply_method(base, recipe, new), tokenizer, head, new, digest, tokenizer.chat_template != before)
+    return Learner(
+        apply_method(base, recipe, new), tokenizer, head, new, digest, None if template == own else template
+    )
 
 
 def load_base(recipe: Recipe, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -158,8 +161,8 @@ def save_model(
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / TRAINED)
         if whole or tokenizer_digest(learner.tokenizer) != learner.digest:
             learner.tokenizer.save_pretrained(target)
-        elif learner.new_template:
-            (target / CHAT_TEMPLATE_FILE).write_text(str(learner.tokenizer.chat_template), encoding="utf-8")
+        if learner.chat_template is not None:
+            (target / CHAT_TEMPLATE_FILE).write_text(learner.chat_template, encoding="utf-8")
 
 
 def load_trained(recipe: Recipe, folder: Path, task: Task) -> tuple[Any, PreTrainedTokenizerBase]:
