@@ -149,8 +149,6 @@ def _blocks(name: str, module: nn.Module, tower: nn.Module, inside_block: bool) 
     in a block."""
     for path, child in _children(name, module):
         owner = child if _config(child) not in (type(None), _config(tower)) else tower
-        if inside_block and _is_attention(path, child):
-            continue
         if _is_stack(child, inside_block):
             yield from _members(path, child, owner)
         else:
@@ -335,7 +333,7 @@ def _label_qkv(name: str, attention: nn.Module) -> list[tuple[Linear, str]]:
     for linear in _linears(name, attention):
         inside = linear[0][len(name) :]
         if not _GATE.search(inside):
-            letters = ("".join("".join(found) for found in _QKV.findall(part)) for part in reversed(inside.split(".")))
+            letters = ("".join("".join(found) for found in _QKV.findall(part)) for part in inside.split("."))
             labelled.append((linear, next(filter(None, letters), "").lower()))
     return labelled
 
