@@ -48,7 +48,6 @@ class RedLayer(nn.Module, BaseTunerLayer):
         self.width = width
         self.site = site
         self.merged_adapters: list[str] = []
-        self._disable_adapters = False
         self._active_adapter = adapter_name
         for name in ("original_weight", "original_bias"):  # while merged: they move and cast as the base layer does
             self.register_buffer(name, None, persistent=False)
