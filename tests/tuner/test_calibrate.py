@@ -63,6 +63,19 @@ def test_a_batch_of_your_own_and_never_twice():
     assert calibrate(model, {"input_ids": torch.randint(0, 50, (3, 9))}) == units
 
 
+def test_merged_and_disabled_adapters_are_measured_as_others():
+    units = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModel.from_config(CONFIGS["bert"]), RedConfig(init_weights=False))
+        if not units:
+            model.merge_adapter()
+        with model.disable_adapter():
+            units.append(calibrate(model))
+        assert model.get_model_status().merged_adapters == []
+    assert units[0] == units[1]
+
+
 def test_nothing_to_calibrate_is_an_error():
     with pytest.raises(UserError, match="no RED adapter"):
         calibrate(AutoModel.from_config(CONFIGS["bert"]))

@@ -249,9 +249,8 @@ def test_a_measured_unit_is_known_again_after_loading():
     assert again.unit_pending
     again.load_state_dict(edit.state_dict())
     assert not again.unit_pending
-    fresh = Edit(4)
-    fresh.load_state_dict(Edit(4).state_dict())
-    assert fresh.unit_pending
+    edit.load_state_dict(Edit(4).state_dict())
+    assert edit.unit_pending
 
 
 def test_a_unit_that_was_measured_as_exactly_1_is_known():

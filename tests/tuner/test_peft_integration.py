@@ -522,6 +522,12 @@ def test_each_row_of_a_batch_has_its_adapter(tiny, mixed, name, task_type, heads
     torch.testing.assert_close(model(ids, adapter_names=ROWS).logits, expected, atol=1e-6, rtol=1e-5)
 
 
+def test_disabled_adapters_do_not_act_in_mixed_batches(tiny, mixed):
+    model, ids = mixed(tiny.llama(), "CAUSAL_LM"), tiny.tokens(5)
+    with model.disable_adapter():
+        assert torch.equal(model(ids, adapter_names=ROWS).logits, tiny.llama()(ids).logits)
+
+
 GENERATION = [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}]
 
 

@@ -207,8 +207,7 @@ class Edit(nn.Module):
             else:
                 state_dict[prefix + own] = state_dict.pop(prefix + given) + (ORIGINS[given] - self.origin)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if f"{prefix}unit" in state_dict:
-            self.unit_known = not self.auto_unit
+        self.unit_known = not self.auto_unit  # the tensor is asked again
 
     # Precision: PEFT (`add_adapter`), `.to(bfloat16)`, TRL (trainable parameters of a quantised base) and DeepSpeed
     # cast adapters to the base's dtype. Module-wide casts are refused where they happen; vectors whose `.data` were
