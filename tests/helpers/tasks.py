@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -38,3 +40,13 @@ def error_of(task_class: Any, columns: dict, data: dict | None = None, **options
         task_of(task_class, columns, data, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def parts(encoded: Dataset, tokenizer: Any) -> list[tuple[str, ...]]:
+    """What each row holds: in turns what is read, and what is learned."""
+    rows = []
+    for row in encoded:
+        spans = groupby(zip(row["completion_mask"], row["input_ids"], strict=True), key=itemgetter(0))
+        rows.append(tuple(tokenizer.decode([token for _, token in span]) for _, span in spans))
+        assert row["completion_mask"][0] == 0
+    return rows

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from helpers.data import write, write_rows
+from helpers.tasks import parts
 from redpeft.errors import UserError
 from redpeft.models import load_tokenizer
 from redpeft.tasks.base import DataConfig
@@ -33,17 +34,10 @@ def sharegpt(*turns: tuple[str, str]) -> list[dict]:
     return chat(*turns, kind="from", text="value")
 
 
-def learned(path: str, tokenizer, **data) -> list[tuple[str, str]]:
-    """For each row to learn, what comes before the answer, and the answer, both from the tokens and their mask. A
-    validation file keeps all rows of `path` for training."""
-    config = DataConfig(path=path, validation=path, **data)
-    task, splits = read_data("instruction", config)
-    rows = []
-    for row in task.encode(splits["train"], tokenizer):
-        start = row["completion_mask"].index(1)
-        assert row["completion_mask"] == [0] * start + [1] * (len(row["input_ids"]) - start)
-        rows.append(tuple(tokenizer.decode(ids) for ids in (row["input_ids"][:start], row["input_ids"][start:])))
-    return rows
+def learned(path: str, tokenizer, **data) -> list[tuple[str, ...]]:
+    """The `parts` of each row, from the tokens and their mask. A validation file keeps all rows for training."""
+    task, splits = read_data("instruction", DataConfig(path=path, validation=path, **data))
+    return parts(task.encode(splits["train"], tokenizer), tokenizer)
 
 
 def refusal(path: str, **data) -> str:
@@ -73,8 +67,8 @@ def test_sharegpt(tmp_path, smollm2):
     turns = sharegpt(("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello!"), ("human", "Bye"), ("gpt", "See you"))
     path = write_rows(tmp_path / "chats.jsonl", [{"conversations": turns}])
     start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    more = "Hello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
-    expected = [(start, "Hello!<|im_end|>\n"), (start + more, "See you<|im_end|>\n")]
+    again = "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\n"
+    expected = [(start, "Hello!<|im_end|>\n", again, "See you<|im_end|>\n")]
     assert learned(path, smollm2) == expected
     row = {"conversations": turns[1:], "system": "Be brief."}
     assert learned(write_rows(tmp_path / "beside.jsonl", [row]), smollm2) == expected
@@ -190,15 +184,13 @@ def test_tools_and_tool_calls(tmp_path, tool_tokenizer):
         ]
         rows.append({"messages": turns, "tools": [{"type": "function", "function": tool}]})
     found = learned(write_rows(tmp_path / "tools.jsonl", rows), tool_tokenizer)
-    assert [answer for _, answer in found] == [
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris", "days": 2}}\n</tool_call><|im_end|>\n',
-        "Sun.<|im_end|>\n",
-        '<tool_call>\n{"name": "clock", "arguments": {"city": 7, "zone": null}}\n</tool_call><|im_end|>\n',
-        "Sun.<|im_end|>\n",
-    ]
-    assert json.dumps(CLOCK) in found[2][0]
-    assert json.dumps(WEATHER) not in found[2][0]
-    assert "<tool_response>\nsun\n</tool_response>" in found[3][0]
+    calls = ['{"name": "weather", "arguments": {"city": "Paris", "days": 2}}']
+    calls += ['{"name": "clock", "arguments": {"city": 7, "zone": null}}']
+    for (asked, called, told, answer), call in zip(found, calls, strict=True):
+        assert called == f"<tool_call>\n{call}\n</tool_call><|im_end|>\n"
+        assert "<tool_response>\nsun\n</tool_response>" in told
+        assert answer == "Sun.<|im_end|>\n"
+        assert (json.dumps(WEATHER) in asked, json.dumps(CLOCK) in asked) == ("weather" in call, "clock" in call)
     for row in rows:
         call = row["messages"][1].pop("tool_calls")[0]["function"]
         call["arguments"] = json.dumps(call["arguments"])  # as OpenAI has it

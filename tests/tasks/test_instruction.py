@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from helpers import tasks as helper
+from helpers.tasks import parts
 from redpeft.errors import UserError
 from redpeft.models import pad_prompts
 from redpeft.tasks.base import DataConfig, task_from_dict
@@ -28,16 +29,6 @@ PAIRS = {"prompt": ["Say yes", "Say no"], "response": ["yes", "no"]}
 make = partial(helper.make, source="train.jsonl")
 task_of = partial(helper.task_of, InstructionTask, source="train.jsonl")
 error_of = partial(helper.error_of, InstructionTask, source="train.jsonl")
-
-
-def parts(encoded, tokenizer) -> list[tuple[str, str]]:
-    """What each row holds: the prompt, and what is learned."""
-    rows = []
-    for row in encoded:
-        start = row["completion_mask"].index(1)
-        assert row["completion_mask"] == [0] * start + [1] * (len(row["input_ids"]) - start)
-        rows.append(tuple(tokenizer.decode(ids) for ids in (row["input_ids"][:start], row["input_ids"][start:])))
-    return rows
 
 
 @pytest.fixture
@@ -125,14 +116,20 @@ def test_every_answer_of_a_chat_is_learned(tiny_chat_tokenizer, plain_tokenizer)
     encoded = task_of(rows).encode(make(rows), tiny_chat_tokenizer)
     start = "<|assistant|>\nWelcome</s>\n<|system|>\nBe brief.\n<|user|>\nHi\n<|assistant|>\n"
     assert parts(encoded, tiny_chat_tokenizer) == [
-        (start, "Hello!</s>\n"),
-        (start + "Hello!</s>\n<|user|>\nBye\n<|assistant|>\n", "See you</s>\n"),
+        (start, "Hello!</s>\n", "<|user|>\nBye\n<|assistant|>\n", "See you</s>\n")
     ]
     rows = {"messages": [CHAT]}
     assert parts(task_of(rows).encode(make(rows), plain_tokenizer), plain_tokenizer)[1] == (
         "<s>Be brief.\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Bye\n\nAssistant:",
         " See you</s>",
     )
+    tokenizer = copy.deepcopy(tiny_chat_tokenizer)
+    shortens = "{% for m in messages %}{{ m.content[:1] if m.role == 'assistant' and not loop.last else m.content }}"
+    tokenizer.chat_template = shortens + "{% endfor %}"
+    assert parts(task_of(rows).encode(make(rows), tokenizer), tokenizer) == [
+        ("Be brief.Hi", "Hello!"),
+        ("Be brief.HiHBye", "See you"),
+    ]
 
 
 def test_rows_are_cut_where_the_model_ends(plain_tokenizer):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -56,8 +57,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class InstructionTask(Task):
-    """What a model is to answer. The loss counts the response alone; a chat's every answer is one row. Plain texts are
-    learned whole.
+    """What a model is to answer. The loss counts the response alone, or every answer of a chat; of plain texts, all.
 
     Attributes:
         columns: "prompt" and "response", each a text or a part of a chat, and perhaps "input" (more of the prompt); or
@@ -206,9 +206,10 @@ class InstructionTask(Task):
         "completion_mask", 1 on the response. Without labels "input_ids" alone, the prompts.
 
         Chats are written by the tokenizer's chat template if that is used, else by `PLAIN_TURNS`, with the tokenizer's
-        end token behind the response. A chat with several answers becomes one row an answer, so that the loss on the
-        responses needs no markers in the chat template, and later answers may change how earlier ones are written. A
-        plain text is not cut: what is longer than `max_length` becomes several rows.
+        end token behind the response. A chat is written once for each answer, so that the template needs no markers of
+        answers. All that was written is one row if each time the earlier tokens are the same; a template that writes
+        earlier answers in another way, such as the plain one, gives a row for each. A plain text is not cut: what is
+        longer than `max_length` becomes several rows.
 
         Raises:
             UserError: a wrong row, one that the chat template or the tokenizer refuses, or a prompt to answer that
@@ -226,7 +227,8 @@ class InstructionTask(Task):
                 if with_labels:
                     return _pieces(prompts, tokenizer, max_length)
             else:
-                pairs = [pair for row in rows for pair in self._pairs(row, with_labels)]
+                chats = [self._pairs(row, with_labels) for row in rows]
+                pairs = list(chain.from_iterable(chats))
                 asked = [self.format_prompt(pair.prompt, tokenizer, pair.tools) for pair in pairs]
                 prompts = self._tokens(asked, tokenizer)
             if not with_labels:
@@ -239,13 +241,12 @@ class InstructionTask(Task):
             whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]
             starts = [_common(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
             changed += sum(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
+            found = zip(whole, starts, strict=True)
+            learned = [row for chat in chats for row in _joined(islice(found, len(chat)))]
             return {
-                "input_ids": [ids[:max_length] for ids in whole],
-                "completion_mask": [
-                    ([0] * start + [1] * (len(ids) - start))[:max_length]
-                    for start, ids in zip(starts, whole, strict=True)
-                ],
-                cols.CUT: [max_length is not None and len(ids) > max_length for ids in whole],
+                "input_ids": [ids[:max_length] for ids, _ in learned],
+                "completion_mask": [mask[:max_length] for _, mask in learned],
+                cols.CUT: [max_length is not None and len(ids) > max_length for ids, _ in learned],
             }
 
         encoded = cols.tokenise(dataset, tokenise)
@@ -353,6 +354,19 @@ class InstructionTask(Task):
         if not cols.is_missing(given.get("system")) and chat[:1] and chat[0]["role"] != "system":
             chat = [*read_chat([{"role": "system", "content": given["system"]}]), *chat]
         return chat, read_tools(given.get("tools"))
+
+
+def _joined(answers: Iterable[tuple[list[int], int]]) -> list[tuple[list[int], list[int]]]:
+    """Rows to learn, each with the mask of its answers, from the tokens up to each answer of a chat and where it
+    begins."""
+    rows: list[tuple[list[int], list[int]]] = []
+    for ids, start in answers:
+        mask = [0] * start + [1] * (len(ids) - start)
+        if rows and ids[: len(rows[-1][0])] == rows[-1][0]:
+            before = rows.pop()[1]
+            mask = before + mask[len(before) :]
+        rows.append((ids, mask))
+    return rows
 
 
 def _pieces(texts: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, list]:
