@@ -74,7 +74,7 @@ def run_demo(folder: str | Path, quick: bool = False) -> Results:
     with locked(folder):
         for model, half in ((CHAT_MODEL, teach_styles), (ENCODER, compare_methods)):
             try:
-                read_gguf_header(model)
+                read_gguf_header(model)  # raises where the model's package, or what reads its file, is not installed
             except UserError as error:
                 log_main(f"left out: {error}")
                 missing.append(str(error))
