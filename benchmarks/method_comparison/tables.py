@@ -54,13 +54,17 @@ def rows_of(results: Results, task: str, names: Iterable[str]) -> dict[str, list
 
 
 def shared_cells(runs: Sequence[Result]) -> list[str]:
-    """Parameters, file and rate."""
+    """Parameters, file, peak memory and rate."""
     first, rate = runs[0], runs[0]["settings"]["rate"]
     if rate is None:
-        return ["0", "", ""]
+        return ["0", "", "", ""]
     size = first["file_bytes"]
-    shown = f"{size / 1e6:.1f} MB" if size > 2e6 else f"{size / 1e3:.0f} kB"
-    return [f"{first['parameters']:,}", shown, f"{rate:.0e}".replace("e-0", "e-")]
+    shown = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
+    return [f"{first['parameters']:,}", shown, f"{first['peak_bytes'] / 1e9:.1f} GB", short(rate)]
+
+
+def short(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def forgetting(runs: Sequence[Result], base: Sequence[Result]) -> str:
@@ -85,7 +89,7 @@ def e2e_table(results: Results) -> str:
             forgetting(runs, base),
         ]
 
-    headings = ["method", "parameters", "file", "rate", "loss", "BLEU", "values", "BLEU, ban", "values, ban"]
+    headings = ["method", "parameters", "file", "peak", "rate", "loss", "BLEU", "values", "BLEU, ban", "values, ban"]
     return markdown([*headings, "forgetting"], filled(rows, cells, len(headings)))
 
 
@@ -112,6 +116,8 @@ def official_table(results: Results) -> str:
 def checked_table(results: Results, task: str) -> str:
     """Exact match, and how far from RED's: paired over questions."""
     rows = rows_of(results, task, group("main", "more"))
+    if not any(rows.values()):
+        return "\nNot run yet.\n\n"
     base, red = rows["the base as it is"], rows["RED"]
 
     def cells(runs: Sequence[Result]) -> list[str]:
@@ -123,7 +129,7 @@ def checked_table(results: Results, task: str) -> str:
             forgetting(runs, base),
         ]
 
-    headings = ["method", "parameters", "file", "rate", "loss", "exact match", "less RED's"]
+    headings = ["method", "parameters", "file", "peak", "rate", "loss", "exact match", "less RED's"]
     return markdown([*headings, "forgetting"], filled(rows, cells, len(headings)))
 
 
@@ -153,9 +159,10 @@ def rates_table(results: Results, names: Sequence[str], tasks: Sequence[str]) ->
             best = best_rate(name, task, results)
             shown = []
             for rate, scores in rates_tried(name, task, results).items():
-                text = f"{rate:.0e}".replace("e-0", "e-") + ": " + scores_in_short(scores, task)
+                text = f"{short(rate)}: " + scores_in_short(scores, task)
                 shown.append(f"**{text}**" if rate == best else text)
-            lines.append([name, task, "; ".join(shown) or NOT_RUN])
+            if shown:
+                lines.append([name, task, "; ".join(shown)])
     return markdown(["method", "task", "rate: validation scores"], lines)
 
 
@@ -174,12 +181,12 @@ def formats_table(results: Results) -> str:
         for rate in (2e-5, 1e-3):
             runs = tested(results, "spell_backward", cell, rate)
             if not runs:
-                lines.append([cell, f"{rate:.0e}".replace("e-0", "e-"), NOT_RUN, "", "", "", ""])
+                lines.append([cell, short(rate), NOT_RUN, "", "", "", ""])
                 continue
             lines.append(
                 [
                     cell,
-                    f"{rate:.0e}".replace("e-0", "e-"),
+                    short(rate),
                     with_error([run["validation"]["loss"] for run in runs], 3),
                     with_error([run["test"]["exact_match"] for run in runs], 1, 100),
                     with_error([run["scales_moved"] for run in runs], 1, 100),
@@ -199,7 +206,7 @@ def variants_table(results: Results) -> str:
         for task in TWO:
             best = best_rate(name, task, results)
             shown = NOT_RUN if best is None else scores_in_short(rates_tried(name, task, results)[best], task)
-            cells.append(shown if best is None else f"{shown} ({best:.0e})".replace("e-0", "e-"))
+            cells.append(shown if best is None else f"{shown} ({short(best)})")
         lines.append(cells)
     return markdown(["variant", "e2e: loss, BLEU, values (rate)", "spell_backward: loss, exact match (rate)"], lines)
 
