@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from helpers.data import write_rows
 from redpeft.errors import UserError
 from redpeft.runs.job_list import JobEntry, jobs_of_entries, read_entries
 
@@ -29,6 +30,23 @@ def test_a_line_is_a_job(jobs_file):
     assert read_entries(path) == [
         JobEntry("job-1", {"data.path": "a.csv", "data.label": "l", "learning_rate": 0.1}, f"{path}, line 1"),
         JobEntry("b", {"data.path": "b.csv"}, f"{path}, line 3", "g"),
+    ]
+
+
+def test_jobs_without_a_task_have_the_one_of_the_first_ones_data(jobs_file, tmp_path, tiny_decoder_folder, caplog):
+    pytest.importorskip("trl")
+    caplog.set_level("INFO")
+    for name in "abc":
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": "Hi", "response": name}])
+    entries = [{"data.path": str(tmp_path / f"{name}.jsonl")} for name in "abc"]
+    entries[0]["task"] = "e2e"
+    path = jobs_file(*entries)
+    with pytest.raises(UserError, match="task e2e cannot be trained in a fleet"):
+        jobs_of_entries(read_entries(path), None, [f"base={tiny_decoder_folder}"], tmp_path / "out")
+    jobs, _ = jobs_of_entries(read_entries(path)[1:], None, [f"base={tiny_decoder_folder}"], tmp_path / "out")
+    assert [(job.recipe.task, job.recipe.max_length) for job in jobs] == [("instruction", 2048)] * 2
+    assert [message for message in caplog.messages if "the task is" in message] == [
+        "b.jsonl has the columns prompt, response: the task is instruction; task=... overrides this"
     ]
 
 

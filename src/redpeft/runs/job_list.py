@@ -99,12 +99,14 @@ def jobs_of_entries(
     entries: Sequence[JobEntry], recipe: str | None, overrides: Sequence[str], out: Path
 ) -> tuple[list[Job], dict[Path, Hashable]]:
     """The jobs in `out`/<name>, and the group of each that has one. An entry's fields override those of `recipe` and
-    `overrides`, which all jobs share.
+    `overrides`, which all jobs share. Jobs that name no task have that of the first one of them.
 
     Raises `UserError`, with the line, for fields that no recipe has, for values that are wrong whatever the data is,
     and for a job that no fleet can train.
     """
     shared = dotted_fields(recipe, overrides)
+    if unnamed := next((entry for entry in entries if {**shared, **entry.fields}.get("task") is None), None):
+        shared["task"] = _recipe(unnamed, shared).task  # by the columns of one job: to read all data twice takes long
     jobs = [Job(_recipe(entry, shared), out / entry.name) for entry in entries]
     groups = {out / entry.name: entry.group for entry in entries if entry.group is not None}
     return jobs, groups

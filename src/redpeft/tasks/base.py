@@ -110,7 +110,7 @@ class DataConfig(BaseModel):
     )
     chat_template: str = Field(
         "auto",
-        validation_alias=AliasChoices("chat_template", "template"),  # its name in runs of before
+        validation_alias=AliasChoices("chat_template", "template"),  # its name in older runs
         description="Instruction: how a chat becomes text. auto: by the tokenizer's chat template, or plain if there "
         "is none. plain: the RED paper's 'Human: ...', an empty line, 'Assistant: ...'. Or a Jinja file, one of TRL's "
         "templates (qwen3, llama3, ...), or a model whose template is taken; it is saved with the adapter.",

@@ -137,7 +137,7 @@ class InstructionTask(Task):
             tools.append(known and json.dumps(known, ensure_ascii=False))
         found = Dataset(pa.table({"messages": chats, "tools": pa.array(tools, pa.string())}))
         return with_rows(
-            found, cols.source(dataset), dataset[:][cols.ROW] if cols.ROW in dataset.column_names else None
+            found, cols.source(dataset), cols.values(dataset, cols.ROW) if cols.ROW in dataset.column_names else None
         )
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:

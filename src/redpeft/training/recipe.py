@@ -32,8 +32,8 @@ else:
     TaskName = Literal[tuple(TASKS)] | None
     Length = int | None
 
-GUESSED: Any = None
-"""The value of a field that a resolved recipe always has."""
+UNRESOLVED: Any = None
+"""Of a field that is not given, and that a resolved recipe has."""
 
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
@@ -65,7 +65,7 @@ class Recipe(BaseModel):
 
     base: Base = Field(description="The base model: a folder or a name on the Hugging Face Hub, or these fields.")
     task: TaskName = Field(
-        GUESSED,
+        UNRESOLVED,
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
         "meaning representation and its text), or text-to-text (classification with an encoder-decoder such as T5, "
@@ -122,7 +122,7 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0: no clipping.")
     max_length: Length = Field(
-        GUESSED,
+        UNRESOLVED,
         ge=1,
         description="Longest row in tokens. Default: 2048 for instruction, 256 for the other tasks. Longer rows are "
         "cut, also where the model or its tokenizer takes less. "
