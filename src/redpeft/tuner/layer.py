@@ -70,7 +70,7 @@ class RedLayer(nn.Module, BaseTunerLayer):
             device=device,
         )
         measured = next((e for e in self.edits if e.auto_unit and not e.unit_pending), None)
-        if edit.unit_pending and measured is not None and not edit.bias.is_meta:
+        if edit.unit_pending and measured is not None:
             edit.express(unit=float(measured.unit))
         if not config.init_weights:
             edit.randomize()
