@@ -89,7 +89,7 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
     layers = list(red_layers(base).values())
     if not base.training or any(edit.unit.is_meta for layer in layers for edit in layer.edits):
         return
-    pending = [layer for layer in layers if _pending_edits(layer, trained=True)]
+    pending = [layer for layer in layers if _pending_edits(layer)]
     if pending:
         if getattr(base, "_is_replica", False):
             raise UserError(
@@ -112,7 +112,7 @@ def measure_before_training(base: nn.Module, args: tuple, kwargs: dict[str, Any]
                 "typical unit of the other sites there",
                 stacklevel=2,
             )
-        _set_units(base, pending, sizes, trained=True)
+        _set_units(base, pending, sizes)
     if not any(edit.express_pending for layer in layers for edit in layer.edits):
         remove_hook(base, measure_before_training)
 
@@ -199,24 +199,23 @@ def _measure(base: nn.Module, layers: Sequence[RedLayer], run: Callable[..., Any
     return sizes
 
 
-def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes, trained: bool = False) -> None:
+def _set_units(base: nn.Module, layers: Sequence[RedLayer], sizes: Sizes) -> None:
     """Count the biases of pending edits in the measured units, and the scales of imported adapters from 1."""
     typical = median(size for layer in layers for size in sizes[layer])
     for layer in layers:
         unit = median(sizes[layer] or [typical])
-        for edit in _pending_edits(layer, trained):
+        for edit in _pending_edits(layer):
             edit.express(unit if edit.unit_pending else float(edit.unit))
-            if trained:
-                check_first_step(edit)  # also of a copy of the model that got the adapter
+            check_first_step(edit)  # also of a copy of the model that got the adapter
     for name, config in getattr(base, "peft_config", {}).items():
         edits = list(edits_of(base, name).values())
         if any(edit.auto_unit and not edit.express_pending for edit in edits):
             config.resolve(unit_measured=True, scale_origin=abs(edits[0].origin))
 
 
-def _pending_edits(layer: RedLayer, trained: bool = False) -> list[Edit]:
-    """The active edits of a site that need `express` before training; `trained`: only those that are trained."""
-    return [edit for edit in layer.active_edits if edit.express_pending and (edit.trainable or not trained)]
+def _pending_edits(layer: RedLayer) -> list[Edit]:
+    """The active edits of a site that need `express` before training."""
+    return [edit for edit in layer.active_edits if edit.express_pending]
 
 
 def _several_processes() -> bool:
