@@ -82,17 +82,16 @@ class RedModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         edits = edits_of(model, adapter_name)
         automatic = config.unit == "auto"
-        imported = was_saved and config.scale_origin == 0 and automatic and not config.unit_measured
-        for edit in edits.values():
-            if imported:
+        if automatic and was_saved and config.scale_origin == 0 and not config.unit_measured:  # an imported checkpoint
+            for edit in edits.values():
                 edit.training_origin = 1.0
-            if config.format == 1:
-                nn.init.constant_(edit.offset, torch.nan)  # until the file's values are loaded
-            if automatic and not config.inference_mode:
-                check_first_step(edit)
         if config.format == 1:
+            for edit in edits.values():
+                nn.init.constant_(edit.offset, torch.nan)  # until the file's values are loaded
             model.register_forward_pre_hook(refuse_missing_values)
         if automatic and not config.inference_mode:
+            for edit in edits.values():
+                check_first_step(edit)
             add_hook(model)
         # Full names, also where PEFT was given endings: loading goes by these.
         config.resolve(target_modules=set(edits), resolved=True, format=FORMAT)
