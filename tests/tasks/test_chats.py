@@ -103,6 +103,13 @@ def test_answers_of_weight_0_are_read_and_not_learned(tmp_path, tiny_chat_tokeni
     )
 
 
+def test_an_empty_answer_with_an_empty_list_of_tool_calls(tmp_path):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": []}]
+    assert refusal(write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])) == (
+        "chats.jsonl, row 1: a message's content is empty or not text"
+    )
+
+
 def test_alpaca(tmp_path, tiny_chat_tokenizer):
     rows = [
         {"instruction": "Add", "input": "2 and 3", "output": "5", "system": "Count."},

@@ -45,8 +45,8 @@ def _read_message(given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(str(part.get("text")) for part in content)
     message = {"role": role if kind == "role" else SHAREGPT_ROLES[role], "content": content}
-    if calls:
-        message |= {"content": content or "", "tool_calls": _read_calls(calls)}
+    if found := _read_calls(calls) if calls else []:
+        message |= {"content": content or "", "tool_calls": found}
     elif not isinstance(content, str) or (is_missing(content) and message["role"] != "tool"):
         raise UserError("a message's content is empty or not text")
     if (weight := given.get("weight")) is not None:
