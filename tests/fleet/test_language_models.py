@@ -108,13 +108,14 @@ def test_mixed_chats_tools_and_a_chat_template(make_chat, queue_of, assert_same,
     ]
     mix = [
         {"path": write_rows(tmp_path / "chats.jsonl", chats), "weight": 2},
-        {"path": write_rows(tmp_path / "pairs.jsonl", [{"prompt": f"Say {i}", "response": str(i)} for i in range(9)])},
+        {"path": write_rows(tmp_path / "pairs.jsonl", [{"q": f"Say {i}", "a": str(i)} for i in range(9)])},
     ]
     template = (
         "{% for t in tools or [] %}{{ t.name }} {% endfor %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
     )
     template += "{{ m.tool_calls or '' }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     (tmp_path / "mine.jinja").write_text(template)
+    mix[1] |= {"prompt": "q", "response": "a"}
     data = {"mix": mix, "chat_template": str(tmp_path / "mine.jinja")}
     jobs = [make_chat("a", data=data, seed=1), make_chat("b", data=data, seed=2)]
     compare(jobs, queue_of, assert_same, 1e-9, 1e-9)

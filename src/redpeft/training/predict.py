@@ -150,8 +150,11 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     a text or a label are left out if the recipe says so.
     """
     dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first")
-    if run.recipe.data.mix:  # a file of any form that could be in the mix
-        dataset = share_columns(run.task.name, dataset, DataConfig(path=str(data)))
+    if run.recipe.data.mix:  # a file of the mix, or any other that could be in it
+        own = (
+            part for part in run.recipe.data.parts if str(data) in (part.path, part.train, part.validation, part.test)
+        )
+        dataset = share_columns(run.task.name, dataset, next(own, DataConfig(path=str(data))))
     dataset = with_columns(dataset, run.task.columns)
     if run.recipe.data.drop_missing:
         dataset = leave_out_missing(dataset, run.task.columns)
