@@ -343,7 +343,10 @@ def test_the_command_writes_it(files, capsys, tmp_path):
     assert "exists already and is not an empty folder" in err
     code, _, err = redpeft(capsys, "export-base", tmp_path / "out", "--out", tmp_path / "again")
     assert (code, err) == (2, f"redpeft: {tmp_path / 'out'} is no GGUF file and holds none: it can be used as it is\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    (tmp_path / "empty").mkdir()
+    code, _, err = redpeft(capsys, "export-base", tmp_path / "empty", "--out", tmp_path / "again")
+    assert (code, err) == (2, f"redpeft: {tmp_path / 'empty'} is no GGUF file and holds none\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 
 # --- an end token that is the pad token, too ------------------------------------------------------------------------

@@ -347,7 +347,8 @@ def export_base(base: str | Path, out: str | Path, dtype: str = "fp32") -> tuple
     """
     header = read_gguf_header(base)
     if header is None:
-        raise UserError(f"{base} is no GGUF file and holds none: it can be used as it is")
+        ordinary = (Path(base) / "config.json").is_file()
+        raise UserError(f"{base} is no GGUF file and holds none" + (": it can be used as it is" if ordinary else ""))
     with quiet(), new_folder(Path(out)) as folder:
         tokenizer = load_tokenizer(base)
         model: PreTrainedModel = load_pretrained(
