@@ -35,9 +35,10 @@ DATA = Path(tasks.__file__).parent
 
 CHAT_MODEL = "smollm2"
 STYLES = DATA / "answer_styles"  # a file of prompts and responses for each style
-# A third of the default rate: at the default, the style that is nearest to the model's own repeats itself without end.
-FLEET = {"task": "instruction", "batch_size": 4, "epochs": 2, "learning_rate": 0.01}
-QUICK_FLEET = {"max_steps": 5, "learning_rate": 0.02}
+# Of 33 answers to unseen prompts, 33 were in style; at the default rate of 3e-2 the short ones repeated themselves, at
+# 1e-2 some JSON did not end.
+FLEET = {"task": "instruction", "batch_size": 4, "epochs": 2, "learning_rate": 0.02}
+QUICK_FLEET = {"batch_size": 2, "max_steps": 12}
 NEW_PROMPTS = ("How do I make a cup of tea?", "Why do stars twinkle?", "Tell me about the city of Paris.")
 MIXED, WEAK = "half json, half pirate", "pirate at half strength"
 DECODING = Decoding(max_new_tokens=48, repetition_penalty=1.0, no_repeat_ngrams=0)
@@ -60,8 +61,8 @@ Results = tuple[dict[str, Any], list[Any]]  # as data, and as tables and lines t
 def run_demo(folder: str | Path, quick: bool = False) -> Results:
     """Run both halves. What is finished in `folder` is not done again.
 
-    A half whose model is not installed is left out, and a line says how to get it. `quick`: fewer steps for the chat
-    model, one epoch of RED alone for the encoder.
+    A half whose model is not installed is left out, and a line says how to get it. `quick`: only one half, with fewer
+    steps.
 
     Raises `UserError` where neither model is installed or `folder` holds something else, and `RunError` where a run
     failed.
@@ -82,6 +83,8 @@ def run_demo(folder: str | Path, quick: bool = False) -> Results:
             found, lines = half(folder, quick)
             data |= found
             shown += lines
+            if quick:
+                break
     if not data:
         raise UserError("; ".join(missing))
     return data, shown

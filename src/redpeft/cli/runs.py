@@ -178,7 +178,9 @@ def demo(
         Path | None,
         typer.Option(help="The folder for runs and plot. Default: runs/demo, or runs/demo-quick."),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One minute: fewer steps, and RED alone.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One minute: the chat model alone, with fewer steps.")
+    ] = False,
 ) -> CommandOutput:
     """Teach a small chat model three styles, and sort messages by RED and other methods: no account, five minutes."""
     from redpeft.demo import run_demo
