@@ -19,7 +19,7 @@ from redpeft.import_hook import _Finder, after_import
 
 HEAVY = ("torch", "transformers", "peft", "pandas", "datasets", "pyarrow", "matplotlib")
 CALLS = [[], ["--help"], ["--version"], ["train", "--help"], ["fold", "--help"], ["trian"], ["train", "--nosuch"]]
-CALLS += [["train", "base=m", "data=d", field] for field in ("lr=abc", "learing_rate=1", "method=lorra")]
+CALLS += [["train", "base=m", "data=d", field] for field in ("lr=abc", "learing_rate=1", "schedule=lineer")]
 
 
 def fresh(code: str, **environment: str) -> str:
