@@ -30,7 +30,8 @@ def why_alone(recipe: Recipe) -> str | None:
     reasons = {
         f"method {recipe.method}": recipe.method != "red",
         f"task {recipe.task}": TASKS[recipe.task].task_type not in ("SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM")
-        or TASKS[recipe.task].score_answers is not None,
+        or TASKS[recipe.task].score_answers is not None
+        or bool(TASKS[recipe.task].losses),
         "init_from": recipe.init_from is not None,
         "packing": recipe.packing,
         "gradient_accumulation": recipe.gradient_accumulation > 1,

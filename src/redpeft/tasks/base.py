@@ -28,7 +28,10 @@ LOWER_IS_BETTER = {"mse", "loss"}
 
 
 SOURCE_FIELDS = ("path", "config_name", "train", "validation", "test", "header")
-COLUMN_FIELDS = ("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools")
+COLUMN_FIELDS = (
+    *("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools"),
+    *("chosen", "rejected"),
+)
 """Fields of the data that each part of a mix has for itself."""
 
 
@@ -75,7 +78,8 @@ class DataConfig(BaseModel):
     label: str | list[str] | None = Field(
         None,
         description="Classification: the label's column. Several labels a row: a column of lists, or the names of "
-        "several columns of 0 and 1, or texts with a separator. Regression: a column of numbers.",
+        "several columns of 0 and 1, or texts with a separator. Regression: a column of numbers. Preference: a "
+        "column of true and false, whether the response is good.",
     )
     label_separator: str | None = Field(
         None,
@@ -105,6 +109,10 @@ class DataConfig(BaseModel):
     system: str | None = Field(
         None, description="Instruction: the column with a system message, for rows that have none in their chat."
     )
+    chosen: str | None = Field(
+        None, description="Preference: the column with the better answer, a text, messages, or a whole chat."
+    )
+    rejected: str | None = Field(None, description="Preference: the column with the worse answer.")
     tools: str | None = Field(
         None, description="Instruction: the column with the tools that a chat may call, a list of JSON schemas."
     )
@@ -186,8 +194,10 @@ class Task(ABC):
         group: what rows share that ask the same, such as "prompt". No such group is split between training and
             validation.
         recipe_fields: the fields of a recipe that this task has and not every task.
+        losses: of TRL's losses, those that a recipe may name; the first is the default.
+        rate_divisor: by what the method's default learning rate is divided.
         max_length: the longest row in tokens, if a recipe does not say it.
-        by_trl: whether TRL's `SFTTrainer` trains it. TRL brings its own collator.
+        by_trl: whether one of TRL's trainers trains it. TRL brings its own collator.
         default_columns: the columns of rows to answer with an adapter without its run; {} if that is not possible.
         generation: None if answers come from logits. Otherwise the arguments of `generate`; then `compute_metrics` and
             `decode` get texts.
@@ -200,6 +210,8 @@ class Task(ABC):
     task_type: ClassVar[str]
     group: ClassVar[str]
     recipe_fields: ClassVar[Collection[str]] = ()
+    losses: ClassVar[Sequence[str]] = ()
+    rate_divisor: ClassVar[float] = 1
     max_length: ClassVar[int] = 256
     by_trl: ClassVar[bool] = False
     default_columns: ClassVar[Mapping[str, str]] = {}
@@ -342,6 +354,7 @@ class _Tasks(Mapping[str, type[Task]]):
         "classification": "redpeft.tasks.classification:ClassificationTask",
         "token-classification": "redpeft.tasks.token_classification:TokenClassificationTask",
         "instruction": "redpeft.tasks.instruction:InstructionTask",
+        "preference": "redpeft.tasks.preference:PreferenceTask",
         "e2e": "redpeft.tasks.e2e:E2ETask",
         "text-to-text": "redpeft.tasks.text_to_text:TextToTextTask",
     }

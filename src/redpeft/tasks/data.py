@@ -126,6 +126,7 @@ def guess_task(data: DataConfig) -> str:
     """
     data = data.parts[0] if data.mix else data
     named = {
+        "preference": data.chosen or data.rejected,
         "instruction": data.messages or data.response or data.tools or data.system or data.chat_template != "auto",
         "token-classification": data.tokens or data.tags,
         "text-to-text": data.prefix,

@@ -122,7 +122,7 @@ class InstructionTask(Task):
         return found
 
     @classmethod
-    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+    def incommon_start(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
         """Plain texts, or chats and tools as JSON text, whatever form the rows had."""
         if "text" in columns:
             return cols.keep_columns(dataset, columns)
@@ -239,7 +239,7 @@ class InstructionTask(Task):
                 return {"input_ids": prompts, cols.CUT: [False] * len(prompts)}
             texts = [self._text(pair, tokenizer) for pair in pairs]
             whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]
-            starts = [_common(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
+            starts = [common_start(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
             changed += sum(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
             found = zip(whole, starts, strict=True)
             learned = [row for chat in chats for row in _joined(islice(found, len(chat)))]
@@ -346,14 +346,15 @@ class InstructionTask(Task):
                 parts = [prompt, *([] if cols.is_missing(more) else [str(more)])]
                 prompt = [{"role": "user", "content": "\n\n".join(parts)}]
             chat = [message | {"weight": 0} for message in read_chat(prompt)]
-            if with_labels:
-                response = given["response"]
-                if isinstance(response, str):
-                    response = [{"role": "assistant", "content": response}]
-                chat += read_chat(response)
+            chat += read_answer(given["response"]) if with_labels else []
         if not cols.is_missing(given.get("system")) and chat[:1] and chat[0]["role"] != "system":
             chat = [*read_chat([{"role": "system", "content": given["system"]}]), *chat]
         return chat, read_tools(given.get("tools"))
+
+
+def read_answer(value: Any) -> Chat:
+    """An answer that is a text, or messages."""
+    return read_chat([{"role": "assistant", "content": value}] if isinstance(value, str) else value)
 
 
 def _joined(answers: Iterable[tuple[list[int], int]]) -> list[tuple[list[int], list[int]]]:
@@ -428,7 +429,7 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool, too
     return str(text)
 
 
-def _common(prompt: list[int], whole: list[int]) -> int:
-    """How many tokens are equal at the start of both."""
-    pairs = enumerate(zip(prompt, whole, strict=False))
-    return next((at for at, (one, other) in pairs if one != other), min(len(prompt), len(whole)))
+def common_start(first: list[Any], second: list[Any]) -> int:
+    """How many tokens, or messages, are equal at the start of both."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))

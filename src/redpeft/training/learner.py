@@ -153,7 +153,9 @@ def save_model(
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     whole = len(trained) == len(list(model.parameters()))
     with replaced_folder(folder / (ADAPTER if isinstance(model, PeftModel) else MODEL)) as target:
-        if isinstance(model, PeftModel) or whole:
+        if isinstance(model, PeftModel):
+            model.save_pretrained(target, state_dict=state, selected_adapters=["default"])  # not TRL's reference
+        elif whole:
             model.save_pretrained(target, state_dict=state)
         else:  # only the trained weights; they are put into the base model later
             tensors = {name: tensor for name, tensor in (state or model.state_dict()).items() if name in trained}

@@ -121,8 +121,9 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
     with tempfile.TemporaryDirectory() as temporary:
         run, trainer = set_up(recipe, Path(temporary) / "run", notes.append)
         examples = [
-            _example(run.task, run.learner.tokenizer, as_batch(trainer, [row]))
+            example
             for row in range(min(EXAMPLES, len(trainer.train_dataset)))
+            for example in _examples(run.task, run.learner.tokenizer, as_batch(trainer, [row]))
         ]
         free = free_memory(trainer.args.device)
         probe = _probe(trainer)
@@ -151,8 +152,16 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _example(task: Task, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> Example:
-    """The row of a batch of one, in the parts that the kind of its task tells apart."""
+def _examples(task: Task, tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> Iterator[Example]:
+    """The row of a batch of one, in the parts that the kind of its task tells apart. A pair of answers is two."""
+    if "completion_mask" in batch:  # preferences
+        labelled = ["desirable" if good else "undesirable" for good in batch.get("label", ())]
+        for place, verdict in enumerate(labelled or ["chosen", "rejected"]):
+            real = batch["attention_mask"][place] == 1
+            ids, learned = (batch[name][place][real].tolist() for name in ("input_ids", "completion_mask"))
+            parts = _parts(tokenizer, ids, [mark == 1 for mark in learned], [None] * len(ids))
+            yield Example(list(parts), len(ids), verdict)
+        return
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     answer, names, marks = None, list(task.head_labels), [False] * len(ids)
     token_labels: list[str | None] = [None] * len(ids)
@@ -166,7 +175,7 @@ def _example(task: Task, tokenizer: PreTrainedTokenizerBase, batch: dict[str, An
         marks = [label != IGNORED for label in labels]
     if task.task_type == "TOKEN_CLS":
         token_labels = [names[label] if mark else None for label, mark in zip(labels, marks, strict=True)]
-    return Example(list(_parts(tokenizer, ids, marks, token_labels)), len(ids), answer)
+    yield Example(list(_parts(tokenizer, ids, marks, token_labels)), len(ids), answer)
 
 
 def _parts(

@@ -67,9 +67,10 @@ class Recipe(BaseModel):
     task: TaskName = Field(
         UNRESOLVED,
         description="What is learned: classification (also multi-label and regression), token-classification, "
-        "instruction (prompt and response, or chat messages; the loss is on the responses), e2e (data to text: a "
-        "meaning representation and its text), or text-to-text (classification with an encoder-decoder such as T5, "
-        "which generates the label). Default: guessed from the columns of the data, and shown.",
+        "instruction (prompt and response, or chat messages; the loss is on the responses), preference (a prompt "
+        "with a better and a worse answer), e2e (data to text: a meaning representation and its text), or "
+        "text-to-text (classification with an encoder-decoder such as T5, which generates the label). Default: guessed from the "
+        "columns of the data, and shown.",
     )
     metric: str | None = Field(
         None, description="The metric that chooses the best epoch. Default: the task's main metric."
@@ -80,6 +81,18 @@ class Recipe(BaseModel):
         "Default: inferred from the labels.",
     )
     data: DataConfig = Field(description="The rows to learn from: a path, or these fields.")
+    loss: str | None = Field(
+        None,
+        description="Preference: dpo or ipo (pairs of a better and a worse answer), or kto (also single answers "
+        "with a label). Default: dpo.",
+    )
+    beta: float | None = Field(
+        None, gt=0, description="Preference: how strongly the model is held to its start. Default: TRL's, 0.1."
+    )
+    trainer_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Preference: other fields of TRL's DPOConfig or KTOConfig, such as label_smoothing.",
+    )
     method: str = Field(
         "red",
         description=f"What is trained beside the head: red, a baseline ({', '.join(list(METHODS)[1:])}), or any other "
@@ -99,7 +112,7 @@ class Recipe(BaseModel):
         gt=0,
         description="Peak learning rate. Default: "
         + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_RATES.items())
-        + "; PEFT's other methods have none.",
+        + "; PEFT's other methods have none. Preference: a tenth of that.",
     )
     head_lr: float | None = Field(None, gt=0, description="Peak learning rate of the head. Default: learning_rate.")
     head: Literal["all", "last"] = Field(
@@ -124,8 +137,8 @@ class Recipe(BaseModel):
     max_length: Length = Field(
         UNRESOLVED,
         ge=1,
-        description="Longest row in tokens. Default: 2048 for instruction, 256 for the other tasks. Longer rows are "
-        "cut, also where the model or its tokenizer takes less. "
+        description="Longest row in tokens. Default: 2048 for instruction and preference, 256 for others. Longer rows "
+        "are cut, also where the model or its tokenizer takes less. "
         "Rows with nothing left to learn are left out. Both are counted and reported.",
     )
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
@@ -225,11 +238,19 @@ class Recipe(BaseModel):
 
     def _check_task(self) -> None:
         """Raises `ValueError` for fields that the task does not have."""
-        for name in ("packing", "learn_prompt", "problem_type"):
-            if getattr(self, name) and name not in TASKS[self.task].recipe_fields:
+        task = TASKS[self.task]
+        for name in ("packing", "learn_prompt", "problem_type", "loss", "beta", "trainer_options"):
+            if getattr(self, name) and name not in task.recipe_fields:
                 able = " and ".join(task for task in TASKS if name in TASKS[task].recipe_fields)
                 raise ValueError(f"{name} is for the task {able}, not {self.task}")
-        if self.head == "last" and not TASKS[self.task].task_type.endswith("_CLS"):
+        if self.loss is not None and self.loss not in task.losses:
+            raise ValueError(f"no loss is called {self.loss!r}: choose {', '.join(task.losses)}")
+        if task.losses and not self.chosen_method.is_peft:
+            raise ValueError(
+                f"the task {self.task} compares the model with its start, which method {self.method} does not keep: "
+                "choose red, lora or another method of PEFT"
+            )
+        if self.head == "last" and not task.task_type.endswith("_CLS"):
             raise ValueError(f"head says what is trained of a classifier's head, but the task {self.task} has none")
 
     @property
@@ -244,11 +265,13 @@ class Recipe(BaseModel):
     def resolved(self) -> Recipe:
         """This recipe with the learning rate and the options that the method chooses, the task of its data, and the
         length that the task chooses. `UserError`: fields that do not fit the task, or data for an unknown task."""
-        task = self.task or self._guess_task()
+        name = self.task or self._guess_task()
+        task, rate = TASKS[name], self.chosen_method.rate
         chosen = {
-            "task": task,
-            "learning_rate": self.learning_rate or self.chosen_method.rate,
-            "max_length": self.max_length or TASKS[task].max_length,
+            "task": name,
+            "loss": self.loss or next(iter(task.losses), None),
+            "learning_rate": self.learning_rate or (rate and rate / task.rate_divisor),
+            "max_length": self.max_length or task.max_length,
             "method_options": self.all_options,
         }
         resolved = self.model_copy(update=chosen)
@@ -263,6 +286,8 @@ class Recipe(BaseModel):
 
         if self.packing or self.learn_prompt:
             return "instruction"
+        if self.loss:
+            return "preference"
         return "classification" if self.problem_type else guess_task(self.data)
 
     def alone(self) -> Recipe:

@@ -207,7 +207,7 @@ def check_recipe(recipe: Recipe) -> None:
 def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
     """The task of the recipe's data, and the data by split. Raises `UserError` for data that is missing or wrong."""
     recipe = recipe.resolved()
-    chosen = {key: value for key in ("problem_type", "metric") if (value := getattr(recipe, key)) is not None}
+    chosen = {key: value for key in ("problem_type", "metric", "loss") if (value := getattr(recipe, key)) is not None}
     task, splits = read_data(recipe.task, recipe.data, recipe.seed, **chosen)
     if recipe.init_from is not None:
         _check_labels(task, recipe.init_from)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +29,10 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
-from redpeft.errors import RunError, UserError
+from redpeft.adapters.folder import load_adapter
+from redpeft.errors import RunError, UserError, first_line
 from redpeft.models import autocast, choose_precision, input_limit, positions, training_device
-from redpeft.storage import CHECKPOINTS, last_checkpoint
+from redpeft.storage import CHECKPOINTS, find_adapter, last_checkpoint
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import values
 from redpeft.tasks.metrics import IGNORED
@@ -85,7 +88,10 @@ def make_trainer(
     if recipe.method == "red":
         with autocast(choose_precision(recipe.precision, recipe.base.dtype), model.device):
             # the first rows in the data's order, whatever the seed and the number of processes
-            calibrate(model, as_batch(trainer, range(min(CALIBRATION_ROWS, len(rows)))))
+            batch = as_batch(trainer, range(min(CALIBRATION_ROWS, len(rows))))
+            if recipe.loss:  # TRL's batches hold more than a model takes
+                batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            calibrate(model, batch)
     trainer.order = epoch_order(recipe, rows)
     trainer.head, trainer.head_lr = head_parameters(model, head).values(), recipe.head_lr
     return trainer
@@ -128,9 +134,27 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
         run_trainer = type("RunGeneratingTrainer", (RunTrainer, GeneratingTrainer), {"generation": generation})
         return run_trainer, Seq2SeqTrainingArguments, {"predict_with_generate": True}
     try:
+        import trl
         from trl import SFTConfig, SFTTrainer
     except ImportError:
         raise UserError(f"the task {task.name} needs TRL: pip install redpeft[trl]") from None
+    if recipe.loss:
+        trainer, config = (f"{'KTO' if recipe.loss == 'kto' else 'DPO'}{each}" for each in ("Trainer", "Config"))
+        if not (hasattr(trl, trainer) and hasattr(getattr(trl, trainer), "_compute_loss")):
+            raise UserError(f"loss {recipe.loss} needs a newer TRL than {trl.__version__}: pip install -U trl")
+        if recipe.loss == "kto" and rows_at_once(recipe.batch_size, recipe.gradient_accumulation) < 2:
+            raise UserError("loss kto compares answers of one batch: each process needs at least 2 rows at a time")
+        extra: dict[str, Any] = {
+            "max_length": recipe.max_length,
+            "loss_type": {"dpo": "sigmoid"}.get(recipe.loss, recipe.loss),
+            "precompute_ref_log_probs": False,  # a finished run would be compared with itself
+            "sync_ref_model": False,
+            **({} if recipe.beta is None else {"beta": recipe.beta}),
+        }
+        arguments_class = getattr(trl, config)
+        _check_trainer_options(recipe.trainer_options, arguments_class)
+        bases = (RunTrainer, PreferenceTrainer, getattr(trl, trainer))
+        return type(f"Run{trainer}", bases, {"init_from": recipe.init_from}), arguments_class, extra
     extra = {
         "max_length": recipe.max_length,
         "packing": recipe.packing,
@@ -138,6 +162,16 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
         "completion_only_loss": not recipe.learn_prompt,
     }
     return type("RunSFTTrainer", (RunTrainer, SFTTrainer), {}), SFTConfig, extra
+
+
+def _check_trainer_options(options: dict[str, Any], cls: type) -> None:
+    """Raises `UserError` for a name that is no field of TRL's arguments."""
+    known = [field.name for field in fields(cls)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"trainer_options: {cls.__name__} has no {name!r}{hint}")
 
 
 def rows_at_once(batch_size: int, pieces: int) -> int:
@@ -165,7 +199,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
     extra[checkpointing] = recipe.gradient_checkpointing  # TRL's default is True
     if recipe.gradient_checkpointing:
         extra[f"{checkpointing}_kwargs"] = {"use_reentrant": False}
-    args = cls(
+    chosen = dict(
         output_dir=str(folder / CHECKPOINTS),
         run_name=folder.name,
         learning_rate=recipe.learning_rate,
@@ -197,6 +231,14 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
         **{"warmup_ratio" if recipe.warmup < 1 and "warmup_ratio" in known else "warmup_steps": recipe.warmup},
         **extra,
     )
+    if ours := chosen.keys() & recipe.trainer_options.keys():
+        raise UserError(f"trainer_options: {min(ours)} is decided by the recipe's other fields: leave it out")
+    try:
+        args = cls(**chosen, **recipe.trainer_options)
+    except (TypeError, ValueError) as error:
+        if not recipe.trainer_options:
+            raise
+        raise UserError(f"trainer_options: {first_line(error)}") from None
     args._n_gpu = min(1, args.n_gpu)  # several GPUs by torchrun or accelerate, never by DataParallel
     return args
 
@@ -283,6 +325,51 @@ class RunTrainer(Mixin):
         if fresh and self.head_lr is not None:
             _split_head(optimizer, {id(parameter) for parameter in self.head}, self.head_lr)
         return optimizer
+
+
+class PreferenceTrainer(Mixin):
+    """What a run adds to TRL's `DPOTrainer` or `KTOTrainer`, which get their rows in tokens here.
+
+    The reference is the policy at the start: the base with the adapter off, or the adapter `init_from`, frozen.
+    """
+
+    init_from: str | None
+    data_collator: Any
+
+    def __init__(self, model: Any, args: Any, processing_class: PreTrainedTokenizerBase, **kwargs: Any) -> None:
+        args.max_length = input_limit(model, processing_class, args.max_length).tokens
+        trained = {name: each.data for name, each in model.named_parameters() if each.requires_grad}
+        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        for name, held in trained.items():
+            model.get_parameter(name).data = held  # TRL makes them bf16 on a quantised base
+        # TRL's reference is a copy of the adapter as it is now, which a finished run's is no longer
+        if self.init_from is None:
+            model.delete_adapter("ref")
+        else:
+            load_adapter(model, find_adapter(self.init_from), adapter_name="ref")
+        if getattr(self, "calculate_KL", False):
+            self.data_collator = partial(_with_answers_of_others, self.data_collator)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        for scores in self._metrics.values():
+            scores.pop("num_tokens", None)  # TRL counts from where a run was resumed
+        super().log(*args, **kwargs)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """TRL puts "eval_" before its own scores, whatever the prefix is."""
+        found = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        own = {key: value for key, value in found.items() if not key.startswith("eval_")}
+        return own | {f"{metric_key_prefix}_{key[5:]}": found[key] for key in found if key.startswith("eval_")}
+
+
+def _with_answers_of_others(collate: Callable[[list], Any], rows: list[dict[str, Any]]) -> Any:
+    """KTO also scores each prompt with the answer of the row before it. TRL pairs neighbours in the data's order, but
+    here batches are drawn anew in each epoch."""
+    answers = [row["completion_ids"] for row in rows]
+    return collate([{**row, "KL_completion_ids": answers[place - 1]} for place, row in enumerate(rows)])
 
 
 def _split_head(optimizer: torch.optim.Optimizer, head: set[int], rate: float) -> None:

@@ -1,0 +1,201 @@
+"""Preferences: a better and a worse answer to a prompt, or answers that are good or not. TRL's DPOTrainer and
+KTOTrainer do the training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from redpeft.errors import UserError
+from redpeft.tasks import columns as cols
+from redpeft.tasks.base import DataConfig
+from redpeft.tasks.chats import Chat
+from redpeft.tasks.columns import tokens_of
+from redpeft.tasks.instruction import InstructionTask, Pair, Tools, common_start, read_answer
+
+PROMPT_COLUMNS = ["prompt", "question", "instruction"]
+VERDICTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+
+
+@dataclass
+class PreferenceTask(InstructionTask):
+    """Which answers a model is to prefer. Prompts become text as in the task instruction, and are answered as there.
+
+    Attributes:
+        columns: "chosen" and "rejected", each a text, messages or a whole chat, and "prompt" unless they are whole
+            chats; or "prompt", "response" and "label", whether the response is good. Perhaps "system" and "tools".
+        metric: "loss", TRL's.
+        loss: one of `losses`. With "kto" a pair becomes two rows.
+    """
+
+    loss: str = "dpo"
+    name: ClassVar[str] = "preference"
+    recipe_fields: ClassVar[Collection[str]] = ("loss", "beta", "trainer_options")
+    losses: ClassVar[Sequence[str]] = ("dpo", "ipo", "kto")
+    rate_divisor: ClassVar[float] = 10
+    default_columns: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def from_splits(
+        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None, loss: str = "dpo"
+    ) -> PreferenceTask:
+        """Guesses the columns that `data` does not name and checks every row.
+
+        Raises:
+            UserError: a column that is missing, an empty text, a chat without an answer, a label that is neither true
+                nor false, or labels with a loss that needs pairs.
+        """
+        task = super().from_splits(splits, data, metric=metric)
+        assert isinstance(task, PreferenceTask)
+        task.loss = loss
+        if loss != "kto" and "label" in task.columns:
+            raise UserError(
+                f"loss {loss} needs pairs in columns chosen and rejected; loss=kto takes answers with labels"
+            )
+        return task
+
+    @classmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        if data.response or data.label or not (data.chosen or cols.find_column(train, ["chosen"])):
+            label = data.label if isinstance(data.label, str) else None
+            found = {
+                "prompt": cols.choose_column(train, data.prompt, PROMPT_COLUMNS, "prompt"),
+                "response": cols.choose_column(train, data.response, ["completion", "response"], "response"),
+                "label": cols.choose_column(train, label, ["label"], "label"),
+            }
+        else:
+            found = {
+                "chosen": cols.choose_column(train, data.chosen, ["chosen"], "chosen"),
+                "rejected": cols.choose_column(train, data.rejected, ["rejected"], "rejected"),
+            }
+            if prompt := data.prompt or cols.find_column(train, PROMPT_COLUMNS):
+                found["prompt"] = prompt
+            elif not cols.holds_objects(train, found["chosen"]):
+                raise UserError(f"{cols.source(train)} has answers without a prompt: name its column with data.prompt")
+        more = {
+            "system": data.system or cols.find_column(train, cols.SYSTEM_COLUMNS, without=found.values()),
+            "tools": data.tools or cols.find_column(train, ["tools"], without=found.values()),
+        }
+        found |= {key: name for key, name in more.items() if name}
+        cols.require_columns(train, found.values())
+        return found
+
+    @classmethod
+    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+        """The columns as they are."""
+        return cols.keep_columns(dataset, columns)
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: how many answers are good and how many are not, if they have labels."""
+        if "label" not in self.columns:
+            return []
+        good = sum(map(_verdict, cols.values(dataset, self.columns["label"])))
+        return [f"answers: {good:,} desirable, {len(dataset) - good:,} undesirable"]
+
+    def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
+        """As the task instruction does."""
+        return self._asking.rows_to_dataset(rows, first)
+
+    def encode(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
+    ) -> Dataset:
+        """Tokens as TRL's trainers take them: "prompt_ids", and "chosen_ids" and "rejected_ids", or "completion_ids"
+        and "label". A prompt with an answer is cut at `max_length`. "input_ids" and "completion_mask" hold the prompt
+        with its longest answer. Without labels as in the task instruction.
+
+        Raises:
+            UserError: a wrong row, or one that the chat template or the tokenizer refuses.
+        """
+        if not with_labels:
+            return self._asking.encode(dataset, tokenizer, max_length, with_labels=False)
+        self.check(dataset)
+
+        def tokenise(columns: dict[str, list]) -> dict[str, list]:
+            found = []
+            for values in zip(*columns.values(), strict=True):
+                row = dict(zip(columns, values, strict=True))
+                pairs = self._pairs(row, with_labels=True)
+                [prompt] = self._tokens([self.format_prompt(pairs[0].prompt, tokenizer, pairs[0].tools)], tokenizer)
+                texts, plain = [self._text(pair, tokenizer) for pair in pairs], self._is_plain(tokenizer)
+                whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=plain)["input_ids"]
+                start = min(common_start(prompt, ids) for ids in whole)
+                prompt, answers = prompt[:start], [ids[start:] for ids in whole]
+                if self.loss == "kto":
+                    label = self.columns.get("label")
+                    verdicts = [True, False] if label is None else [_verdict(row[label])]
+                    for answer, verdict in zip(answers, verdicts, strict=True):
+                        found.append(_in_tokens(prompt, max_length, completion_ids=answer) | {"label": verdict})
+                else:
+                    found.append(_in_tokens(prompt, max_length, chosen_ids=answers[0], rejected_ids=answers[1]))
+            return {name: [each[name] for each in found] for name in found[0]}
+
+        return cols.tokenise(dataset, tokenise)
+
+    @property
+    def _asking(self) -> InstructionTask:
+        """The task of answering the prompts."""
+        kept = {key: name for key, name in self.columns.items() if key in ("system", "tools")}
+        names = {"prompt": self.columns.get("prompt", "prompt"), "response": "response"}
+        return InstructionTask(names | kept, template=self.template)
+
+    def _needed(self, with_labels: bool) -> list[str]:
+        return [key for key in self.columns if key in ("prompt", "chosen", "rejected", "response")]
+
+    def _check_chat(self, row: dict[str, Any], with_labels: bool) -> None:
+        super()._check_chat(row, with_labels)
+        for pair in self._pairs(row, with_labels):
+            if pair.answer[0]["role"] != "assistant":
+                raise UserError("the chats differ before the assistant's answer, so they have no prompt in common")
+        if "label" in self.columns:
+            _verdict(row[self.columns["label"]])
+
+    def _read(self, row: dict[str, Any], with_labels: bool) -> tuple[Chat, Tools]:
+        pair = self._pairs(row, with_labels)[0]
+        return [*pair.prompt, *pair.answer], pair.tools
+
+    def _pairs(self, row: dict[str, Any], with_labels: bool) -> list[Pair]:
+        """The prompt with each of its answers. The prompt of whole chats is what they have in common."""
+        keys = [key for key in ("chosen", "rejected", "response") if key in self.columns]
+        answers = [read_answer(row[self.columns[key]]) for key in keys]
+        asking = self._asking
+        prompt = row.get(asking.columns["prompt"])
+        if all(any(message["role"] == "user" for message in answer) for answer in answers):
+            before_last = min(len(answer) - 1 for answer in answers)
+            shared = min(before_last, common_start(answers[0], answers[-1]))
+            prompt, answers = answers[0][:shared], [answer[shared:] for answer in answers]
+        elif prompt is None:
+            raise UserError("there is no prompt: give it in a column, or write both answers as whole chats")
+        chat, tools = asking._read(row | {asking.columns["prompt"]: prompt}, with_labels=False)
+        chat = [{name: value for name, value in message.items() if name != "weight"} for message in chat]
+        return [Pair(chat, answer, tools) for answer in answers]
+
+
+def _in_tokens(prompt: list[int], max_length: int | None, **answers: list[int]) -> dict[str, Any]:
+    """A prompt with its answers as TRL takes them, cut at `max_length`; and as `encoding` counts them."""
+    room = None if max_length is None else max(0, max_length - len(prompt))
+    cut, prompt = {name: ids[:room] for name, ids in answers.items()}, prompt[:max_length]
+    longest = max(cut.values(), key=len)
+    return {
+        "prompt_ids": prompt,
+        **cut,
+        "input_ids": prompt + longest,
+        "completion_mask": [0] * len(prompt) + [1] * len(longest),
+        cols.CUT: any(len(cut[name]) < len(ids) for name, ids in answers.items()),
+    }
+
+
+def _verdict(label: Any) -> bool:
+    """Whether an answer is good."""
+    found = VERDICTS.get(str(label).strip().lower())
+    if found is None:
+        raise UserError(f"the label {label!r} is neither true nor false")
+    return found

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from helpers.data import write_rows
+from redpeft.errors import UserError
+from redpeft.tasks.base import DataConfig, task_from_dict
+from redpeft.tasks.columns import CUT
+from redpeft.tasks.data import read_data
+
+ASKED = [{"role": "user", "content": "Hi"}]
+PAIR = {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}
+
+
+def chat(text):
+    return [*ASKED, {"role": "assistant", "content": text}]
+
+
+def read(folder, row, **options):
+    path = write_rows(folder / "rows.jsonl", [row] * 4)
+    fields = {name: options.pop(name) for name in list(options) if name in DataConfig.model_fields}
+    return read_data("preference", DataConfig(path=str(path), **fields), **options)
+
+
+def texts(tokenizer, row, *names):
+    return [tokenizer.decode(row[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        {"prompt": ASKED, "chosen": chat("Hello!")[1:], "rejected": chat("No.")[1:]},
+        {"chosen": chat("Hello!"), "rejected": chat("No.")},
+        {"prompt": "Hi", "chosen": chat("Hello!"), "rejected": chat("No.")},
+    ],
+    ids=["strings", "messages", "whole chats", "whole chats with a prompt"],
+)
+def test_the_forms_of_a_pair(row, tiny_chat_tokenizer, tmp_path):
+    task, splits = read(tmp_path, row)
+    first = task.encode(splits["train"], tiny_chat_tokenizer)[0]
+    prompt, chosen, rejected = texts(tiny_chat_tokenizer, first, "prompt_ids", "chosen_ids", "rejected_ids")
+    asked = tiny_chat_tokenizer.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    whole = tiny_chat_tokenizer.apply_chat_template(chat("Hello!"), tokenize=False)
+    assert (prompt, prompt + chosen) == (asked, whole)
+    assert rejected == chosen.replace("Hello!", "No.")
+    assert first["input_ids"] == first["prompt_ids"] + first["chosen_ids"]
+    assert first["completion_mask"] == [0] * len(first["prompt_ids"]) + [1] * len(first["chosen_ids"])
+    assert task_from_dict(task.to_dict()) == task
+
+
+def test_the_plain_template_a_system_message_and_a_cut(tiny_chat_tokenizer, tmp_path):
+    task, splits = read(tmp_path, PAIR | {"system": "Be kind."}, chat_template="plain")
+    encoded = task.encode(splits["train"], tiny_chat_tokenizer)
+    prompt, chosen = texts(tiny_chat_tokenizer, encoded[0], "prompt_ids", "chosen_ids")
+    assert prompt.endswith("Be kind.\n\nHuman: Hi\n\nAssistant:")
+    assert chosen == " Hello!" + tiny_chat_tokenizer.eos_token
+    assert not any(encoded[CUT])
+    length = len(encoded[0]["prompt_ids"]) + 2
+    short = task.encode(splits["train"], tiny_chat_tokenizer, length)
+    assert all(short[CUT])
+    assert len(short[0]["input_ids"]) == length
+    assert short[0]["rejected_ids"] == encoded[0]["rejected_ids"][:2]
+    assert task.encode(splits["train"], tiny_chat_tokenizer, 3)[0]["completion_mask"] == [0] * 3
+
+
+def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
+    task, splits = read(tmp_path, PAIR, loss="kto")
+    rows = task.encode(splits["train"], tiny_chat_tokenizer)
+    assert len(rows) == 2 * len(splits["train"])
+    assert rows["label"][:2] == [True, False]
+    task, splits = read(tmp_path, {"prompt": "Hi", "completion": "Hello!", "label": 0}, loss="kto")
+    single = task.encode(splits["train"], tiny_chat_tokenizer)
+    assert single["label"] == [False] * len(splits["train"])
+    assert single[0]["completion_ids"] == rows[0]["completion_ids"]
+    assert task.describe(splits["train"]) == [f"answers: 0 desirable, {len(splits['train'])} undesirable"]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "message"),
+    [
+        ({"prompt": "Hi", "completion": "Hello!", "label": True}, {}, "loss dpo needs pairs in columns chosen and"),
+        ({"prompt": "Hi", "completion": "a", "label": "good"}, {"loss": "kto"}, "row 1: the label 'good' is neither"),
+        ({"chosen": "a", "rejected": "b"}, {}, "has answers without a prompt: name its column with data.prompt"),
+        ({"prompt": "Hi", "chosen": "", "rejected": "b"}, {}, "row 1 (and 3 more of 4): the text in column 'chosen'"),
+        ({"prompt": "Hi", "chosen": "a", "rejcted": "b"}, {}, "cannot tell which column of rows.jsonl is the"),
+        (
+            {"chosen": chat("a"), "rejected": [{"role": "user", "content": "Ho"}, *chat("b")[1:]]}, {},
+            "row 1: the chats differ before the assistant's answer, so they have no prompt in common",
+        ),
+        ({"prompt": "Hi", "chosen": ASKED, "rejected": ASKED}, {}, "row 1: the chat has no message of the user"),
+    ],
+)  # fmt: skip
+def test_wrong_rows(row, options, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read(tmp_path, row, **options)
