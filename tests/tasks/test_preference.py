@@ -90,7 +90,7 @@ def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
             {"chosen": chat("a"), "rejected": [{"role": "user", "content": "Ho"}, *chat("b")[1:]]}, {},
             "row 1: the chats differ before the assistant's answer, so they have no prompt in common",
         ),
-        ({"prompt": "Hi", "chosen": ASKED, "rejected": ASKED}, {}, "row 1: the chat has no message of the user"),
+        ({"prompt": "Hi", "chosen": ASKED, "rejected": ASKED}, {}, "row 1: the chat has no answer of the assistant"),
     ],
 )  # fmt: skip
 def test_wrong_rows(row, options, message, tmp_path):

@@ -59,7 +59,7 @@ def test_a_new_adapter_begins_at_the_base(trained):
     assert result["test"].keys() == result["validation"].keys()
     assert result["validation"]["rewards/accuracies"] == 1
     names = {path.name for path in (folder / "adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "chat_template.jinja"}
     assert result["trainable_parameters"] == sum(
         tensor.numel()
         for edit in read_adapter(folder / "adapter").edits.values()

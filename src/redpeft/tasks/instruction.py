@@ -122,7 +122,7 @@ class InstructionTask(Task):
         return found
 
     @classmethod
-    def incommon_start(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
         """Plain texts, or chats and tools as JSON text, whatever form the rows had."""
         if "text" in columns:
             return cols.keep_columns(dataset, columns)

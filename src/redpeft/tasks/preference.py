@@ -97,6 +97,13 @@ class PreferenceTask(InstructionTask):
         good = sum(map(_verdict, cols.values(dataset, self.columns["label"])))
         return [f"answers: {good:,} desirable, {len(dataset) - good:,} undesirable"]
 
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises `UserError` for a missing column, an empty text, a chat without an answer, or a wrong label."""
+        if with_labels:
+            super().check(dataset)
+        else:
+            self._asking.check(dataset, with_labels=False)
+
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """As the task instruction does."""
         return self._asking.rows_to_dataset(rows, first)

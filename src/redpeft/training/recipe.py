@@ -67,9 +67,9 @@ class Recipe(BaseModel):
     task: TaskName = Field(
         UNRESOLVED,
         description="What is learned: classification (also multi-label and regression), token-classification, "
-        "instruction (prompt and response, or chat messages; the loss is on the responses), preference (a prompt "
-        "with a better and a worse answer), e2e (data to text: a meaning representation and its text), or "
-        "text-to-text (classification with an encoder-decoder such as T5, which generates the label). Default: guessed from the "
+        "instruction (prompt and response, or chat messages; the loss is on the responses), preference (a prompt with "
+        "a better and a worse answer), e2e (data to text: a meaning representation and its text), or text-to-text "
+        "(classification with an encoder-decoder such as T5, which generates the label). Default: guessed from the "
         "columns of the data, and shown.",
     )
     metric: str | None = Field(
