@@ -145,7 +145,7 @@ def workplace(
     shutil.copytree(e2e_folder, "e2e-dataset")
     Path("label.txt").write_text("Zizzi is a pub.\n\nCotto is a pub.\n\n", encoding="utf-8")
     Path("pred.txt").write_text("Zizzi is a pub.\nA pub.\n", encoding="utf-8")
-    for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B"):
+    for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "smollm2"):
         shutil.copytree(tiny_decoder_folder, name)
         tiny_chat_tokenizer.save_pretrained(name)
 
