@@ -18,13 +18,14 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from helpers.data import write_rows
 from redpeft import cli
 from redpeft.errors import UserError
 from redpeft.tasks.base import TASKS
 from redpeft.tasks.data import read_splits
 from redpeft.training.learner import load_base
 from redpeft.training.predict import evaluate, load_run, predict
-from redpeft.training.train import train
+from redpeft.training.train import set_up, train
 
 PACKAGES = {"8bit": "bitsandbytes", "4bit": "bitsandbytes", "int8_weight_only": "torchao"}
 
@@ -117,6 +118,21 @@ def test_instructions_in_bf16(load_in, instructions, tiny_decoder_folder, make_r
     scores = evaluate(run, f"{instructions['data']}/validation.jsonl")
     assert scores["loss"] == pytest.approx(result["validation"]["loss"], abs=1e-4)
     assert all("text" in answer for answer in predict(run, ["say good", "say bad"], max_new_tokens=3))
+
+
+def test_preferences(load_in, tiny_decoder_folder, make_recipe, tmp_path):
+    """TRL makes what is trained on a quantised base bf16; here edits stay fp32."""
+    pytest.importorskip("trl")
+    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "say", "chosen": word, "rejected": "no"} for word in "abcd" * 4])
+    fields = {"task": "preference", "data": str(tmp_path / "pairs.jsonl"), "epochs": 1, "learning_rate": 0.1}
+    recipe = make_recipe(base=str(tiny_decoder_folder), base__load_in=load_in, **fields)
+    train(recipe, tmp_path / "run")
+    first = learned(tmp_path / "run")
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+    again = recipe.model_copy(update={"init_from": str(tmp_path / "run"), "method_options": {}})
+    _, trainer = set_up(again.alone(), tmp_path / "again")
+    begun = trainer.model.state_dict()
+    assert all(torch.equal(begun[name.replace("edit.", "edit.default.")], tensor) for name, tensor in first.items())
 
 
 def test_a_quantiser_that_finds_nothing_to_do(instructions, tiny_decoder_folder, make_recipe, tmp_path):
