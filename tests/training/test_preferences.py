@@ -76,6 +76,14 @@ def test_a_finished_run_is_scored_against_the_same_start(trained, make):
     assert isinstance(answer["text"], str)
 
 
+def test_preferences_continue_a_run_of_instructions(make, make_recipe, tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": row["prompt"], "response": row["chosen"]} for row in PAIRS])
+    fields = {"task": "instruction", "base": make().base.model, "data": str(tmp_path / "rows.jsonl")}
+    train(make_recipe(**fields, learning_rate=0.1, max_steps=2), tmp_path / "first")
+    train(make(init_from=str(tmp_path / "first"), max_steps=1, epochs=1), tmp_path / "run")
+    assert first_loss(tmp_path / "run") == pytest.approx(math.log(2), abs=1e-4)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_a_continued_adapter_begins_at_itself_which_does_not_change(loss, trained, make, tmp_path):
     recipe = make(init_from=str(trained[0]), loss=loss, max_steps=4)

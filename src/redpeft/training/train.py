@@ -43,7 +43,7 @@ from redpeft.storage import (
     to_json,
     write_atomically,
 )
-from redpeft.tasks.base import Task
+from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
 from redpeft.training.callbacks import attach, plain_scores, stop_on_signals
@@ -227,7 +227,8 @@ def _check_labels(task: Task, init_from: str) -> None:
             )
         return
     before, now = read_json(saved), task.to_dict()
-    for key in ("task", "problem_type", "label_names"):
+    same_kind = TASKS[before["task"]].task_type == task.task_type  # preferences continue a run of instructions
+    for key in ("problem_type", "label_names") if same_kind else ("task",):
         if before.get(key) != now.get(key):
             there, here = (textwrap.shorten(str(each.get(key)), 200) for each in (before, now))
             raise UserError(f"init_from: {key} is {there} in {init_from} and {here} here, so its head does not fit")
