@@ -69,7 +69,7 @@ def test_a_run_learns_what_it_would_learn_on_the_dequantised_base(
     load_in, make_recipe, tiny_encoder_folder, data_folder, tmp_path
 ):
     """Over three epochs, so that training goes on after evaluations."""
-    recipe = make_recipe(base__load_in=load_in)
+    recipe = make_recipe(base__load_in=load_in, task="classification")
     train(recipe, tmp_path / "quantised")
     base, _ = load_base(recipe, TASKS[recipe.task].from_splits(read_splits(recipe.data, 0), recipe.data))
     plain = AutoModel.from_pretrained(tiny_encoder_folder)
