@@ -58,7 +58,7 @@ LLAMA_CPP = .venv/llama-cpp
 	@rm $(LLAMA_CPP)/llama_cpp_python-0.3.36.tar.gz
 	@touch $@
 
-demo: .venv/.ready  ## teach a chat model three styles, train RED and its peers on an encoder (about five minutes)
+demo: .venv/.ready  ## teach a chat model three styles, train RED and its peers on an encoder (about three minutes)
 	$(BIN)/redpeft demo
 
 test: .venv/.quantisers  ## the tests that every change must pass

@@ -182,7 +182,7 @@ def demo(
         bool, typer.Option("--quick", help="One minute: the chat model alone, with fewer steps.")
     ] = False,
 ) -> CommandOutput:
-    """Teach a small chat model three styles, and sort messages by RED and other methods: no account, five minutes."""
+    """Teach a small chat model three styles, and sort messages by RED and other methods: no account, three minutes."""
     from redpeft.demo import run_demo
 
     result, shown = run_demo(out or Path("runs", "demo-quick" if quick else "demo"), quick)
