@@ -124,6 +124,10 @@ def test_the_share_of_values_that_a_text_says(comparison):
     assert said == 3 / 6
 
 
+def test_a_text_that_the_limit_cut_does_not_end_as_a_sentence(comparison):
+    assert comparison["run"].unending(["It is a pub.", "It is a pub.It is a", "Is it? ", ""]) == 0.5
+
+
 def test_bounded_biases_and_edits_in_bf16(comparison):
     """What part C and D ask for does happen in training, and is undone afterwards."""
     import torch

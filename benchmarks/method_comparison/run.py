@@ -28,6 +28,8 @@ from unittest.mock import patch
 
 from settings import BASE, PARTS, TASKS, Run, planned
 
+from redpeft.storage import read_json, to_json, write_atomically
+
 HERE = Path(__file__).parent
 RESULTS, TEXTS = HERE / "results", HERE / "texts"
 PLAIN_BEAMS = {"num_beams": 10, "length_penalty": 0.9, "do_sample": False, "max_new_tokens": 100}
@@ -41,7 +43,7 @@ ROWS_AT_ONCE = {"e2e": 64, "spell_backward": 200, "chain_sum": 200}  # questions
 
 
 def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
 
 # --- one run --------------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def run(one: Run, base: str, data: Path, texts: Path | None = None) -> dict[str,
             scores = {}
     if texts is not None:
         texts.mkdir(parents=True, exist_ok=True)
-        (texts / f"{one.digest}.json").write_text(json.dumps(answers, ensure_ascii=False, indent=0))
+        write_atomically(texts / f"{one.digest}.json", to_json(answers, indent=0))
     return result | {
         "validation": {"loss": trained["validation"]["loss"], **scores} if trained else None,
         "parameters": trained.get("trainable_parameters", 0),
@@ -173,6 +175,7 @@ def moved(model: Any) -> dict[str, float]:
 
 def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[str, list]]:
     """The scores on the questions of the run's split, and the texts by decoding."""
+    from redpeft.tasks.metrics import bleu
     from redpeft.training.predict import predict
 
     rows = [json.loads(line) for line in (data / one.task / f"{one.split}_questions.jsonl").open(encoding="utf-8")]
@@ -185,6 +188,7 @@ def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[st
         if one.task == "e2e":
             scores[f"bleu {name}"] = bleu(texts[name], [row["references"] for row in rows])
             scores[f"values {name}"] = values_said(texts[name], questions)
+            scores[f"unending {name}"] = unending(texts[name])
             texts["references"] = [row["references"] for row in rows]
         else:
             hits = [is_right(one.task, text, row["response"]) for text, row in zip(texts[name], rows, strict=True)]
@@ -193,15 +197,6 @@ def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[st
     if one.split == "validation":  # one decoding
         scores = {name.split()[0]: value for name, value in scores.items()}
     return scores, texts
-
-
-def bleu(texts: list[str], references: list[list[str]]) -> float:
-    """As `redpeft.tasks.metrics.score_texts`, without what needs Java."""
-    from itertools import zip_longest
-
-    from sacrebleu import corpus_bleu
-
-    return corpus_bleu(texts, list(zip_longest(*references)), lowercase=True, tokenize="13a", force=True).score
 
 
 def values_said(texts: list[str], questions: list[Mapping[str, str]]) -> float:
@@ -214,6 +209,11 @@ def values_said(texts: list[str], questions: list[Mapping[str, str]]) -> float:
             if value not in ("yes", "no"):
                 found.append(set(re.findall(r"\w+", value.lower())) <= words)
     return sum(found) / len(found)
+
+
+def unending(texts: list[str]) -> float:
+    """The share of texts that the limit of tokens cut: they do not end as a sentence does."""
+    return sum(not text.rstrip().endswith((".", "!", "?")) for text in texts) / len(texts)
 
 
 def is_right(task: str, text: str, expected: str) -> bool:
@@ -272,7 +272,7 @@ def run_parts(parts: list[str], base: str, data: Path, workers: int, minutes: fl
                     print(f"{one.digest} {one.name}, {one.task}: {type(error).__name__}: {error}", flush=True)
                     continue
                 result = future.result()
-                write(result, out / f"{one.digest}.json")
+                write_atomically(out / f"{one.digest}.json", to_json(result, indent=1))
                 said = result.get("test") or result["validation"] or result.get("failed")
                 print(f"{one.digest} {one.task}, {one.name}, {one.rate}, seed {one.seed}: {said}", flush=True)
 
@@ -284,16 +284,10 @@ def score(out: Path) -> None:
     for digest, result in read_results(out).items():
         kept = out.parent / TEXTS.name / f"{digest}.json"
         if result["settings"]["task"] == "e2e" and "test" in result and "official" not in result and kept.is_file():
-            answers = json.loads(kept.read_text())
+            answers = read_json(kept)
             texts, references = ({d: answers[d] for d in DECODINGS["e2e", "test"]}, answers["references"])
             result["official"] = {decoding: score_texts(texts[decoding], references) for decoding in texts}
-            write(result, out / f"{digest}.json")
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    partial.replace(path)
+            write_atomically(out / f"{digest}.json", to_json(result, indent=1))
 
 
 def on_gpu() -> bool:

@@ -84,13 +84,15 @@ def e2e_table(results: Results) -> str:
             with_error([run["validation"]["loss"] for run in runs], 3) if runs[0]["validation"] else "",
             with_error(of("bleu beams"), 1),
             with_error(of("values beams"), 2),
+            with_error(of("unending beams"), 1, 100),
             with_error(of("bleu published"), 1),
             with_error(of("values published"), 2),
             forgetting(runs, base),
         ]
 
-    headings = ["method", "parameters", "file", "peak", "rate", "loss", "BLEU", "values", "BLEU, ban", "values, ban"]
-    return markdown([*headings, "forgetting"], filled(rows, cells, len(headings)))
+    first = ["method", "parameters", "file", "peak", "rate", "loss"]
+    headings = [*first, "BLEU", "values", "unending, %", "BLEU, ban", "values, ban", "forgetting"]
+    return markdown(headings, filled(rows, cells, len(headings) - 1))
 
 
 def official_table(results: Results) -> str:

@@ -8,20 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.methods import OPTIONS
 from redpeft.errors import Stopped
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.train import train
 from redpeft.training.trainer import RunTrainer
-
-OPTIONS = {
-    "adapter": {"bottleneck": 4},
-    "adapter_ffn": {"bottleneck": 4},
-    "adapter_drop": {"bottleneck": 4, "drop_layers": 1},
-    "prompt": {"num_virtual_tokens": 4},
-    "prefix": {"num_virtual_tokens": 4},
-    "bitfit": {"add_biases": True},
-    "top_layers": {"layers": 1},
-}
 
 
 def short(method, **changes):

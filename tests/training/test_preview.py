@@ -9,22 +9,13 @@ from rich.console import Console
 
 from helpers.adapters import tree
 from helpers.data import write_rows
+from helpers.methods import OPTIONS
 from redpeft.errors import UserError
 from redpeft.training import preview as preview_module
 from redpeft.training.baselines import METHODS
 from redpeft.training.preview import Example, Part, preview, shown
 from redpeft.training.train import train
 from redpeft.training.trainer import RunTrainer
-
-OPTIONS = {
-    "adapter": {"bottleneck": 4},
-    "adapter_ffn": {"bottleneck": 4},
-    "adapter_drop": {"bottleneck": 4, "drop_layers": 1},
-    "prompt": {"num_virtual_tokens": 4},
-    "prefix": {"num_virtual_tokens": 4},
-    "bitfit": {"add_biases": True},
-    "top_layers": {"layers": 1},
-}
 
 
 def test_a_preview_is_what_the_run_becomes_and_writes_nothing(make_recipe, tmp_path, monkeypatch):

@@ -112,12 +112,19 @@ class InstructionTask(Task):
                 "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
                 "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
             }
-        more = {
-            "input": cols.find_column(train, ["input"]) if found.get("prompt", "").lower() == "instruction" else None,
+        if found.get("prompt", "").lower() == "instruction" and (more := cols.find_column(train, ["input"])):
+            found["input"] = more
+        return cls._with_optional(found, train, data)
+
+    @staticmethod
+    def _with_optional(found: dict[str, str], train: Dataset, data: DataConfig) -> dict[str, str]:
+        """The columns that were found, and those for a system message and tools where there are such. UserError: a
+        column that is not there."""
+        optional = {
             "system": data.system or cols.find_column(train, cols.SYSTEM_COLUMNS, without=found.values()),
             "tools": data.tools or cols.find_column(train, ["tools"], without=found.values()),
         }
-        found |= {key: name for key, name in more.items() if name}
+        found = found | {key: name for key, name in optional.items() if name}
         cols.require_columns(train, found.values())
         return found
 

@@ -187,21 +187,27 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
         raise UserError(
             f"{len(predictions)} predictions for {len(references)} meaning representations: one is needed for each"
         )
-    from sacrebleu import corpus_bleu
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     tokenise = Tokenizer13a()
     tokens = [tokenise(text.lower()).split() for text in predictions]
     reference_tokens = [[tokenise(text.lower()).split() for text in group] for group in references]
-    streams = list(zip_longest(*references))  # the first reference of each text, then the second or None, ...
     scores: dict[str, float | None] = {
-        "bleu": corpus_bleu(predictions, streams, lowercase=True, tokenize="13a", force=True).score,
+        "bleu": bleu(predictions, references),
         "nist": nist(tokens, reference_tokens),
     }
     if has_java():
         return scores | _caption_scores(predictions, references)
     logger.warning(NO_JAVA)
     return scores | dict.fromkeys(CAPTION_SCORES)
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """sacrebleu's corpus BLEU in percent, of lower-case text. `references`: for each text one or more."""
+    from sacrebleu import corpus_bleu
+
+    streams = list(zip_longest(*references))  # the first reference of each text, then the second or None, ...
+    return corpus_bleu(predictions, streams, lowercase=True, tokenize="13a", force=True).score
 
 
 def nist(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], longest: int = 5) -> float:

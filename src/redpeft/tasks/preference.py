@@ -77,13 +77,7 @@ class PreferenceTask(InstructionTask):
                 found["prompt"] = prompt
             elif not cols.holds_objects(train, found["chosen"]):
                 raise UserError(f"{cols.source(train)} has answers without a prompt: name its column with data.prompt")
-        more = {
-            "system": data.system or cols.find_column(train, cols.SYSTEM_COLUMNS, without=found.values()),
-            "tools": data.tools or cols.find_column(train, ["tools"], without=found.values()),
-        }
-        found |= {key: name for key, name in more.items() if name}
-        cols.require_columns(train, found.values())
-        return found
+        return cls._with_optional(found, train, data)
 
     @classmethod
     def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
