@@ -11,6 +11,7 @@ import torch
 from helpers.data import write_rows
 from redpeft.adapters.folder import read_adapter
 from redpeft.errors import Stopped, UserError
+from redpeft.evaluation.language_model import prompt_form
 from redpeft.fleet.template_model import why_alone
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.preview import preview
@@ -71,6 +72,7 @@ def test_a_finished_run_is_scored_against_the_same_start(trained, make):
     run = load_run(trained[0])
     scores = evaluate(run, f"{make().data.path}/test.jsonl")
     assert scores == pytest.approx(trained[1]["test"], rel=1e-3)
+    assert prompt_form(trained[0], run.tokenizer)[0].template == run.task.template
     [answer] = predict(run, ["spell good"], max_new_tokens=4)
     assert answer["prompt"] == "spell good"
     assert isinstance(answer["text"], str)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +179,9 @@ def prompt_form(
 
 def _as_chat(task: Any, run: Path) -> InstructionTask:
     """The task of a run for chats, whatever the columns of its data were."""
-    if task.name != InstructionTask.name:
+    if not isinstance(task, InstructionTask):  # preferences are one: their runs answer chats as well
         raise UserError(f"the run in {run} was trained for {task.name}; answers need a run of the task instruction")
-    return replace(task, columns={"messages": "messages"})
+    return InstructionTask({"messages": "messages"}, template=task.template)
 
 
 def load_language_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
