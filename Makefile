@@ -6,8 +6,8 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving reproduce-smoke lint types bench \
-	lock lock-upgrade clean
+.PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving test-studio \
+	reproduce-smoke lint types bench lock lock-upgrade clean
 
 # $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned
 install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --build-constraint constraints/tests.txt
@@ -65,10 +65,13 @@ test: .venv/.quantisers  ## the tests that every change must pass
 	$(BIN)/python -m pytest
 
 test-slow: .venv/.quantisers .venv/.ray .venv/.llama-cpp  ## what takes longer: processes, a Ray cluster, a chat model
-	$(BIN)/python -m pytest -m "slow and not serving"
+	$(BIN)/python -m pytest -m "slow and not serving and not browser"
 
 test-gpu: .venv/.ready  ## what is the same on a GPU as on the CPU; for a machine that has one
 	$(BIN)/python -m pytest -m gpu
+
+test-studio: .venv/.ready  ## the studio in a real browser: Debian's chromium, which it does not install
+	$(BIN)/python -m pytest tests/studio -m browser
 
 # Tables that share a base model share a folder, and with it their runs.
 reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import redpeft
 from redpeft.import_hook import _Finder, after_import
 
-HEAVY = ("torch", "transformers", "peft", "pandas", "datasets", "pyarrow", "matplotlib")
+HEAVY = ("torch", "transformers", "peft", "pandas", "datasets", "pyarrow", "matplotlib", "gradio")
 CALLS = [[], ["--help"], ["--version"], ["train", "--help"], ["fold", "--help"], ["trian"], ["train", "--nosuch"]]
 CALLS += [["train", "base=m", "data=d", field] for field in ("lr=abc", "learing_rate=1", "schedule=lineer")]
 
