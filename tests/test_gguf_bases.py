@@ -344,8 +344,9 @@ def test_the_command_writes_it(files, capsys, tmp_path):
     code, _, err = redpeft(capsys, "export-base", tmp_path / "out", "--out", tmp_path / "again")
     assert (code, err) == (2, f"redpeft: {tmp_path / 'out'} is no GGUF file and holds none: it can be used as it is\n")
     (tmp_path / "empty").mkdir()
+    advice = "give the file, or a folder with one"
     code, _, err = redpeft(capsys, "export-base", tmp_path / "empty", "--out", tmp_path / "again")
-    assert (code, err) == (2, f"redpeft: {tmp_path / 'empty'} is no GGUF file and holds none\n")
+    assert (code, err) == (2, f"redpeft: {tmp_path / 'empty'} is no GGUF file and holds none: {advice}\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out"]
 
 

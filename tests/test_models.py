@@ -12,6 +12,7 @@ from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -125,8 +126,63 @@ def test_no_such_model_folder(tmp_path):
     assert "no such model folder" in error_of(AutoTokenizer, file)
 
 
-def test_a_folder_that_holds_no_model(tmp_path):
-    assert f"cannot load {tmp_path} with AutoModelForCausalLM: " in error_of(AutoModelForCausalLM, tmp_path)
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "it holds no model, neither a config.json nor a GGUF file, and is empty: give another folder"),
+        (
+            dict.fromkeys(("a.txt", "b.txt", "c.txt", "d.txt", ".hidden"), ""),
+            "it holds no model, neither a config.json nor a GGUF file, only a.txt, b.txt, c.txt and 1 more: give ",
+        ),
+        ({"adapter_config.json": "{}"}, "it holds an adapter and no model: give the adapter's base model, or fold "),
+        ({"adapter/adapter_config.json": "{}", "recipe.yaml": ""}, "it holds an adapter and no model: "),
+        (
+            {"checkpoint-2/config.json": "{}"},
+            "it holds no config.json, but {folder}/checkpoint-2 does: ",
+        ),
+        (
+            {"snapshots/1f/config.json": "{}", "refs/main": "1f"},
+            "it holds no config.json, but {folder}/snapshots/1f does: give that folder",
+        ),
+        (
+            {"model.gguf": "GGUF", "adapter_model.safetensors": ""},
+            "it holds weights without a config.json: for the GGUF file in it give {folder}/model.gguf",
+        ),
+        ({"config.json": '{"model_type": "ll'}, "its config.json is broken: copy it again"),
+        ({"config.json": "[]"}, "its config.json is broken: copy it again"),
+        ({"config.json": "{}"}, "its config.json names no architecture (model_type)"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_is_missing(files, says, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for auto_class in (AutoTokenizer, AutoModelForCausalLM, AutoConfig):
+        start = f"cannot load {tmp_path} with {auto_class.__name__}: {says.format(folder=tmp_path)}"
+        assert error_of(auto_class, tmp_path).startswith(start)
+
+
+def test_a_folder_with_a_tokenizer_alone(tiny_tokenizer, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path)) == len(tiny_tokenizer)  # as an adapter's folder has one
+    assert "it holds no model, neither a config.json nor a GGUF file, only " in error_of(
+        AutoModelForCausalLM, tmp_path
+    )
+
+
+def test_a_folder_without_weights(tiny_encoder_folder, tmp_path):
+    shutil.copytree(tiny_encoder_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    assert error_of(AutoModelForSequenceClassification, tmp_path).endswith(
+        ": its weights are missing: model.safetensors, or several files and model.safetensors.index.json"
+    )
+
+
+def test_an_architecture_that_transformers_does_not_know(tiny_encoder_folder, tmp_path):
+    shutil.copytree(tiny_encoder_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wondrous"}))
+    says = f"transformers {transformers.__version__} does not know the architecture wondrous: a newer one may"
+    assert error_of(AutoModelForSequenceClassification, tmp_path).endswith(f": {says}")
 
 
 def test_a_hub_name_that_does_not_load():

@@ -36,7 +36,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from redpeft.console import log_main
 from redpeft.errors import UserError, first_line, shorten_list
-from redpeft.storage import is_local, new_folder
+from redpeft.storage import ADAPTER, CONFIG_NAME, is_local, new_folder, read_json
 
 GGUF = ".gguf"
 LLAMA_BIASES = {"mlp_bias": ".ffn_down.", "attention_bias": ".attn_output."}  # switches that no GGUF file has
@@ -194,13 +194,7 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
             loaded = auto_class.from_pretrained(str(folder), **kwargs)
     except Exception as error:  # errors of transformers, tokenizers, safetensors and the hub's client: of every kind
         place = "" if folder.is_dir() else ", a name on the Hugging Face hub since there is no such folder,"
-        reason = first_line(error)
-        if "ignore_mismatched_sizes" in reason:  # the rest is a table that transformers has printed
-            reason = "its weights have other shapes than its configuration says"
-        if reason.endswith(":"):
-            reason = " ".join(str(error).split())
-        if reason.startswith("Unrecognized configuration class"):
-            reason = f"transformers has no such class for this architecture; {NEEDED.get(kind, 'choose another task')}"
+        reason = (header is None and _not_a_model(folder, kind)) or _why_not_loaded(error, kind)
         raise UserError(f"cannot load {base}{place} with {kind}: {reason}") from error
     if header and is_model:
         _parse_gguf.cache_clear()  # a large vocabulary takes 0.1 GB and more
@@ -259,17 +253,51 @@ def _complete_gguf_config(config: PretrainedConfig, header: GGUFHeader, base: st
         config.architectures = [each.__name__ for each in classes[:1]] or None
 
 
-def load_config(base: str | Path) -> PretrainedConfig:
-    """The configuration of a base model, whose folder needs no weights. UserError where there is none."""
-    folder, gguf_file = find_base(base)
-    if gguf_file is not None:
-        return load_pretrained(AutoConfig, base)
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{base}: no folder with a config.json and no model on the Hub has this name ({first_line(error)})"
-        ) from error
+def _not_a_model(folder: Path, kind: str) -> str | None:
+    """Why a local folder is not a base model's, by its configuration: there is none, or it is broken. None where the
+    trouble is elsewhere. `kind`: the class that should load it; a tokenizer can do without a configuration."""
+    config = folder / "config.json"
+    if not folder.is_dir() or (kind == "AutoTokenizer" and (folder / "tokenizer_config.json").is_file()):
+        return None
+    if config.is_file():
+        try:
+            named = isinstance(read_json(config).get("model_type"), str)
+        except (ValueError, AttributeError):
+            return "its config.json is broken: copy it again"
+        return None if named else "its config.json names no architecture (model_type)"
+    if (folder / CONFIG_NAME).is_file() or (folder / ADAPTER / CONFIG_NAME).is_file():
+        return "it holds an adapter and no model: give the adapter's base model, or fold the adapter into that first"
+    if inside := [path.parent for pattern in ("*", "snapshots/*") for path in folder.glob(f"{pattern}/config.json")]:
+        return f"it holds no config.json, but {min(inside)} does: give that folder"
+    held = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if gguf := next((name for name in held if name.endswith(GGUF)), None):
+        return f"it holds weights without a config.json: for the GGUF file in it give {folder / gguf}"
+    content = f"only {shorten_list(held)}" if held else "and is empty"
+    return f"it holds no model, neither a config.json nor a GGUF file, {content}: give another folder"
+
+
+def _why_not_loaded(error: Exception, kind: str) -> str:
+    """What an error of transformers says, in one line."""
+    reason = first_line(error).strip()
+    if "ignore_mismatched_sizes" in reason:  # the rest is a table that transformers has printed
+        return "its weights have other shapes than its configuration says"
+    if reason.startswith("Unrecognized configuration class"):
+        return f"transformers has no such class for this architecture; {NEEDED.get(kind, 'choose another task')}"
+    if unknown := re.search(r"model type `(.*)` but Transformers does not recognize", reason):
+        return f"transformers {transformers.__version__} does not know the architecture {unknown[1]}: a newer one may"
+    if reason.startswith("Error no file named"):
+        return "its weights are missing: model.safetensors, or several files and model.safetensors.index.json"
+    if reason.startswith("Couldn't instantiate the backend tokenizer"):
+        return (
+            "its tokenizer is missing: the files (tokenizer.json, vocab.txt, ...) belong beside the model's, and some "
+            "kinds need the package sentencepiece or tiktoken"
+        )
+    return " ".join(str(error).split()) if reason.endswith(":") else reason
+
+
+def load_config(base: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of a base model, whose folder needs no weights. Raises `UserError` as `load_pretrained`."""
+    return load_pretrained(AutoConfig, base, revision=revision)
 
 
 def load_tokenizer(base: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -348,7 +376,8 @@ def export_base(base: str | Path, out: str | Path, dtype: str = "fp32") -> tuple
     header = read_gguf_header(base)
     if header is None:
         ordinary = (Path(base) / "config.json").is_file()
-        raise UserError(f"{base} is no GGUF file and holds none" + (": it can be used as it is" if ordinary else ""))
+        advice = "it can be used as it is" if ordinary else "give the file, or a folder with one"
+        raise UserError(f"{base} is no GGUF file and holds none: {advice}")
     with quiet(), new_folder(Path(out)) as folder:
         tokenizer = load_tokenizer(base)
         model: PreTrainedModel = load_pretrained(

@@ -35,7 +35,7 @@ def test_an_estimate_is_steps_and_rows_of_each_run(data, monkeypatch):
         time_estimate, "_try_steps", lambda recipe: tried.append(recipe.data.path) or Speed(2.0, 0.1, 0.3, 5.0)
     )
     whole = 5 + 4 * 10 * 2 + 4 * 30 * 0.1 + 50 * 0.3
-    monkeypatch.setattr(time_estimate, "load_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(time_estimate, "load_config", lambda *_: None)
 
     def seconds(runs):
         return estimate(runs, count_rows(runs))

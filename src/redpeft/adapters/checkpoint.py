@@ -71,10 +71,11 @@ class Checkpoint:
         elif (self.folder / WEIGHTS).is_file():
             shards = [WEIGHTS]
         else:
-            raise UserError(
-                f"{self.folder}: no {WEIGHTS} there, and redpeft reads no pickles; load the model with transformers "
-                "and save it with save_pretrained, which writes one"
-            )
+            if any(self.folder.glob("*.bin")):
+                why = "and redpeft reads no pickles; load the model with transformers and save it with save_pretrained"
+            else:
+                why = "so it holds no model with weights"
+            raise UserError(f"{self.folder}: no {WEIGHTS} there, {why}")
         found = {}
         for shard in shards:
             with self.open(shard) as file:

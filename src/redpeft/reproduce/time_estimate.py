@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig
-
-from redpeft.models import load_pretrained
+from redpeft.models import load_config
 from redpeft.reproduce.plan import TableRun
 from redpeft.training.preview import preview
 from redpeft.training.recipe import Recipe
@@ -36,7 +34,7 @@ def count_rows(runs: Sequence[TableRun]) -> dict[str, dict[str, int]]:
     firsts = {run.task: run.job.recipe for run in reversed(runs)}
     rows = {task: _rows(recipe) for task, recipe in firsts.items()}
     for base in {recipe.base.model: recipe.base for recipe in firsts.values()}.values():
-        load_pretrained(AutoConfig, base.model, revision=base.revision)
+        load_config(base.model, base.revision)
     return rows
 
 

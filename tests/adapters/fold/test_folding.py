@@ -485,7 +485,9 @@ def test_a_base_that_the_adapter_does_not_lead_to(folders, named, said):
 
 def test_a_base_with_pickled_weights_only(folders):
     (folders / "base" / "model.safetensors").rename(folders / "base" / "pytorch_model.bin")
-    refused(folders, "no model.safetensors there, and redpeft reads no pickles")
+    refused(folders, "no model.safetensors there, and redpeft reads no pickles; load the model with transformers")
+    (folders / "base" / "pytorch_model.bin").unlink()
+    refused(folders, "no model.safetensors there, so it holds no model with weights$")
 
 
 @pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": ["model.safetensors"]}'])
