@@ -72,6 +72,33 @@ def test_labels_of_mixed_data_are_those_of_all(tmp_path):
     assert (task.columns, task.label_names) == ({"text": "text", "label": "label"}, ["1", "3", "5"])
 
 
+def test_groups_of_mixed_data_stay_together(tmp_path):
+    """One data set is a table with numbers, the other has texts; both have a customer 3, who is not the same."""
+    one = [{"prompt": f"Say {i}", "response": str(i), "customer": i // 10} for i in range(60)]
+    two = [
+        {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": "Yo"}]}
+        | {"customer": None if i > 50 else str(i // 10)}
+        for i in range(60)
+    ]
+    mix = [{"path": write_rows(tmp_path / "one.csv", one)}, {"path": write_rows(tmp_path / "two.jsonl", two)}]
+    data = DataConfig(mix=mix, group="customer", validation_fraction=0.2)
+    for seed in range(4):
+        task, splits = read_data("instruction", data, seed=seed)
+        assert task.columns == {"messages": "messages", "tools": "tools"}
+        train, validation = ({key for key in splits[name]["group"] if key} for name in ("train", "validation"))
+        assert train
+        assert validation
+        assert not train & validation
+        counts = Counter(splits["validation"]["group"])
+        assert all(count == 10 for key, count in counts.items() if key and key != f"5 of {mix[1]['path']}")
+    rows, groups = splits["train"][ROW], splits["train"]["group"]
+    assert all(row.endswith(key.partition(" of ")[2]) for row, key in zip(rows, groups, strict=True) if key)
+    few = read_data("instruction", data.model_copy(update={"max_eval_rows": 10}))[1]["validation"]
+    assert len({key for key in few["group"] if key}) <= 1
+    with pytest.raises(UserError, match=r"one.csv has no column 'client'; its columns are prompt, response, customer"):
+        read_data("instruction", data.model_copy(update={"group": "client"}))
+
+
 def test_mixes_that_cannot_be(mixed, tmp_path):
     chats, asked, texts = mixed
     wrong = write_rows(tmp_path / "wrong.jsonl", [{"messages": [{"role": "bot", "content": "Hi"}]}])

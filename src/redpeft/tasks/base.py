@@ -133,7 +133,8 @@ class DataConfig(BaseModel):
         None,
         description="The column that says which rows belong together, such as a document or a customer. They are not "
         "separated by a limit, or by a validation split taken from the training rows. Default: rows with the same "
-        "question belong together, or rows of one document if there is a column document_id or doc_id.",
+        "question belong together, or rows of one document if there is a column document_id or doc_id; in a mix "
+        "that has to be named.",
     )
     max_train_rows: int | None = Field(
         None, ge=1, description="Train on at most this many rows, in whole groups, drawn by the seed."

@@ -21,7 +21,7 @@ from redpeft.errors import UserError, first_line
 from redpeft.storage import is_local
 from redpeft.tasks import columns
 from redpeft.tasks.base import TASKS, DataConfig, Task
-from redpeft.tasks.columns import LABEL_COLUMNS, ROW, Missing, find_column, is_missing, source, values
+from redpeft.tasks.columns import LABEL_COLUMNS, ROW, Missing, find_column, is_missing, require_columns, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
 from redpeft.tasks.labels import label_name
 from redpeft.tasks.rows import choose_rows, glue_splits, leave_out_missing
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MIX = "data.mix"
 """What messages call the rows of several data sets."""
+GROUP = "group"
+"""The column of a mix with the values of `data.group`."""
 
 SPLIT_NAMES = {
     "train": ("train", "trainset", "train_sft"),
@@ -73,15 +75,20 @@ def _make_task(kind: str, splits: dict[str, Dataset], data: DataConfig, **option
 def _read_mix(kind: str, data: DataConfig, seed: int, **options: Any) -> tuple[Task, dict[str, Dataset]]:
     """`read_data` of several data sets. Each gives its own validation rows; then the training rows are interleaved by
     the weights until one data set has no more."""
-    parts = [
-        {name: share_columns(kind, split, part) for name, split in _whole_rows(kind, part, read_splits(part)).items()}
-        for part in data.parts
-    ]
+    own_group, data = data.group, data.model_copy(update={"group": data.group and GROUP})
+    parts: list[dict[str, Dataset]] = []
+    for part in data.parts:
+        splits = _whole_rows(kind, part, read_splits(part))
+        parts.append({name: share_columns(kind, split, part) for name, split in splits.items()})
+        if own_group:
+            require_columns(splits["train"], [own_group])
+            parts[-1] = {name: _with_groups(each, splits[name], own_group) for name, each in parts[-1].items()}
+    added = (ROW, GROUP)
     named = [each.column_names for splits in parts for each in splits.values()]
     if different := next((names for names in named if sorted(names) != sorted(named[0])), None):
-        first, other = (", ".join(name for name in names if name != ROW) for names in (named[0], different))
+        first, other = (", ".join(name for name in names if name not in added) for names in (named[0], different))
         raise UserError(f"data.mix: one data set has {first} and another {other}: they cannot be mixed")
-    keys = {name: name for name in named[0] if name != ROW}
+    keys = {name: name for name in named[0] if name not in added}
     config = data.model_copy(update={"mix": None, **keys})
     task = _make_task(kind, _joined(parts), config, **options)
     chosen = [choose_rows(splits, task, part, seed) for splits, part in zip(parts, data.parts, strict=True)]
@@ -102,6 +109,15 @@ def share_columns(kind: str, split: Dataset, data: DataConfig) -> Dataset:
     found = found.remove_columns(ROW).add_column(ROW, rows)
     found.info.description = name
     return found
+
+
+def _with_groups(shared: Dataset, split: Dataset, column: str) -> Dataset:
+    """A split of a mix with the user's column that says which rows belong together, where it has one. Equal values in
+    two data sets are two groups."""
+    name, keys = source(shared), values(split, column) if column in split.column_names else [None] * len(split)
+    shared = shared.add_column(GROUP, ["" if is_missing(key) else f"{key} of {name}" for key in keys])
+    shared.info.description = name
+    return shared
 
 
 def _joined(parts: list[dict[str, Dataset]]) -> dict[str, Dataset]:
