@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
 
 from helpers.training import learn
 from redpeft.errors import UserError
+from redpeft.training.baselines import peft_types
 from redpeft.training.learner import apply_method, trainable_parameters
 from redpeft.training.recipe import load_recipe
 
@@ -71,6 +73,10 @@ CASES = [
     (gpt2, "instruction"),
     (t5, "text-to-text"),
 ]
+
+
+def test_the_names_that_are_read_from_a_file_of_peft_are_its_methods():
+    assert peft_types() == {kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - {"redpeft"}
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])

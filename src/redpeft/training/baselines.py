@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import resolve_name
+from runpy import run_path
 from typing import Any
 
 from redpeft.errors import UserError
@@ -120,21 +123,27 @@ def find_peft_method(name: str) -> Method:
 
     Raises `UserError` for a name that PEFT does not have, and for a method that needs more than a recipe can give.
     """
-    from peft import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     if name in NEEDS_MORE:
         raise UserError(f"method {name} cannot be trained by a recipe: {NEEDS_MORE[name]}")
-    found = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    own = {method.peft_type for method in METHODS.values()}
-    others = {kind: config for kind, config in found.items() if kind not in NEEDS_MORE and kind.upper() not in own}
+    own = {str(method.peft_type).lower() for method in METHODS.values()}
+    others = peft_types() - NEEDS_MORE.keys() - own
     if name not in others:
         raise UserError(
             f"no method is called {name!r}: choose {', '.join(METHODS)}, or one of PEFT's others: "
             f"{', '.join(sorted(others))}"
         )
-    config = others[name]
+    from peft import PeftType, PromptLearningConfig  # only here: it imports torch, and a wrong name needs none
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name.upper())]
     options = f"{config.__module__}:{config.__qualname__}"
     if issubclass(config, PromptLearningConfig):  # virtual tokens before the row
         return Method(options, None, {"num_virtual_tokens": 16}, fit=f"{PEFT}:fit_prompt", packed=False)
     return Method(options, None)
+
+
+def peft_types() -> set[str]:
+    """PEFT's methods, in small letters, from the one file that names them: importing PEFT would import torch."""
+    spec: Any = find_spec("peft")
+    kinds = run_path(str(Path(spec.origin).parent / "utils" / "peft_types.py"))["PeftType"]
+    return {kind.value.lower() for kind in kinds}
