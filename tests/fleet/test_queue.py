@@ -45,13 +45,15 @@ def test_jobs_come_in_order_and_results_are_kept():
     assert queue.left() == 1
 
 
-def test_what_was_taken_can_be_given_back_and_comes_first():
-    queue = JobQueue([job(name) for name in "abc"])
-    queue.take()
-    queue.take()
+def test_what_a_lost_worker_had_is_given_back_and_comes_first():
+    queue = JobQueue([job(name) for name in "abcde"])
+    for worker in (1, 1, 2, 1):
+        queue.take(worker)
     queue.done(Path("a"), {})
-    queue.give_back([Path("a"), Path("b")])
-    assert [queue.take().folder.name for _ in range(2)] == ["b", "c"]
+    queue.give_back(1)
+    assert [queue.take(3).folder.name for _ in range(3)] == ["b", "d", "e"]
+    queue.give_back(1)
+    assert queue.take(1) is None
 
 
 def test_the_better_half_goes_on_at_each_rung():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -121,8 +122,12 @@ def test_what_is_finished_is_not_done_again_and_more_joins_it(fake_fleets, call,
 
 
 def test_an_interrupt_leaves_a_report_on_what_is_done(fake_fleets, call, sweep, tmp_path):
+    foreign = tmp_path / "out" / "learning_rate=0.1" / "seed-0" / "foreign.txt"
+
     def stops(recipe):
         if recipe.learning_rate == 0.1:
+            foreign.parent.mkdir(parents=True)
+            foreign.touch()  # that the folder is refused now must not hide why the work stopped
             raise Stopped("stopped with 1 job under way; run the same command again to continue")
         return by_rate(recipe)
 
@@ -130,6 +135,7 @@ def test_an_interrupt_leaves_a_report_on_what_is_done(fake_fleets, call, sweep, 
     code, _, err = call(*sweep)
     assert (code, err.splitlines()[-1].startswith("redpeft: stopped with 1 job")) == (130, True)
     assert "6: 2 done, 0 failed, 4 not finished" in (tmp_path / "out" / "report.md").read_text()
+    shutil.rmtree(foreign.parent)
     trained = fake_fleets(by_rate)
     assert call(*sweep)[0] == 0
     assert len(trained) == 4

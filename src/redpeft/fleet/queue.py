@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +102,8 @@ class HalvingGroup:
 class JobQueue:
     """A `Queue` in the memory of one process, which keeps the results by run folder.
 
-    `halving` gives the group of each folder that competes with others. Jobs of a worker that died can be given out
-    again (`give_back`): they continue from their checkpoints.
+    `halving` gives the group of each folder that competes with others. The jobs of a worker that died can be given out
+    again: they continue from their checkpoints.
     """
 
     def __init__(self, jobs: Iterable[Job], halving: Mapping[Path, Hashable] | None = None) -> None:
@@ -120,14 +120,14 @@ class JobQueue:
             Job(job.recipe, job.folder, self._groups[job.folder].until if job.folder in groups else math.inf)
             for job in jobs
         )
-        self._taken: dict[Path, Job] = {}
+        self._taken: dict[Path, tuple[int, Job]] = {}  # with the number of the worker
         self._unfinished = {job.folder for job in jobs}
 
-    def take(self) -> Job | None:
+    def take(self, worker: int = 0) -> Job | None:
         if not self._ready:
             return None
         job = self._ready.popleft()
-        self._taken[job.folder] = job
+        self._taken[job.folder] = worker, job
         return job
 
     def done(self, folder: Path, result: dict[str, Any]) -> None:
@@ -157,9 +157,10 @@ class JobQueue:
             self.results[folder] = {"folder": str(folder), "error": error, "kind": "RunError", "seed": None}
         return self.results
 
-    def give_back(self, folders: Sequence[Path]) -> None:
-        """Put jobs back that were taken and have not ended; they are taken first."""
-        self._ready.extendleft(self._taken.pop(folder) for folder in folders if folder in self._taken)
+    def give_back(self, worker: int) -> None:
+        """Put back what a worker has taken and not ended; it is taken first."""
+        folders = [folder for folder, (owner, _) in self._taken.items() if owner == worker]
+        self._ready.extendleft(self._taken.pop(folder)[1] for folder in reversed(folders))
 
 
 @dataclass(frozen=True)

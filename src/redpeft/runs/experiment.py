@@ -21,7 +21,7 @@ from redpeft.fleet.template_model import why_alone
 from redpeft.runs.on_ray import require_ray, run_fleets_on_ray, run_on_ray
 from redpeft.runs.progress import JobProgress, logging_once, showing
 from redpeft.runs.runner import must_train_alone, run_fleets, run_jobs
-from redpeft.storage import finite, locked, read_json, write_atomically
+from redpeft.storage import RESULT, finite, locked, read_json, read_result, write_atomically
 
 USAGE = "totals"  # its key in the record
 SAVE_EVERY = 10.0  # seconds; so much of the usage is lost at most when the process is killed
@@ -139,9 +139,10 @@ def run_experiment(
         finally:
             if left:
                 usage = usage.plus(progress)
+            # without checking the recipes again: an error here would hide the one that ended the work
+            found = {name: read_result(job.folder) for name, job in jobs.items() if (job.folder / RESULT).is_file()}
             results = [
-                JobResult(name, job.folder, job.recipe.alone().result_in(job.folder), progress.failed.get(name))
-                for name, job in jobs.items()
+                JobResult(name, job.folder, found.get(name), progress.failed.get(name)) for name, job in jobs.items()
             ]
             write(results, usage)
     return results, usage

@@ -72,33 +72,12 @@ def connect() -> dict[str, float]:
     return ray.cluster_resources()
 
 
-class SharedQueue:
-    """A `JobQueue` in a process of its own, which knows the worker of each job, and keeps events for the driver."""
+class SharedQueue(JobQueue):
+    """A `JobQueue` in a process of its own, which keeps events for the driver."""
 
     def __init__(self, jobs: Sequence[Job], halving: Mapping[Path, Hashable] | None) -> None:
-        self.queue = JobQueue(jobs, halving)
-        self.taken: dict[int, set[Path]] = {}
+        super().__init__(jobs, halving)
         self.events: list[Event] = []
-
-    def take(self, worker: int) -> Job | None:
-        job = self.queue.take()
-        if job is not None:
-            self.taken.setdefault(worker, set()).add(job.folder)
-        return job
-
-    def done(self, worker: int, folder: Path, result: dict[str, Any]) -> None:
-        self.taken[worker].discard(folder)
-        self.queue.done(folder, result)
-
-    def paused(self, worker: int, folder: Path, score: float) -> None:
-        self.taken[worker].discard(folder)
-        self.queue.paused(folder, score)
-
-    def left(self) -> int:
-        return self.queue.left()
-
-    def ready(self) -> int:
-        return self.queue.ready()
 
     def report(self, event: Event) -> None:
         self.events.append(event)
@@ -107,14 +86,6 @@ class SharedQueue:
         """The events since the last call."""
         events, self.events = self.events, []
         return events
-
-    def lose(self, worker: int) -> None:
-        """Put back the jobs of a worker that died."""
-        self.queue.give_back(sorted(self.taken.pop(worker, set())))
-
-    def give_up(self, error: str) -> dict[Path, dict[str, Any]]:
-        """The results, with an error for what has none."""
-        return self.queue.give_up(error)
 
 
 class RemoteQueue:
@@ -127,10 +98,10 @@ class RemoteQueue:
         return _get(self.queue.take.remote(self.worker))
 
     def done(self, folder: Path, result: dict[str, Any]) -> None:
-        _get(self.queue.done.remote(self.worker, folder, result))
+        _get(self.queue.done.remote(folder, result))
 
     def paused(self, folder: Path, score: float) -> None:
-        _get(self.queue.paused.remote(self.worker, folder, score))
+        _get(self.queue.paused.remote(folder, score))
 
     def left(self) -> int:
         return _get(self.queue.left.remote())
@@ -176,7 +147,7 @@ def run_fleets_on_ray(
                 ray.get(reference)
             except (ray.exceptions.RayError, Stopped) as error:
                 lost, why = lost + 1, " ".join(str(error).split())
-                _get(queue.lose.remote(worker))
+                _get(queue.give_back.remote(worker))
         for event in _get(queue.take_events.remote()):
             report(event)
     results = _get(queue.give_up.remote(f"given up after {lost} lost workers; the last one: {why}"))
