@@ -55,7 +55,6 @@ def run(one: Run, base: str, data: Path, texts: Path | None = None) -> dict[str,
 
     import redpeft
     from redpeft.errors import RunError
-    from redpeft.training.learner import load_base
     from redpeft.training.predict import FinishedRun, load_run
     from redpeft.training.recipe import load_recipe
     from redpeft.training.train import read_task, train
@@ -68,10 +67,7 @@ def run(one: Run, base: str, data: Path, texts: Path | None = None) -> dict[str,
     with tempfile.TemporaryDirectory() as folder:
         if one.method == BASE:
             task, _ = read_task(recipe)
-            finished = FinishedRun(Path(folder), recipe, task)
-            model, tokenizer = load_base(recipe, task)
-            finished.__dict__["_loaded"] = (model.to("cuda" if on_gpu else "cpu").eval(), tokenizer)
-            peak, trained = None, {}
+            finished, peak, trained = FinishedRun(None, recipe, task), None, {}
         else:
             try:
                 with changed(one):

@@ -5,13 +5,15 @@ import json
 import pytest
 import torch
 from datasets import DatasetDict
+from peft import PeftModel
+from transformers import AutoModel
 
 from redpeft.errors import UserError
 from redpeft.tasks.columns import ROW
 from redpeft.tasks.files import read_file
 from redpeft.training.baselines import METHODS
-from redpeft.training.predict import evaluate, load_run, open_run, predict
-from redpeft.training.train import train
+from redpeft.training.predict import FinishedRun, evaluate, load_run, open_run, predict
+from redpeft.training.train import read_task, train
 
 # Three of PEFT's methods that are not listed.
 TWO = {"target_modules": ["query", "value"]}
@@ -45,6 +47,17 @@ def test_a_loaded_run_scores_as_it_did_when_it_was_saved(method, runs, data_fold
     assert scores["loss"] == pytest.approx(result["validation"]["loss"], abs=1e-6)
     assert scores["accuracy"] == result["validation"]["accuracy"]
     assert evaluate(run, data_folder)["loss"] == pytest.approx(result["test"]["loss"], abs=1e-6)
+
+
+def test_the_base_model_alone_answers_as_well(make_recipe):
+    recipe = make_recipe()
+    task, _ = read_task(recipe)
+    run = FinishedRun(None, recipe, task)
+    assert [answer["label"] in task.label_names for answer in predict(run, ["a good film", "bad"])] == [True, True]
+    assert not isinstance(run.model, PeftModel)
+    own = AutoModel.from_pretrained(recipe.base.model).state_dict()
+    found = run.model.base_model.state_dict()
+    assert all(torch.equal(own[key], tensor) for key, tensor in found.items())
 
 
 def test_only_full_saves_the_whole_model(runs):

@@ -26,7 +26,7 @@ from redpeft.tasks.rows import leave_out_missing
 from redpeft.training.baselines import METHODS
 from redpeft.training.callbacks import plain_scores, show_progress
 from redpeft.training.encoding import by_length, encode, encode_questions
-from redpeft.training.learner import load_trained
+from redpeft.training.learner import load_base, load_trained
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.stdin_rows import Row, batched
 from redpeft.training.trainer import answer_scores, arguments, as_scored, metrics_function, new_tokens, trainer_classes
@@ -36,15 +36,18 @@ BATCH = 32
 
 @dataclass
 class FinishedRun:
-    """A finished run, ready to use. The model is loaded when it is first needed, or by `load_run`."""
+    """A finished run, ready to use. The model is loaded when it is first needed, or by `load_run`.
 
-    folder: Path
+    `folder`: the run folder, or an adapter folder; None for the base model of the recipe as it is, to compare with.
+    """
+
+    folder: Path | None
     recipe: Recipe
     task: Any
 
     @property
     def model(self) -> Any:
-        """The trained model in evaluation mode, on the GPU where there is one."""
+        """The model in evaluation mode, on the GPU where there is one."""
         return self._loaded[0]
 
     @property
@@ -54,7 +57,10 @@ class FinishedRun:
 
     @cached_property
     def _loaded(self) -> tuple[Any, PreTrainedTokenizerBase]:
-        model, tokenizer = load_trained(self.recipe, self.folder, self.task)
+        if self.folder is None:
+            model, tokenizer = load_base(self.recipe, self.task)
+        else:
+            model, tokenizer = load_trained(self.recipe, self.folder, self.task)
         if torch.cuda.is_available() and self.recipe.base.load_in is None:
             model = model.to("cuda")
         return model.eval(), tokenizer
