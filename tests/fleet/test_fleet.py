@@ -83,7 +83,11 @@ def batch_of(fleet, rows, seed=0):
     ids = torch.randint(3, 60, (rows, 9), generator=generator)
     mask = torch.ones_like(ids)
     mask[::2, 6:] = 0
-    labels = ids.where(mask == 1, -100) if not fleet.heads else torch.randint(0, 3, (rows,), generator=generator)
+    if fleet.heads:
+        labels = torch.randint(0, 3, (rows,), generator=generator)
+    else:  # prompts of three and four tokens
+        labels = ids.where(mask == 1, -100)
+        labels[:, :3] = labels[::3, 3] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -134,6 +138,16 @@ def test_every_slot_learns_as_it_would_alone(make, options, device, monkeypatch)
         torch.testing.assert_close(fleet.state.values[slot], values, rtol=1e-9, atol=1e-9)
         assert fleet.state.steps[slot] == 3
     assert all(torch.equal(one, other) for one, other in zip(fleet.read(2), resting, strict=True))
+
+
+def test_a_step_computes_no_logits_of_what_all_prompts_have():
+    fleet, seen = fleet_of(gpt2), []
+    batch, owners = batch_of(fleet, 4), [0, 1, 2, 3]
+    fleet.model.get_base_model().lm_head.register_forward_hook(lambda *call: seen.append(call[-1].shape[1]))
+    fleet.step(batch, owners, dict.fromkeys(owners, RATES))
+    assert fleet.evaluate(batch, owners)[1].shape[1] == 9
+    fleet.step(batch | {"labels": batch["input_ids"]}, owners, dict.fromkeys(owners, RATES))
+    assert seen == [7, 9, 9]
 
 
 def test_evaluation_says_what_the_model_says():

@@ -11,6 +11,7 @@ updated. Training changes nothing in the base model itself, so jobs do not affec
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from redpeft.fleet.adamw import Rates, adamw, clip
 from redpeft.fleet.losses import row_loss
 from redpeft.fleet.stacked_heads import Groups, StackedHead
 from redpeft.models import keep_modes_and_rng
+from redpeft.tasks.metrics import IGNORED
 from redpeft.tuner.edit import effective_edit
 from redpeft.tuner.layer import red_layers, replaced
 from redpeft.tuner.mixed import RowIndex, edit_rows
@@ -63,7 +65,9 @@ class Fleet:
     ) -> None:
         base = model.get_base_model()
         self.model, self.autocast = model, autocast
-        self.loss = row_loss(base, model.peft_config[adapter].task_type)
+        kind = model.peft_config[adapter].task_type
+        self.loss = row_loss(base, kind)
+        self._can_leave_out = kind == "CAUSAL_LM" and "logits_to_keep" in inspect.signature(base.forward).parameters
         self.layers = [layer for layer in red_layers(base).values() if adapter in layer.redpeft_edit]
         self.edits = [layer.redpeft_edit[adapter] for layer in self.layers]
         wrappers = [module for module in base.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -135,7 +139,8 @@ class Fleet:
         used, index = self._index(slots)
         live = self.state.values[used].requires_grad_()
         with self._with_edits(live, used, index):
-            losses = self._losses(self._logits(batch), batch["labels"].to(self.device), index, len(used))
+            logits, labels = self._logits(batch, learned=True)
+            losses = self._losses(logits, labels, index, len(used))
             [gradient] = torch.autograd.grad(losses.sum(), live)
         finite = losses.isfinite()
         chosen, order = used[finite], [slot for slot, good in zip(used.tolist(), finite.tolist(), strict=True) if good]
@@ -149,8 +154,8 @@ class Fleet:
         self._set_mode(False)
         used, index = self._index(slots)
         with self._with_edits(self.state.values[used], used, index):
-            logits = self._logits(batch)
-            losses = self._losses(logits, batch["labels"].to(self.device), index, len(used))
+            logits, labels = self._logits(batch)
+            losses = self._losses(logits, labels, index, len(used))
         return dict(zip(used.tolist(), losses.tolist(), strict=True)), logits
 
     @torch.no_grad()
@@ -185,10 +190,18 @@ class Fleet:
         used, index = torch.tensor(slots).unique(return_inverse=True)
         return used.to(self.device), index.to(self.device)
 
-    def _logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
+    def _logits(self, batch: Mapping[str, Any], learned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits of a pass and their labels. `learned`: without the first positions, those that no row learns to
+        predict (as long as the shortest prompt), where the model can leave them out."""
+        labels, keep = batch["labels"], dict[str, int]()
+        if learned and self._can_leave_out:
+            first = int((labels != IGNORED).any(dim=0).int().argmax())
+            kept = labels.shape[1] - max(0, first - 1)  # the token before the first label predicts it
+            labels, keep = labels[:, -kept:], {"logits_to_keep": kept}
         inputs = {key: value.to(self.device) for key, value in batch.items() if key != "labels"}
         with self._precision():
-            return self.model.get_base_model()(**inputs).logits
+            logits = self.model.get_base_model()(**inputs, **keep).logits
+        return logits, labels.to(self.device)
 
     def _losses(self, logits: torch.Tensor, labels: torch.Tensor, index: torch.Tensor, jobs: int) -> torch.Tensor:
         """(jobs,): the mean loss over each job's rows, or over their tokens that have a label."""

@@ -133,12 +133,16 @@ class Scheduler:
             torch.cuda.empty_cache()
 
     def _full_batch(self) -> tuple[dict[str, Any], int]:
-        """The longest training row of the first run, repeated until a pass is full: the batch, and its rows."""
+        """The longest training row of the first run, repeated until a pass is full: the batch, and its rows. Of text
+        every token is learned, as in a pass with a row that has no prompt."""
         dataset = self.first_run.encoded["train"]
         lengths = [len(ids) for ids in dataset["input_ids"]]
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         rows = max(self.first.job.recipe.batch_size, self.tokens // lengths[longest])
-        return self.template.collate([dataset[longest]] * rows), rows
+        batch = self.template.collate([dataset[longest]] * rows)
+        if self.first.task.task_type == "CAUSAL_LM":
+            batch["labels"] = batch["input_ids"]
+        return batch, rows
 
     def _free_slots(self) -> list[int]:
         return [slot for slot in range(self.fleet.slots) if slot not in self.jobs]
