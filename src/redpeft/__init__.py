@@ -39,4 +39,10 @@ def _register() -> None:
         importlib.import_module(METHOD)
 
 
+def _refuse_lost_biases() -> None:
+    generation = importlib.import_module("trl.generation.vllm_generation").VLLMGeneration
+    importlib.import_module("redpeft.tuner.model").refuse_lost_biases(generation)
+
+
 after_import("peft", _register)
+after_import("trl.generation.vllm_generation", _refuse_lost_biases)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from redpeft.errors import UserError
-from redpeft.models import find_base
 from redpeft.serving.options import KEY
 from redpeft.serving.plugin import check_version
+from redpeft.serving.served_base import engine_folder
 from redpeft.serving.served_folder import ServedFolder, sites_of
 
 logger = logging.getLogger(__name__)
@@ -53,12 +53,7 @@ def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[s
 
     Raises `UserError`: vLLM is not installed or of another version, or there is no such folder.
     """
-    files = find_base(base)
-    if files.gguf_file is not None:
-        raise UserError(
-            f"{base} is a GGUF file, which vLLM cannot serve with adapters: write a folder first with redpeft "
-            f"export-base {base} --out FOLDER, and serve that"
-        )
+    model = engine_folder(base)
     check_version()
     if not folder.is_dir():
         raise UserError(f"no such folder: {folder}")
@@ -68,7 +63,7 @@ def command_line(base: str, folder: Path, max_adapters: int, options: Sequence[s
     if found.sites:  # adapters that an empty folder gets later are expected to edit the FFN's sites
         plugin_options["sites"] = found.sites
     return [
-        *(sys.executable, "-m", SERVER, "--model", str(files.folder), "--enable-lora"),
+        *(sys.executable, "-m", SERVER, "--model", str(model), "--enable-lora"),
         *("--max-loras", str(max_adapters), "--max-cpu-loras", str(max(IN_MEMORY, max_adapters))),
         *("--additional-config", json.dumps({KEY: plugin_options})),
         *options,

@@ -18,10 +18,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 from redpeft.adapters import Adapter
 from redpeft.adapters.checkpoint import Checkpoint, KeyMap, checkpoint_fingerprint
 from redpeft.errors import UserError, first_line
-from redpeft.models import checkpoint_class, fingerprint_difference, on_meta, output_width
+from redpeft.models import checkpoint_class, find_base, fingerprint_difference, on_meta, output_width
 from redpeft.tuner.sites import find_sites
 
 logger = logging.getLogger("vllm.redpeft")
+
+
+def engine_folder(base: str | Path) -> Path:
+    """The folder of a base model that vLLM can load, or its name on the Hub. `UserError`: it is a GGUF file."""
+    files = find_base(base)
+    if files.gguf_file is not None:
+        raise UserError(
+            f"{base} is a GGUF file, which vLLM cannot serve with adapters: write a folder first with redpeft "
+            f"export-base {base} --out FOLDER, and give that as the base"
+        )
+    return files.folder
 
 
 class ServedBase:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -424,6 +424,26 @@ def refuse_missing_values(model: nn.Module, args: Any) -> None:
                     "with PeftModel.from_pretrained, and save it again to convert it"
                 )
     remove_hook(model, refuse_missing_values)
+
+
+def refuse_lost_biases(generation: Any) -> None:
+    """Make TRL's `VLLMGeneration` refuse a model whose biases would be lost on its way to vLLM: it merges the adapter
+    and sends the model's parameters, and vLLM ignores a bias that its own layer has no place for."""
+    init = generation.__init__
+
+    @wraps(init)
+    def checked(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for layer in red_layers(model).values():
+            without = getattr(layer.get_base_layer(), "bias", None) is None
+            if without and any(edit.bias.requires_grad for edit in layer.active_edits):
+                raise UserError(
+                    f"use_vllm cannot train RED's biases: TRL would send vLLM a bias for {layer.site}, "
+                    "which has none in the base model, and vLLM would sample without it, from another policy than the "
+                    "one that is trained; set use_vllm=False and rollout_func=redpeft.serving.rollouts.Rollouts(base)"
+                )
+        init(self, model, *args, **kwargs)
+
+    generation.__init__ = checked
 
 
 def _either_name(key: str) -> str:

@@ -50,6 +50,12 @@ class RedAdapter(LoRAModel):
         self.edits = edits
 
 
+class RequestInMemory(LoRARequest):
+    """A request for an adapter in memory, for an engine in the same process. Its path is read by people alone."""
+
+    adapter: Adapter | None = None
+
+
 def check_edit(width: int) -> EffectiveEdit:
     """The self-check's edit: it changes outputs of any size, also small ones and zeros, and stays within fp16."""
     signs = 1.0 - 2.0 * (torch.arange(width) % 2)
@@ -240,6 +246,8 @@ class RedWorkerManager(LRUCacheWorkerLoRAManager):
             site = lora_request.lora_path.removeprefix(CHECK)
             module = manager.modules_of_sites.get(site)  # None: on another pipeline rank
             return RedAdapter(lora_request.lora_int_id, {module: check_edit(manager.widths[site])} if module else {})
+        if isinstance(lora_request, RequestInMemory) and lora_request.adapter is not None:
+            return RedAdapter(lora_request.lora_int_id, manager.edits_of(lora_request.adapter))
         adapter = self._read_adapter(lora_request)
         adapter.served_name = lora_request.lora_name
         manager.count(adapter, "adapter_loads")
