@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from redpeft import RedConfig
+from redpeft.errors import UserError
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
 
@@ -120,6 +121,23 @@ def test_grpo(tiny, base, tokenizer, tmp_path):
     )
     with tiny.only_edits_move(trainer.model):
         trainer.train()
+
+
+def test_grpo_with_trls_own_vllm_is_refused_where_biases_would_be_lost(base, tiny_gpt2_folder, tmp_path):
+    """There is no vLLM in this environment: TRL's error that says so shows that ours let the model pass."""
+    args = trl.GRPOConfig(str(tmp_path), bf16=False, num_generations=4, use_vllm=True, **FEW_STEPS)
+
+    def start(model, **options) -> None:
+        peft_config = RedConfig(task_type="CAUSAL_LM", **options)
+        trl.GRPOTrainer(model, lambda completions, **_: [0.0], args, COMPLETIONS, peft_config=peft_config)
+
+    lost = r"TRL would send vLLM a bias for model.layers.0.mlp.down_proj, .* use_vllm=False and rollout_func="
+    with pytest.raises(UserError, match=lost):
+        start(base())
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        start(base(), use_bias=False)
+    with pytest.raises(ImportError, match="vLLM is not available"):
+        start(AutoModelForCausalLM.from_pretrained(tiny_gpt2_folder))  # its layers have biases
 
 
 # Quantised bases (more in test_quantised.py)
