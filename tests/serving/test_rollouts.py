@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from redpeft.errors import UserError
 from redpeft.serving.rollouts import Rollouts
 
 from .conftest import PROMPTS
+from .tiny_adapters import SITES
 
 trl = pytest.importorskip("trl", reason="needs the extra [trl]")
 pytestmark = pytest.mark.serving
@@ -39,7 +41,7 @@ def rollouts(base):
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
         made = Rollouts(base, enforce_eager=True)
         yield made
-        del made.engine
+        made.engine = None
         gc.collect()
         cleanup_dist_env_and_memory()
         disable_envs_cache()
@@ -115,14 +117,15 @@ def test_chats_are_written_by_the_template(trainer, rollouts, tiny_chat_tokenize
 
 
 def test_nothing_cached_of_the_edit_before_is_used(trainer, rollouts, reference, monkeypatch, tmp_path):
-    cached, generate = [], rollouts.engine.generate
+    greedy(rollouts, trainer, PROMPTS[:1])  # starts the engine
+    cached, generate = [], rollouts.engine.llm.generate
 
     def watched(*args, **kwargs):
         found = generate(*args, **kwargs)
         cached.append([each.num_cached_tokens for each in found])
         return found
 
-    monkeypatch.setattr(rollouts.engine, "generate", watched)
+    monkeypatch.setattr(rollouts.engine.llm, "generate", watched)
     greedy(rollouts, trainer, [LONG] * 2)
     with torch.no_grad():
         for edit in trainer.model.parameters():
@@ -135,33 +138,37 @@ def test_nothing_cached_of_the_edit_before_is_used(trainer, rollouts, reference,
     assert all(again > 0 for _, again in cached), "the cache is off, so this test shows nothing"
 
 
-def test_trls_own_way_would_lose_the_biases(trainer, rollouts, prompts, reference, tmp_path):
-    """What use_vllm=True would send, into the same engine: its answers are those of the scales alone."""
+def test_trls_own_way_would_lose_the_biases(base, trainer, rollouts, prompts, reference, tmp_path):
+    """The parameters that use_vllm=True would send, in the same engine: it answers by the scales alone."""
     from trl.generation.vllm_generation import VLLMGeneration
+    from vllm import SamplingParams
 
+    with torch.no_grad():
+        for name, edit in trainer.model.named_parameters():
+            if edit.requires_grad and "bias" in name:
+                edit.mul_(20)
     trainer.save_model(tmp_path / "whole")
     adapter = read_adapter(tmp_path / "whole")
     scales = {site: edit._replace(bias=torch.zeros_like(edit.bias)) for site, edit in adapter.edits.items()}
-    write_adapter(adapter.__class__(tmp_path / "scales", adapter.config, scales, adapter.units, {}))
+    write_adapter(replace(adapter, folder=tmp_path / "scales", edits=scales))
     greedy(rollouts, trainer, PROMPTS[:1])  # starts the engine
 
-    from vllm import SamplingParams
-
     sender = VLLMGeneration.__new__(VLLMGeneration)
-    sender.model, sender.accelerator, sender._dist = trainer.model, trainer.accelerator, trainer._dist
-    sender.mode, sender.enable_sleep_mode, sender.llm = "colocate", False, rollouts.engine
+    sender.model, sender._dist = trainer.model, trainer._dist
+    sent = [(name, tensor.clone()) for name, tensor in sender._iter_named_params()]
+    assert SITES[0] + ".bias" in dict(sent)
     try:
-        sender.sync_weights()
+        # not by TRL's `load_weights`, which vLLM's CPU build cannot do once it has packed the weights
+        rollouts.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(sent)})
         asked = [{"prompt_token_ids": each} for each in prompts]
-        found = rollouts.engine.generate(asked, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
-        tokens = [list(each.outputs[0].token_ids) for each in found]
-        reference.check(tokens, prompts, [tmp_path / "scales"] * len(prompts))
-        right = [reference.answer(each, tmp_path / "whole") for each in prompts]
-        assert all(answer != expected for answer, expected in zip(tokens, right, strict=True))
+        found = rollouts.engine.llm.generate(asked, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
     finally:
-        sender.model = trainer.model.get_base_model()
-        trainer.model.unload()
-        sender.sync_weights()
+        own = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters()
+        rollouts.engine.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": own})
+    tokens = [list(each.outputs[0].token_ids) for each in found]
+    reference.check(tokens, prompts, [tmp_path / "scales"] * len(prompts))
+    right = [reference.answer(each, tmp_path / "whole") for each in prompts]
+    assert all(answer[: len(whole)] != whole for answer, whole in zip(tokens, right, strict=True))
 
 
 def test_what_does_not_fit_is_refused(base, rollouts, tiny_chat_tokenizer, tmp_path, trainer):
@@ -187,4 +194,7 @@ def test_what_does_not_fit_is_refused(base, rollouts, tiny_chat_tokenizer, tmp_p
     other.peft_config["default"].base_fingerprint["samples"][0] *= 1.5
     refuses(other, "the adapter in training is for another base model")
     rollouts = Rollouts(base, enforce_eager=True)
-    refuses(policy(base, target_modules=["q_proj"]), "cannot be used .*: vLLM packs or splits .*q_proj")
+    refuses(
+        policy(base, target_modules=["q_proj"]),
+        "cannot be used .*: vLLM's LlamaForCausalLM has no module .*q_proj to edit$",
+    )

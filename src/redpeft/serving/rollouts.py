@@ -16,7 +16,6 @@ from peft import PeftModel
 from redpeft.adapters import Adapter, EffectiveEdit
 from redpeft.errors import UserError, shorten_list
 from redpeft.models import keep_modes_and_rng
-from redpeft.serving.options import KEY
 from redpeft.serving.plugin import check_version
 from redpeft.serving.served_base import engine_folder
 from redpeft.tuner import RedModel
@@ -25,7 +24,8 @@ from redpeft.tuner.layer import edits_of
 
 if TYPE_CHECKING:
     from trl import GRPOTrainer
-    from vllm import LLM
+
+    from redpeft.serving.vllm_internals.local_engine import LocalEngine
 
 IN_TRAINING = Path("the adapter in training")  # in place of a folder, in the messages of refusals
 
@@ -44,7 +44,7 @@ class Rollouts:
     def __init__(self, base: str | Path, **options: Any) -> None:
         check_version()
         self.base, self.options = engine_folder(base), options
-        self.engine: LLM | None = None
+        self.engine: LocalEngine | None = None
         # read when vLLM is imported, which importing TRL's trainer does; a command's own output goes to stdout
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
@@ -53,11 +53,9 @@ class Rollouts:
         `completion_ids`, and the tokens' `logprobs` as they were sampled."""
         adapter = adapter_in_training(trainer.model)
         if self.engine is None:
-            self.engine = self._start(trainer, list(adapter.edits))
-        from vllm import SamplingParams
-
+            self.engine = self._start(trainer, adapter)
         args = trainer.args
-        sampling: dict[str, Any] = {
+        sampling = {
             "temperature": args.temperature,
             "top_p": args.top_p,
             "top_k": args.top_k,
@@ -65,77 +63,39 @@ class Rollouts:
             "repetition_penalty": args.repetition_penalty,
             "max_tokens": args.max_completion_length,
             "stop_token_ids": trainer.eos_token_ids,
-            "logprobs": 0,  # the sampled token's alone
             **(args.generation_kwargs or {}),
         }
         prompt_ids = trainer._tokenize_prompts(prompts)[0]
-        found = self.engine.generate(
-            [{"prompt_token_ids": ids} for ids in prompt_ids],
-            SamplingParams(**sampling),
-            use_tqdm=False,
-            lora_request=self._put(adapter),
-        )
-        completions = [each.outputs[0] for each in found]
-        # From now on TRL corrects for the difference between the engine's probabilities and its own, as it does on its
-        # own way to vLLM.
+        completions = self.engine.complete(prompt_ids, adapter, sampling)
+        # From now on TRL corrects for the difference between the engine's probabilities and its own, as it does with
+        # `use_vllm=True`.
         trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, self, trainer.state.global_step
         return {
             "prompt_ids": prompt_ids,
-            "completion_ids": [list(each.token_ids) for each in completions],
-            "logprobs": [
-                [step[token].logprob for token, step in zip(each.token_ids, each.logprobs, strict=True)]
-                for each in completions
-            ],
+            "completion_ids": [each.tokens for each in completions],
+            "logprobs": [each.logprobs for each in completions],
         }
 
     def sync_weights(self) -> None:
         """TRL calls it before `__call__`, which takes the edit itself."""
 
-    def _start(self, trainer: GRPOTrainer, sites: list[str]) -> LLM:
+    def _start(self, trainer: GRPOTrainer, adapter: Adapter) -> LocalEngine:
         if trainer.accelerator.num_processes > 1:
             raise UserError("rollouts with vLLM run in one process: train in one, or without use_vllm")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine shares this process
-        from vllm import LLM
+        from redpeft.serving.vllm_internals.local_engine import LocalEngine
 
-        from redpeft.serving.vllm_internals import hooks
-        from redpeft.serving.vllm_internals.checks import FOLD
-
-        hooks.install()
-        args, model = trainer.args, trainer.model
+        args = trainer.args
         options = {
-            "dtype": model.dtype,
+            "dtype": trainer.model.dtype,
             "max_model_len": args.vllm_max_model_length,
             "max_num_seqs": args.generation_batch_size,
             "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
-            "disable_log_stats": True,
         }
         try:
-            with keep_modes_and_rng(model):
-                return LLM(
-                    str(self.base),
-                    **options | self.options,
-                    enable_lora=True,
-                    max_loras=1,
-                    additional_config={KEY: {"only": True, "sites": sites}},
-                    logprobs_mode="processed_logprobs",  # those of the distribution that tokens are drawn from
-                )
+            with keep_modes_and_rng(trainer.model):
+                return LocalEngine(self.base, list(adapter.edits), **options | self.options)
         except UserError as error:
-            reason = str(error).removesuffix(f"; {FOLD}")
-            raise UserError(f"{IN_TRAINING} cannot be used for rollouts with vLLM: {reason}") from None
-
-    def _put(self, adapter: Adapter) -> Any:
-        """Write the edit into the engine's tables, and return what a request names it by.
-
-        The plug-in counts the loads of an adapter, so that the prefix cache holds nothing of the edit before.
-        """
-        from redpeft.serving.vllm_internals.engine import RequestInMemory
-
-        assert self.engine is not None
-        request = RequestInMemory("in-training", 1, str(IN_TRAINING), load_inplace=True, adapter=adapter)
-        outcome = self.engine.llm_engine.add_lora(request)
-        if isinstance(outcome, str):
-            raise UserError(outcome)
-        return request
+            raise UserError(f"{IN_TRAINING} cannot be used for rollouts with vLLM: {error}") from None
 
 
 def adapter_in_training(model: PeftModel) -> Adapter:
@@ -147,9 +107,7 @@ def adapter_in_training(model: PeftModel) -> Adapter:
         raise UserError(f"rollouts with vLLM are for one adapter, and {shorten_list([name, *others])} are active")
     if head := head_of(model.base_model.model, name):
         names = shorten_list(list(head))
-        raise UserError(
-            f"{IN_TRAINING} has a head of its own ({names}), which vLLM cannot use: train without use_vllm"
-        )
+        raise UserError(f"{IN_TRAINING} has a head ({names}), which vLLM cannot use: train without use_vllm")
     edits = {
         site: EffectiveEdit(*(vector.detach() for vector in edit.effective))
         for site, edit in edits_of(model.base_model.model, name).items()

@@ -6,5 +6,6 @@ engine.py            adapters in the workers: reading, tables of edits, slots
 checks.py            models and sites that are refused
 self_check.py        whether edits act, checked at the start
 frontend.py          adapters in the API server: names, the list, loading, reasons of refusals
+local_engine.py      an engine in this process, whose adapter is in memory
 adapter_metrics.py   counts by adapter on /metrics
 """
