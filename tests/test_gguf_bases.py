@@ -206,7 +206,7 @@ def test_weights_of_another_architecture(tmp_path):
 
 def test_biases_that_transformers_would_leave_out(folded, tmp_path, monkeypatch):
     """As in a folded model of an architecture that has no switch for them."""
-    monkeypatch.setattr("redpeft.models.LLAMA_BIASES", {})
+    monkeypatch.setattr("redpeft.models.loading.LLAMA_BIASES", {})
     file = write_gguf(tmp_path / "a.gguf", "F32", model=AutoModelForCausalLM.from_pretrained(folded))
     assert error_of(file).startswith(f"{file} holds biases that transformers' LlamaForCausalLM has no place for: blk.")
 

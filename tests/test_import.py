@@ -48,7 +48,7 @@ for call in {CALLS!r}:
 
 
 def test_the_ground_floor_can_be_imported_before_peft():
-    """Importing PEFT imports the tuner, which imports models.py."""
+    """Importing PEFT imports the tuner, which imports models/."""
     assert fresh("import redpeft.models as models; print(models.FLOATS[0])") == "torch.float64\n"
 
 

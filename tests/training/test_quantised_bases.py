@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_quantised_already(instructions, tiny_decoder_folde
 def test_a_missing_extra_is_named_before_anything_is_written(load_in, says, make_recipe, tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        "redpeft.models.importlib.util.find_spec",
+        "redpeft.models.formats.importlib.util.find_spec",
         lambda name, *rest: None if name in PACKAGES.values() else find(name, *rest),
     )
     with pytest.raises(UserError, match=f"^{says}$"):
