@@ -45,8 +45,9 @@ class Rollouts:
         check_version()
         self.base, self.options = engine_folder(base), options
         self.engine: LocalEngine | None = None
-        # read when vLLM is imported, which importing TRL's trainer does; a command's own output goes to stdout
+        # Read when vLLM is imported, which importing TRL's trainer does. A command's own output goes to stdout.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
         """One completion for each prompt (TRL repeats a prompt for each of its generations): `prompt_ids` and
