@@ -1,5 +1,5 @@
-"""Pictures: plain numbers in, a PNG out. Each function returns the picture's path. Where there is nothing to draw it
-writes no file and returns None."""
+"""Pictures: plain numbers in, a PNG out, or a figure of matplotlib. Functions that write return the picture's path.
+Where there is nothing to draw they write no file and return None."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from redpeft.console import rounded
 
 Curve = Sequence[tuple[float, float, float | None]]  # x, mean, standard deviation
 RATES = ("learning_rate", "head_lr", "weight_decay")
 NAMED, LONGEST = 30, 42  # jobs with names in a picture, characters of a name
 PANELS = 4  # side by side
+DOTS = 600  # in a row of a picture of channels
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
@@ -41,37 +44,62 @@ def plot_run(history: Sequence[dict[str, Any]], metric: str, folder: Path, best_
     `history` holds the Trainer's log entries: `loss` of steps, `eval_loss` and `eval_<metric>` of evaluations. That
     after `best_epoch` is marked.
     """
-    best = next((entry["step"] for entry in history if "eval_loss" in entry and entry["epoch"] == best_epoch), None)
-    mark = (best, f"best epoch: {rounded(best_epoch)}")
     folder.mkdir(parents=True, exist_ok=True)
+    figures = run_figures(history, metric, best_epoch)
+    return [save(figure, folder / f"{name}.png") for name, figure in figures.items()]
+
+
+def run_figures(history: Sequence[dict[str, Any]], metric: str, best_epoch: float | None = None) -> dict[str, Any]:
+    """The figures of a run by what they show: "loss" and, where the run was evaluated, the metric. See `plot_run`."""
+    best = next((entry["step"] for entry in history if "eval_loss" in entry and entry["epoch"] == best_epoch), None)
     curves = {"loss": {"training": "loss", "validation": "eval_loss"}}
     if metric != "loss":
         curves[metric] = {"validation": f"eval_{metric}"}
-    return [
-        _plot_curves(folder / f"{name}.png", name, series, *mark)
-        for name, keys in curves.items()
-        if (series := {label: points for label, key in keys.items() if (points := _points(history, key))})
-    ]
+    figures = {}
+    for name, keys in curves.items():
+        series = {label: points for label, key in keys.items() if (points := _points(history, key))}
+        if not series:
+            continue
+        figures[name], [[axes]] = new_figure(6, 3.6)
+        for label, points in series.items():
+            steps, values = zip(*points, strict=True)
+            axes.plot(steps, values, marker="o" if label == "validation" else None, label=label)
+        if best is not None and best_epoch is not None:
+            axes.axvline(best, linestyle=":", color="black", label=f"best epoch: {rounded(best_epoch)}")
+        axes.set(xlabel="step", ylabel=name)
+        whole_numbers(axes.xaxis)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figures
 
 
 def _points(history: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     return [(entry["step"], entry[key]) for entry in history if entry.get(key) is not None]
 
 
-def _plot_curves(
-    path: Path, name: str, series: dict[str, list[tuple[float, float]]], best: float | None, label_of_best: str
-) -> Path:
-    figure, [[axes]] = new_figure(6, 3.6)
-    for label, points in series.items():
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, marker="o" if label == "validation" else None, label=label)
-    if best is not None:
-        axes.axvline(best, linestyle=":", color="black", label=label_of_best)
-    axes.set(xlabel="step", ylabel=name)
-    whole_numbers(axes.xaxis)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return save(figure, path)
+def channels_figure(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
+    """A figure with a picture for each title: a row for each site, and its channels from left to right, red above 0
+    and blue below. Where channels share a dot, it shows the one that is farthest from 0."""
+    rows = max(map(len, panels.values()))
+    figure, axes = new_figure(9, len(panels) * (1.2 + 0.11 * max(rows, 6)), len(panels))
+    for (title, sites), panel in zip(panels.items(), axes.flat, strict=True):
+        width = max(len(values) for values in sites.values())
+        grid = np.full((len(sites), min(width, DOTS)), np.nan)
+        for row, values in enumerate(sites.values()):
+            for dot, channels in enumerate(np.array_split(np.asarray(values), grid.shape[1])):
+                if len(channels):
+                    grid[row, dot] = channels[np.abs(channels).argmax()]
+        most = np.nanquantile(np.abs(grid), 0.999) or 1.0  # so that one outlier does not hide the rest
+        extent = (-0.5, width - 0.5, len(sites) - 0.5, -0.5)
+        image = panel.imshow(
+            grid, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest", extent=extent
+        )
+        figure.colorbar(image, ax=panel, extend="both", pad=0.01)
+        step = math.ceil(len(sites) / 16)
+        panel.set_yticks(range(0, len(sites), step), list(sites)[::step], fontsize="small")
+        panel.set_title(title, fontsize="medium")
+    axes.flat[-1].set_xlabel("channel")
+    return figure
 
 
 def plot_scores(jobs: Sequence[tuple[str, Mapping[str, float]]], path: Path) -> Path | None:

@@ -13,8 +13,9 @@ from helpers.language_models import write_lora, write_prompt, write_red, write_t
 from redpeft.adapters.arithmetic import compose
 from redpeft.adapters.folder import read_adapter
 from redpeft.errors import UserError
-from redpeft.evaluation import chat as chat_module
-from redpeft.evaluation.chat import Sampling, chat, short_names
+from redpeft.evaluation import answers
+from redpeft.evaluation.answers import Sampling
+from redpeft.evaluation.chat import COMMANDS, chat
 from redpeft.evaluation.language_model import Decoding, open_language_model
 
 GREEDY = {"temperature": 0, "max_new_tokens": 8}
@@ -200,20 +201,20 @@ def test_on_a_terminal_the_prompt_says_who_answers_and_an_interrupt_does_not_end
     assert len(prompts) == 6
     shown = capsys.readouterr().err
     assert "/quit or Ctrl-D ends the chat" in shown
-    assert all(f"\n{usage} " in shown for usage in list(chat_module.COMMANDS)[1:])
+    assert all(f"\n{usage} " in shown for usage in list(COMMANDS)[1:])
 
 
 def test_an_interrupt_ends_an_answer_and_the_chat_goes_on(talk, monkeypatch, capsys):
     whole, _ = talk("a")
     tokens = iter(range(100))
-    check = chat_module.OnlyFinite.__call__
+    check = answers.OnlyFinite.__call__
 
     def interrupted(self, *arguments):
         if next(tokens) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         return check(self, *arguments)
 
-    monkeypatch.setattr(chat_module.OnlyFinite, "__call__", interrupted)
+    monkeypatch.setattr(answers.OnlyFinite, "__call__", interrupted)
     said, written = talk("a", "/again", "b")
     assert said[:3] == [*whole, "b"]
     shown = capsys.readouterr().err.splitlines()
@@ -225,7 +226,7 @@ def test_outputs_that_are_not_finite_and_chats_that_are_too_long_are_refused(tal
     for sampling in ({"temperature": 0}, {"temperature": 1}):
         with pytest.raises(UserError, match=r"^the model's outputs are not finite with 1e\+38 \* formal: choose a sm"):
             talk("/strength 1e38", "Hi", sampling=sampling)
-    with pytest.raises(UserError, match=r"^the chat has \d+ tokens, as many as .* 512: /clear begins a new one"):
+    with pytest.raises(UserError, match=r"^the chat has \d+ tokens, as many as .* 512: begin a new chat"):
         talk("Hi " * 200)
     assert talk("Hi " * 160, sampling={"temperature": 0, "max_new_tokens": 400})[0][1:]
     assert re.match(r"cut at \d+ tokens: the model reads no longer chat, /clear begins", capsys.readouterr().err)
@@ -272,11 +273,3 @@ def test_an_adapter_is_asked_as_it_was_trained(talk, folders, tiny_chat_tokenize
     (tmp_path / "plain" / "task.json").write_text(json.dumps({**task, "task": "e2e"}))
     with pytest.raises(UserError, match="was trained for e2e; answers need a run of the task instruction"):
         talk(model=tmp_path / "template", adapters=[tmp_path / "plain"])
-
-
-def test_names_are_as_long_as_it_takes(tmp_path):
-    paths = [tmp_path / name for name in ("red/seed-0", "red/seed-1", "lora/seed-0")]
-    assert short_names(paths) == ["red/seed-0", "red/seed-1", "lora/seed-0"]
-    assert short_names(paths[:2]) == ["seed-0", "seed-1"]
-    assert short_names([tmp_path / "base"]) == [f"{tmp_path.name}/base"]
-    assert short_names([]) == []

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,6 +36,17 @@ class SiteSummary:
     bias_max: float
     unit: float
     shift_rms: float
+
+
+class Outlier(NamedTuple):
+    """A channel that differs much from the identity. `value` is of scale - 1 or of the bias in units; `times` is how
+    many times the site's RMS that is."""
+
+    site: str
+    channel: int
+    vector: str  # "scale" or "bias"
+    value: float
+    times: float
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,32 @@ def summarize(adapter: Adapter) -> list[SiteSummary]:
             )
         )
     return rows
+
+
+def channels(adapter: Adapter) -> dict[str, dict[str, torch.Tensor]]:
+    """What each channel learned: "scale" is scale - 1, "bias" the bias in units; by site in the order of depth, each
+    of shape (width,)."""
+    sites = _by_depth(adapter.edits)
+    return {
+        "scale": {site: adapter.edits[site].scale - 1 for site in sites},
+        "bias": {site: adapter.edits[site].bias / adapter.units[site] for site in sites},
+    }
+
+
+def outliers(adapter: Adapter, count: int = 5) -> list[Outlier]:
+    """The channels of all sites that differ most from the identity: `count` by their scale, then `count` by their bias
+    in units."""
+    found = []
+    for vector, sites in channels(adapter).items():
+        rows = [
+            Outlier(
+                site, int(channel), vector, values[channel].item(), abs(values[channel].item()) / (_rms(values) or 1)
+            )
+            for site, values in sites.items()
+            for channel in values.abs().topk(min(count, len(values))).indices
+        ]
+        found += sorted(rows, key=lambda row: -abs(row.value))[:count]
+    return found
 
 
 def compare(this: Adapter, other: Adapter) -> list[SiteComparison]:
@@ -150,6 +188,15 @@ def plot(adapters: Sequence[Adapter], path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=120)
     return path
+
+
+def short_site_names(sites: Sequence[str]) -> list[str]:
+    """The layer's number, followed by the module's own name where a layer has several sites."""
+    several = len({layer_pattern(site) for site in sites}) > 1
+    numbers = [re.search(r"(?:^|\.)(\d+)(?=\.)", site) for site in sites]
+    last = [site.rpartition(".")[2] for site in sites]
+    names = [" ".join(filter(None, (n and n[1], several and own))) for n, own in zip(numbers, last, strict=True)]
+    return names if len(set(names)) == len(sites) and all(names) else list(sites)
 
 
 def layer_pattern(site: str) -> str:

@@ -6,27 +6,26 @@ import contextlib
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
-import torch
-from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
-from redpeft.adapters.arithmetic import compose
-from redpeft.adapters.folder import read_config
 from redpeft.console import counted
 from redpeft.errors import UserError
-from redpeft.evaluation.language_model import GREEDY, attach, detach, open_language_model, prompt_form
-from redpeft.models import end_tokens, input_limit, load_tokenizer, pad_prompts, quiet
-from redpeft.storage import CONFIG_NAME, find_adapter, find_run
-from redpeft.tasks.instruction import Chat, InstructionTask
-from redpeft.training.trainer import new_tokens
+from redpeft.evaluation.answers import (
+    BASE,
+    AdaptedModel,
+    Sampling,
+    Weights,
+    answer_chat,
+    expression,
+    open_adapted_model,
+    save_sum,
+)
+from redpeft.tasks.instruction import Chat
 
-BASE, MIX = "base", "mix"
 COMMANDS = {
     "/help": "list these commands",
     "/base": "the base model answers",
@@ -40,35 +39,6 @@ COMMANDS = {
     "/clear": "begin a new chat",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
 }
-
-Weights = Mapping[str, float]  # of a sum of adapters by their names; the base model where it is empty
-
-
-class Sampling(BaseModel):
-    """How answers are drawn."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    temperature: float = Field(0.7, ge=0)  # 0: always the most likely token
-    top_p: float = Field(0.9, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: no limit
-    repetition_penalty: float = Field(1.0, gt=0)
-    max_new_tokens: int = Field(512, ge=1)
-    seed: int = Field(0, ge=0)
-
-    def changed(self, values: Mapping[str, Any]) -> Sampling:
-        """With other values, which may be texts. Raises `UserError` for an unknown name or a wrong value."""
-        try:
-            return Sampling.model_validate({**self.model_dump(), **values})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = problem["loc"][0]
-            if problem["type"] == "extra_forbidden":
-                raise UserError(f"there is no setting {name}: there are {self}") from None
-            raise UserError(f"{name}: {problem['msg']}, not {problem['input']!r}") from None
-
-    def __str__(self) -> str:
-        return " ".join(f"{name}={value}" for name, value in self.model_dump().items())
 
 
 def chat(
@@ -92,200 +62,6 @@ def chat(
     conversation = Conversation(adapted, settings, system, out or sys.stdout, on_answer)
     conversation.run(on_terminal=sys.stdin.isatty())
     return {"model": model, "adapters": list(adapted.folders), "messages": conversation.messages}
-
-
-# --- a model with adapters that take turns ---------------------------------------------------------------------------
-
-
-class AdaptedModel:
-    """A language model and adapters by name, of which a weighted sum acts at a time.
-
-    Those of one PEFT type are on the model together. Of RED adapters any sum is computed in memory, exactly. `forms`
-    say how each adapter is asked, as in its training, and "base" how the base model is.
-    """
-
-    def __init__(
-        self, model: Any, context: Callable[[], Any], folders: dict[str, Path], forms: dict[str, Any]
-    ) -> None:
-        self.model, self.context, self.folders, self.forms = model, context, folders, forms
-        self.kinds = {name: read_config(folder)["peft_type"] for name, folder in folders.items()}
-        self._loaded = dict(zip(folders, ["default"], strict=False))  # PEFT's names of those on the model
-
-    def check_known(self, names: Sequence[str]) -> None:
-        """Raises `UserError` for a name that no adapter has."""
-        for name in names:
-            if name not in self.folders:
-                there = ", ".join(self.folders) or "none; give them with --adapter"
-                raise UserError(f"there is no adapter {name!r}. The adapters are: {there}")
-
-    @contextlib.contextmanager
-    def acting(self, weights: Weights) -> Iterator[Any]:
-        """The model with the weighted sum of these adapters.
-
-        Raises `UserError` for unknown adapters, and for a sum that cannot be computed.
-        """
-        self.check_known(list(weights))
-        if not weights:
-            if not isinstance(self.model, PeftModel):
-                yield self.model
-                return
-            with self.model.disable_adapter():
-                yield self.model.get_base_model()
-            return
-        as_trained = list(weights.values()) == [1.0]
-        other = next((name for name in weights if self.kinds[name] != "REDPEFT"), None)
-        if other is not None and not as_trained:
-            raise UserError(
-                f"{other} is a {self.kinds[other]} adapter, which answers as it is: only RED adapters have a strength "
-                "and can be mixed"
-            )
-        self._load(list(weights))
-        names = [self._loaded[name] for name in weights]
-        self.model.set_adapter(names[0])
-        if not as_trained:
-            if MIX in self.model.peft_config:
-                self.model.delete_adapter(MIX)
-            self.model.add_weighted_adapter(names, list(weights.values()), MIX)
-            self.model.set_adapter(MIX)
-        yield self.model
-
-    def _load(self, names: list[str]) -> None:
-        """Put adapters of one type on the model, after taking off those of another."""
-        if any(self.kinds[name] != self.kinds[names[0]] for name in self._loaded):
-            self.model, self._loaded = detach(self.model), {}
-        for name in names:
-            if name not in self._loaded:
-                own = f"adapter_{list(self.folders).index(name)}"
-                self.model = attach(self.model, self.folders[name], own)
-                self._loaded[name] = own
-
-
-def open_adapted_model(model: str, adapters: Sequence[str | Path] = ()) -> AdaptedModel:
-    """A model and its adapters, all of which were put on it once. Raises `UserError` as `open_language_model`."""
-    is_adapter = (find_adapter(model) / CONFIG_NAME).is_file()
-    opened = open_language_model(model, None if is_adapter or not adapters else adapters[0])
-    given = list(dict.fromkeys(find_adapter(each).resolve() for each in [*([model] if is_adapter else []), *adapters]))
-    folders = dict(zip(short_names(given), given, strict=True))
-    if not folders:
-        return AdaptedModel(opened.model, opened.context, {}, {BASE: (opened.task, opened.tokenizer)})
-    base = opened.model.get_base_model() if isinstance(opened.model, PeftModel) else opened.model
-    tokenizer = load_tokenizer(base.name_or_path)
-    forms = {name: prompt_form(folder, tokenizer) for name, folder in folders.items()}
-    forms[BASE] = InstructionTask({"messages": "messages"}), tokenizer
-    adapted = AdaptedModel(opened.model, opened.context, folders, forms)
-    for name in folders:
-        with adapted.acting({name: 1.0}):
-            pass
-    return adapted
-
-
-def short_names(adapters: Sequence[Path]) -> list[str]:
-    """A name for each adapter: the end of its path, or of its run's, as long as it takes to tell them apart."""
-    parts = [find_run(adapter).parts for adapter in adapters]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len({*names, BASE}) > len(names):
-            return names
-    return []
-
-
-def expression(weights: Weights) -> str:
-    """A weighted sum as `redpeft compose` writes it, for people: `0.7 * formal + 0.3 * brief`."""
-    return " + ".join(name if weight == 1 else f"{weight:g} * {name}" for name, weight in weights.items()) or BASE
-
-
-# --- an answer -------------------------------------------------------------------------------------------------------
-
-
-class Answer(NamedTuple):
-    """What was answered, and whether Ctrl-C stopped it. `note`: why it is not whole; None if it is."""
-
-    text: str
-    stopped: bool
-    note: str | None
-
-
-def answer(
-    adapted: AdaptedModel, weights: Weights, messages: Chat, sampling: Sampling, write: Callable[[str], None]
-) -> Answer:
-    """The next answer of a chat. `write` gets its words as they come.
-
-    Raises `UserError` for a chat that is too long or that the chat template refuses, and for outputs that are not
-    finite.
-    """
-    task, tokenizer = adapted.forms[next(iter(weights), BASE)]
-    [prompt] = task.prompt_tokens([messages], tokenizer)
-    with adapted.acting(weights) as model:
-        room = new_tokens(model, tokenizer, sampling.max_new_tokens, len(prompt))
-        if room < 1:
-            limit = input_limit(model, tokenizer)
-            raise UserError(f"the chat has {len(prompt)} tokens, as many as {limit.source}: /clear begins a new one")
-        settings = dict(GREEDY)
-        if sampling.temperature > 0:
-            settings |= {"do_sample": True, **sampling.model_dump(include={"temperature", "top_p", "top_k"})}
-        ends = end_tokens(model, tokenizer)
-        streamer = AnswerStreamer(tokenizer, write)
-        torch.manual_seed(sampling.seed)
-        stopped = True
-        with torch.inference_mode(), adapted.context(), quiet(), contextlib.suppress(KeyboardInterrupt):
-            model.generate(
-                **pad_prompts(tokenizer, [prompt], "left").to(model.device),
-                **settings,
-                repetition_penalty=sampling.repetition_penalty,
-                no_repeat_ngram_size=0,
-                max_new_tokens=room,
-                logits_processor=LogitsProcessorList([OnlyFinite(expression(weights))]),
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                streamer=streamer,
-            )
-            stopped = False
-    note = None
-    if stopped:
-        streamer.end()
-        note = "stopped"
-    elif streamer.tokens[-1] not in ends:
-        full = room < sampling.max_new_tokens
-        more = (
-            "the model reads no longer chat, /clear begins a new one"
-            if full
-            else "/set max_new_tokens=... allows more"
-        )
-        note = f"cut at {counted(room, 'token')}: {more}"
-    return Answer(tokenizer.decode(streamer.tokens, skip_special_tokens=True).strip(), stopped, note)
-
-
-class AnswerStreamer(TextStreamer):
-    """transformers' streamer of words, which also keeps the `tokens` of the answer."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.write, self.tokens, self._began = write, list[int](), False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt's tokens at first, then each new one."""
-        if not self.next_tokens_are_prompt:
-            self.tokens += value.flatten().tolist()
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write the words that are whole, without spaces before the first."""
-        text = text if self._began else text.lstrip()
-        self._began = self._began or bool(text)
-        if text:
-            self.write(text)
-
-
-class OnlyFinite(LogitsProcessor):
-    """Refuses outputs that are not finite, of which no token can be drawn. `who`: answers so."""
-
-    def __init__(self, who: str) -> None:
-        self.who = who
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if bool(scores.isnan().any()) or bool((scores == math.inf).any()):
-            raise UserError(f"the model's outputs are not finite with {self.who}: choose a smaller strength")
-        return scores
 
 
 # --- the conversation ------------------------------------------------------------------------------------------------
@@ -359,12 +135,15 @@ class Conversation:
             who = expression(weights)
             if self.beside and self.on_answer is None:
                 Console(file=self.out).print(f"{who}:", style="bold", markup=False, highlight=False, soft_wrap=True)
-            found = answer(self.adapted, weights, asked, sampling, self.write)
+            [found] = answer_chat(self.adapted, [weights], asked, sampling, lambda row, text: self.write(text))
             self.write("\n")
             answers[who] = found.text
-            if found.note:
-                self.note(found.note)
+            if found.cut:
+                full = "the model reads no longer chat, /clear begins a new one"
+                more = full if found.full else "/set max_new_tokens=... allows more"
+                self.note(f"cut at {counted(found.tokens, 'token')}: {more}")
             if found.stopped:
+                self.note("stopped")
                 break
         if text := answers.get(expression(self.weights)):
             self.messages = [*asked, {"role": "assistant", "content": text}]
@@ -406,11 +185,7 @@ class Conversation:
                 )
                 self.note(str(self.sampling))
             case ["/save", folder]:
-                if not self.whole:
-                    raise UserError("the base model is no adapter: choose one first, with /adapter NAME")
-                compose(
-                    " + ".join(f"{w!r} * {str(self.adapted.folders[n])!r}" for n, w in self.weights.items()), folder
-                )
+                save_sum(self.adapted.folders, self.weights, folder)
                 self.note(f"wrote {expression(self.weights)} to {folder}")
             case ["/again"]:
                 if self.messages == self.beginning:
