@@ -15,7 +15,7 @@ MODULES = {
 }
 ROOMS = [
     *("errors", "console", "plots", "storage", "models", "tuner", "adapters", "tasks", "training", "fleet", "runs"),
-    *("evaluation", "reproduce", "demo", "cli"),
+    *("evaluation", "reproduce", "studio", "demo", "cli"),
 ]
 """From the ground floor up: a room imports only from those before it."""
 ALLOWED = {

@@ -191,12 +191,15 @@ def plot(adapters: Sequence[Adapter], path: str | Path) -> Path:
 
 
 def short_site_names(sites: Sequence[str]) -> list[str]:
-    """The layer's number, followed by the module's own name where a layer has several sites."""
+    """The layer's number, followed by the module's own name where a layer has several sites; whole names where that
+    does not tell them apart."""
     several = len({layer_pattern(site) for site in sites}) > 1
-    numbers = [re.search(r"(?:^|\.)(\d+)(?=\.)", site) for site in sites]
-    last = [site.rpartition(".")[2] for site in sites]
-    names = [" ".join(filter(None, (n and n[1], several and own))) for n, own in zip(numbers, last, strict=True)]
-    return names if len(set(names)) == len(sites) and all(names) else list(sites)
+    names = []
+    for site in sites:
+        number = re.search(r"(?:^|\.)(\d+)(?=\.)", site)
+        own = site.rpartition(".")[2]
+        names.append(f"{number[1]} {own}" if number and several else number[1] if number else own)
+    return names if len(set(names)) == len(sites) else list(sites)
 
 
 def layer_pattern(site: str) -> str:

@@ -45,6 +45,27 @@ def chat(
     return CommandOutput(done, [])
 
 
+@command("redpeft studio runs --base smollm2")
+def studio(
+    folder: Annotated[Path, typer.Argument(help="A folder with adapters and runs.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="The base model of the adapters that answer chats. Default: as they name it.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at. A public one needs --auth.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: the first free one from 7860.")] = None,
+    auth: Annotated[
+        str | None,
+        typer.Option(metavar="USER:PASSWORD", envvar="REDPEFT_STUDIO_AUTH", help="Who may open the page."),
+    ] = None,
+    *,
+    on_event: Callable[[dict[str, Any]], None] | None,
+) -> CommandOutput:
+    """Show a page in the browser: compare the adapters of a folder, mix them, look into them. Needs gradio."""
+    from redpeft.studio.web_page import show
+
+    return CommandOutput(show(folder, base, host=host, port=port, auth=auth, on_event=on_event), [])
+
+
 @command("redpeft generate alpaca-eval runs/chat --questions alpaca_eval.json --out answers/chat.json")
 def generate(
     benchmark: Annotated[
