@@ -132,7 +132,8 @@ def _listen(host: str, port: int | None) -> socket.socket:
             log_main(f"port {PORTS[0]} is taken: {each} is used")
         return found
     what = f"port {port}" if port is not None else f"a port of {PORTS[0]} to {PORTS[-1]}"
-    raise UserError(f"cannot listen at {what} of {host}: {problem.strerror}; choose another with --port")
+    why = first_line(problem) if problem.strerror is None else problem.strerror.partition(" (")[0]
+    raise UserError(f"cannot listen at {what} of {host}: {why}; choose another with --port")
 
 
 class OnlyThePage:
@@ -377,7 +378,8 @@ STYLE = """
 .columns h4 { margin: 0 0 0.4rem }
 .columns p { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
 .columns small { color: var(--body-text-color-subdued) }
-.columns .bar { background: var(--color-accent-soft); white-space: nowrap; padding: 0 0.3rem; margin: 0.15rem 0 }
+.columns .bar { white-space: nowrap; padding: 0 0.3rem; margin: 0.15rem 0 }
+.columns .bar { background: color-mix(in srgb, var(--color-accent) 30%, transparent) }
 """
 
 
