@@ -25,7 +25,7 @@ ALLOWED = {
     "tuner": {"errors", "console", "storage", "models"},
     "cli": {*ROOMS, "serving"},
 }
-MOST_MODULES = 115  # without __init__
+MOST_MODULES = 120  # without __init__
 
 
 def room(module: str) -> str:
