@@ -6,10 +6,12 @@ Adam turns the rounding noise of a gradient near zero into a full step, so this 
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
-from redpeft.fleet import train_fleets
+from redpeft.fleet import queue as fleet_queue
+from redpeft.fleet import template_model, train_fleets
 from redpeft.training.train import train
 
 EXACT = 1e-8
@@ -48,6 +50,22 @@ class TestFloat64:
         assert_same(jobs[0].folder, jobs[1].folder, 1e-12)
         moved = [tensor for key, tensor in adapter_tensors(jobs[0].folder).items() if key.endswith(".scale_offset")]
         assert all(0.001 < step.abs().max() < 1 for step in moved)
+
+    def test_jobs_with_the_same_rows_read_them_once(self, make_job, queue_of, assert_same, monkeypatch):
+        """Rows are other ones by the seed, which draws the validation rows, and are cut at another length."""
+        calls = Counter()
+
+        def counted(module, name):
+            function = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *given: calls.update([name]) or function(*given))
+
+        jobs = [make_job(f"rate-{rate}", "small", learning_rate=rate, epochs=2) for rate in (0.01, 0.02, 0.03)]
+        jobs += [make_job("cut", "small", max_length=5), make_job("seed", "small", seed=1)]
+        counted(fleet_queue, "read_task")
+        counted(template_model, "prepare")
+        counted(template_model, "calibrate")
+        both(jobs, queue_of, assert_same, EXACT)
+        assert calls == {"read_task": 3, "prepare": 3, "calibrate": 3}
 
     @pytest.mark.parametrize("tokens", [1, 10**6])
     def test_one_at_a_time_and_all_at_once(self, make_job, queue_of, assert_same, tokens):

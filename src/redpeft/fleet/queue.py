@@ -176,11 +176,19 @@ class LoadedJob:
         return kind_of(self.job.recipe), self.task.shape
 
 
+ROWS_BY = {"task", "problem_type", "metric", "loss", "data", "seed", "max_length", "learn_prompt"}
+"""The fields of a recipe that decide which rows a job has, also in tokens."""
+
+
 class JobLoader:
-    """Loads the jobs of a queue when they are asked for. A job that fails is reported, and the next one is taken."""
+    """Loads the jobs of a queue when they are asked for. A job that fails is reported, and the next one is taken.
+
+    A job whose rows are those of the job before it has the same `splits`, which are not read again.
+    """
 
     def __init__(self, queue: Queue, report: Report) -> None:
         self.queue, self.report = queue, report
+        self._read: tuple[str, Task, dict[str, Dataset]] | None = None  # by which fields, and what
         self._later: list[tuple[Job, Hashable]] = []  # taken, but of another kind than was asked for
         self._notes: set[str] = set()  # said already
 
@@ -219,7 +227,10 @@ class JobLoader:
                 self.done(job, result)
                 return None
             check_recipe(job.recipe)
-            task, splits = read_task(job.recipe)
+            fields = job.recipe.model_dump_json(include=ROWS_BY)
+            if self._read is None or self._read[0] != fields:
+                self._read = fields, *read_task(job.recipe)
+            _, task, splits = self._read
             if unread := unread_columns(splits["train"], task.columns):
                 note = f"{source(splits['train'])}: columns not read: {shorten_list(unread, 8)}"
                 if note not in self._notes:  # many jobs may share a file

@@ -66,6 +66,8 @@ class TemplateModel:
             for name, tensor in self.model.state_dict().items()
             if name in trained or name.endswith(".unit")
         }
+        self._units: dict[str, torch.Tensor] = {}
+        self._last: TrainingRun | None = None
         self._new = [self._in_model(name) for name in self.learner.new]
         self._precision = choose_precision(recipe.precision, recipe.base.dtype)
         self._collator = task.collator(self.learner.tokenizer) or partial(_pad_responses, self.learner.tokenizer)
@@ -84,21 +86,27 @@ class TemplateModel:
     def prepare(self, recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]) -> TrainingRun:
         """A run on the model, whose own adapter is then that of a new run: identity edits, their units, a new head.
 
-        Its rows have only the columns that `collate` takes.
+        Its rows have only the columns that `collate` takes. With the `splits` of the run before it, it has that one's
+        rows in tokens and units.
         """
         self.model.load_state_dict(self._start, strict=False)
         draw_weights(self.model, self._new, recipe.seed)
-        run = prepare(recipe, folder, task, splits, self.learner)
-        known = {*inspect.signature(self._base.forward).parameters, "labels"}
-        known |= set() if recipe.learn_prompt else {"completion_mask"}
-        encoded = {
-            name: rows.select_columns([column for column in rows.column_names if column in known])
-            for name, rows in run.encoded.items()
-        }
-        first = self.collate(list(encoded["train"].take(CALIBRATION_ROWS)))
-        with autocast(self._precision, self.device):
-            calibrate(self.model, {name: tensor.to(self.device) for name, tensor in first.items()})
-        return replace(run, encoded=encoded)
+        if self._last is None or self._last.splits is not splits:
+            run = prepare(recipe, folder, task, splits, self.learner)
+            known = {*inspect.signature(self._base.forward).parameters, "labels"}
+            known |= set() if recipe.learn_prompt else {"completion_mask"}
+            encoded = {
+                name: rows.select_columns([column for column in rows.column_names if column in known])
+                for name, rows in run.encoded.items()
+            }
+            first = self.collate(list(encoded["train"].take(CALIBRATION_ROWS)))
+            with autocast(self._precision, self.device):
+                calibrate(self.model, {name: tensor.to(self.device) for name, tensor in first.items()})
+            state = self.model.state_dict()
+            self._units = {name: state[name].clone() for name in self._start if name.endswith(".unit")}
+            self._last = replace(run, encoded=encoded)
+        self.model.load_state_dict(self._units, strict=False)
+        return replace(self._last, recipe=recipe, folder=folder, task=task)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """One batch of rows, also of several jobs: they have one tokenizer, and so one way to pad."""
