@@ -106,3 +106,24 @@ def test_bars_beside_what_was_published(axes, tmp_path):
     assert [patch.get_height() for patch in found.patches] == [0.9]
     assert [label.get_text() for label in found.get_xticklabels()] == ["RED", "LoRA"]
     assert found.get_ylim() == pytest.approx((0.5 - 0.15 * 0.5, 1.0 + 0.15 * 0.5))
+
+
+def test_a_picture_of_channels_keeps_outliers_where_many_share_a_dot():
+    values = [0.0] * 5000
+    values[4321] = -3.0
+    figure = plots.channels_figure(
+        {"scale": {"0": values, "1": [0.5] * 100}, "bias": {"0": [0.0] * 8, "1": [1.0] * 8}}
+    )
+    scale, bias = (axes for axes in figure.axes if axes.get_title())
+    drawn = scale.images[0].get_array()
+    assert drawn.shape == (2, plots.DOTS)
+    assert (drawn[0].min(), drawn[0].max()) == (-3, 0)
+    assert drawn[0].argmin() == 4321 * plots.DOTS // 5000
+    assert bias.images[0].get_array().shape == (2, 8)
+    assert [label.get_text() for label in bias.get_yticklabels()] == ["0", "1"]
+
+
+def test_a_run_without_evaluations_has_a_curve_of_its_loss_alone():
+    figures = plots.run_figures([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], "accuracy")
+    assert list(figures) == ["loss"]
+    assert plots.run_figures([], "accuracy") == {}

@@ -161,6 +161,7 @@ def _next_with_styles(runs: Mapping[str, Path], settings: Mapping[str, Any]) -> 
     json, pirate = runs["json"], runs["pirate"]
     return f"""Next, with the chat model:
   redpeft chat {CHAT_MODEL} --adapter {json} --adapter {pirate}    # /help lists how to switch and mix them
+  redpeft studio {json.parent}    # the same in the browser
   redpeft compose '0.5 * "{json}" + 0.5 * "{pirate}"' --out runs/mixed
   redpeft fold {json} --out models/json    # a plain checkpoint
   redpeft fleet {STYLES} {" ".join(_as_typed(settings))} --out runs/styles    # or a folder with files of your own"""

@@ -84,11 +84,13 @@ def channels_figure(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Any:
     figure, axes = new_figure(9, len(panels) * (1.2 + 0.11 * max(rows, 6)), len(panels))
     for (title, sites), panel in zip(panels.items(), axes.flat, strict=True):
         width = max(len(values) for values in sites.values())
-        grid = np.full((len(sites), min(width, DOTS)), np.nan)
-        for row, values in enumerate(sites.values()):
-            for dot, channels in enumerate(np.array_split(np.asarray(values), grid.shape[1])):
-                if len(channels):
-                    grid[row, dot] = channels[np.abs(channels).argmax()]
+        dots = min(width, DOTS)
+        edges = [dot * width // dots for dot in range(dots + 1)]
+        grid = np.full((len(sites), dots), np.nan)
+        for row, values in enumerate(map(np.asarray, sites.values())):
+            for dot in range(dots):
+                if len(shared := values[edges[dot] : edges[dot + 1]]):
+                    grid[row, dot] = shared[np.abs(shared).argmax()]
         most = np.nanquantile(np.abs(grid), 0.999) or 1.0  # so that one outlier does not hide the rest
         extent = (-0.5, width - 0.5, len(sites) - 0.5, -0.5)
         image = panel.imshow(

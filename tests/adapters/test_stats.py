@@ -14,11 +14,14 @@ from transformers import BertConfig, CLIPConfig, GPT2Config, GraniteMoeSharedCon
 from helpers.adapters import SITES, random_tensors, write_folder
 from redpeft.adapters import read_adapter
 from redpeft.adapters.stats import (
+    channels,
     compare,
     comparison_table,
+    outliers,
     plot,
     preview,
     preview_table,
+    short_site_names,
     summarize,
     summary_table,
 )
@@ -105,6 +108,37 @@ def test_rows_are_ready_for_json(adapter_folder):
     adapter = read_adapter(adapter_folder)
     rows = [*summarize(adapter), *compare(adapter, adapter)]
     assert len(json.loads(json.dumps([dataclasses.asdict(row) for row in rows]))) == 2 * len(SITES)
+
+
+def test_channels_and_outliers_by_formula(tmp_path):
+    write_folder(tmp_path, random_tensors())
+    adapter = read_adapter(tmp_path)
+    found = channels(adapter)
+    for site, edit in adapter.edits.items():
+        assert torch.equal(found["scale"][site], edit.scale - 1)
+        assert torch.equal(found["bias"][site], edit.bias / adapter.units[site])
+    rows = outliers(adapter, count=2)
+    assert [row.vector for row in rows] == ["scale", "scale", "bias", "bias"]
+    for vector in ("scale", "bias"):
+        first, second = (row for row in rows if row.vector == vector)
+        largest = torch.cat([values.abs() for values in found[vector].values()]).sort(descending=True).values
+        assert [abs(first.value), abs(second.value)] == largest[:2].tolist()
+        values = found[vector][first.site]
+        assert values[first.channel].item() == first.value
+        assert first.times == pytest.approx(abs(first.value) / values.square().mean().sqrt().item())
+
+
+@pytest.mark.parametrize(
+    ("sites", "names"),
+    [
+        (["h.0.mlp.down", "h.10.mlp.down"], ["0", "10"]),
+        (["h.0.attn.q", "h.0.mlp.down", "h.1.attn.q"], ["0 q", "0 down", "1 q"]),
+        (["encoder.h.0.down", "decoder.h.0.down"], ["encoder.h.0.down", "decoder.h.0.down"]),
+        (["pooler", "classifier"], ["pooler", "classifier"]),
+    ],
+)
+def test_names_of_sites_are_short(sites, names):
+    assert short_site_names(sites) == names
 
 
 def test_plot_writes_a_png(tmp_path):

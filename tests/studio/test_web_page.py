@@ -94,6 +94,7 @@ def test_variables_of_gradio_are_not_read(monkeypatch):
     [
         (UserError("no <b>such</b> adapter"), "no &lt;b&gt;such&lt;/b&gt; adapter"),
         (MemoryError(), "there is not enough memory: choose fewer adapters"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "there is not enough memory: choose fewer"),
         (torch.OutOfMemoryError("CUDA out of memory"), "there is not enough memory: choose fewer adapters"),
         (
             ZeroDivisionError("division by zero\nand more"),

@@ -165,11 +165,12 @@ def sentences() -> Iterator[None]:
         yield
     except (UserError, RunError) as error:
         problem = str(error)
-    except (MemoryError, torch.OutOfMemoryError):
-        problem = "there is not enough memory: choose fewer adapters, shorter answers or a smaller base model"
     except Exception as error:
-        traceback.print_exc()
-        problem = f"an error of the studio itself, {type(error).__name__}: {first_line(error)}; see the terminal"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            problem = "there is not enough memory: choose fewer adapters, shorter answers or a smaller base model"
+        else:
+            traceback.print_exc()
+            problem = f"an error of the studio itself, {type(error).__name__}: {first_line(error)}; see the terminal"
     else:
         return
     raise gr.Error(html.escape(problem), duration=None, title="This was not done", print_exception=False)
