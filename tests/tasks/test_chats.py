@@ -80,8 +80,60 @@ def test_a_role_that_sharegpt_does_not_have(tmp_path):
     rows = [{"conversations": sharegpt(("human", "Hi"), (role, "Hello!"))} for role in ("gpt", "alien")]
     assert refusal(write_rows(tmp_path / "chats.jsonl", rows)) == (
         "chats.jsonl, row 2: a message has the role 'alien'; roles are system, user, assistant, tool, human, gpt, "
-        "function_call, observation"
+        "function_call, observation, developer, function"
     )
+
+
+def test_mixed_forms_of_messages(tmp_path, tiny_chat_tokenizer):
+    """Roles and fields of both forms, and contents as texts and as parts of a text, in one file."""
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    chats = [
+        sharegpt(("human", "Hi"), ("gpt", "Yo")),
+        chat(("human", "Hi"), ("gpt", "Yo")),
+        chat(("user", "Hi"), ("assistant", "Yo"), text="value"),
+        chat(("user", "Hi"), ("assistant", "Yo"), kind="from"),
+        [{"role": "user", "content": parts}, *chat(("assistant", "Yo"))],
+    ]
+    rows = [{"conversations": turns} for turns in chats]
+    expected = [("<|user|>\nHi\n<|assistant|>\n", "Yo</s>\n")] * len(rows)
+    assert learned(write_rows(tmp_path / "chats.jsonl", rows), tiny_chat_tokenizer) == expected
+    texts = [{"conversations": json.dumps(turns)} for turns in chats]
+    assert learned(write_rows(tmp_path / "chats.csv", texts), tiny_chat_tokenizer) == expected
+    rows[2]["conversations"][1]["value"] = {"mood": "good"}
+    assert refusal(write_rows(tmp_path / "mixed.jsonl", rows)) == (
+        "mixed.jsonl, row 3: column 'conversations.value' holds an object, \"{'mood': 'good'}\", and a text in row 1: "
+        "write values of one kind"
+    )
+
+
+def test_what_follows_the_last_answer_is_counted(tmp_path):
+    turns = chat(("user", "Hi"), ("assistant", "Hello!"), ("user", "And?"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    task, splits = read_data("instruction", DataConfig(path=path, validation=path))
+    assert task.describe(splits["train"]) == [
+        "answers to learn: 2 in 2 chats; what follows the last of them in 1 chats is left out"
+    ]
+
+
+def test_messages_that_a_template_leaves_out(tmp_path, tiny_chat_tokenizer, caplog):
+    turns = chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello!"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])
+    for role, place in (("system", 1), ("user", 2), ("assistant", 3)):
+        tokenizer = copy.deepcopy(tiny_chat_tokenizer)
+        tokenizer.chat_template = (
+            f"{{% for m in messages %}}{{% if m.role != '{role}' %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
+        )
+        left_out = (
+            rf"^chats.jsonl, row 1: the tokenizer's chat template leaves out message {place} \({role}\): name one"
+        )
+        with pytest.raises(UserError, match=left_out):
+            learned(path, tokenizer)
+    turns[1]["name"], turns[2]["reasoning_content"] = "Ann", "They greet."
+    learned(write_rows(tmp_path / "named.jsonl", [{"messages": turns}]), tiny_chat_tokenizer)
+    assert [line.partition(" leaves out the ")[2] for line in sorted(caplog.messages)] == [
+        "field name of messages, in 1 of 1 prompts with answers",
+        "field reasoning_content of messages, in 1 of 1 prompts with answers",
+    ]
 
 
 def test_answers_of_weight_0_are_read_and_not_learned(tmp_path, tiny_chat_tokenizer):
@@ -106,7 +158,7 @@ def test_answers_of_weight_0_are_read_and_not_learned(tmp_path, tiny_chat_tokeni
 def test_an_empty_answer_with_an_empty_list_of_tool_calls(tmp_path):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": []}]
     assert refusal(write_rows(tmp_path / "chats.jsonl", [{"messages": turns}])) == (
-        "chats.jsonl, row 1: a message's content is empty or not text"
+        "chats.jsonl, row 1: message 2 (assistant): its content is empty or not text"
     )
 
 
@@ -147,6 +199,8 @@ def test_prompts_and_responses_as_messages(tmp_path, tiny_chat_tokenizer):
     task, splits = read_data("instruction", DataConfig(path=path, validation=path))
     [asked] = task.encode(splits["train"], tiny_chat_tokenizer, with_labels=False)["input_ids"]
     assert tiny_chat_tokenizer.decode(asked) == before
+    texts = {name: json.dumps(messages) for name, messages in rows[0].items()}
+    assert learned(write_rows(tmp_path / "texts.csv", [texts]), tiny_chat_tokenizer) == [(before, "See you</s>\n")]
     rows[0]["completion"][0]["role"] = "user"
     assert refusal(write_rows(tmp_path / "wrong.jsonl", rows)) == (
         "wrong.jsonl, row 1: the chat has no answer of the assistant to learn"
@@ -198,6 +252,8 @@ def test_tools_and_tool_calls(tmp_path, tool_tokenizer):
         assert "<tool_response>\nsun\n</tool_response>" in told
         assert answer == "Sun.<|im_end|>\n"
         assert (json.dumps(WEATHER) in asked, json.dumps(CLOCK) in asked) == ("weather" in call, "clock" in call)
+    tables = [{name: json.dumps(row[name]) for name in ("messages", "tools")} for row in rows]
+    assert learned(write_rows(tmp_path / "tools.csv", tables), tool_tokenizer) == found
     for row in rows:
         call = row["messages"][1].pop("tool_calls")[0]["function"]
         call["arguments"] = json.dumps(call["arguments"])  # as OpenAI has it
@@ -205,7 +261,11 @@ def test_tools_and_tool_calls(tmp_path, tool_tokenizer):
         row["tools"] = json.dumps(row["tools"])
     assert learned(write_rows(tmp_path / "texts.jsonl", rows), tool_tokenizer) == found
     for row in rows:
-        call = row.pop("messages")[1]["tool_calls"][0]["function"]
+        row["messages"][1]["function_call"] = row["messages"][1].pop("tool_calls")[0]["function"]  # before tools
+        row["messages"][2]["role"] = "function"
+    assert learned(write_rows(tmp_path / "calls.jsonl", rows), tool_tokenizer) == found
+    for row in rows:
+        call = row.pop("messages")[1]["function_call"]
         call["arguments"] = json.loads(call["arguments"])
         turns = ("human", "Tell me"), ("function_call", json.dumps(call)), ("observation", "sun"), ("gpt", "Sun.")
         row["conversations"] = sharegpt(*turns)
@@ -267,6 +327,8 @@ def test_chat_templates_by_name_and_from_files(tmp_path, tiny_chat_tokenizer, ti
         write(tmp_path / "text.jinja", "Be brief."): "holds no chat template: none that reads `messages`",
         write(tmp_path / "latin.jinja", "{{ messages }} é".encode("latin-1")): "it is not a text in UTF-8",
         str(tiny_decoder_folder): "holds no chat template",
+        mine: "names a Jinja file: write the template into one",
+        "nosuch": "is no Jinja file, no template of the tokenizer or of TRL, and no model$",
     }
     for asked, message in wrong.items():
         with pytest.raises(UserError, match=message):

@@ -134,6 +134,17 @@ def test_the_task_of_data_is_guessed_and_said(tmp_path, caplog, monkeypatch):
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     if "preference" in TASKS:
         assert guess_task(DataConfig(path=pairs)) == "preference"
+        assert guess_task(DataConfig(path=pairs, chat_template="plain")) == "preference"
+    table = write_rows(tmp_path / "chats.csv", [{"messages": '[{"role": "user", "content": "Hi"}]'}])
+    assert guess_task(DataConfig(path=table)) == "instruction"
+    caplog.clear()
+    texts = write_rows(tmp_path / "texts.csv", [{"a": "Hi"}])
+    assert guess_task(DataConfig(path=texts)) == "classification"
+    assert caplog.messages == [
+        "texts.csv has the columns a: the task is taken to be classification; task=... overrides this"
+    ]
+    for named in ({"text": "a"}, {"system": "a"}):
+        assert guess_task(DataConfig(path=texts, **named)) == "instruction"
     monkeypatch.setattr("redpeft.tasks.data.TASKS", ["classification"])
     with pytest.raises(UserError) as caught:
         guess_task(DataConfig(path=write_rows(tmp_path / "more.jsonl", [{"chosen": "b", "rejected": "c"}])))

@@ -355,6 +355,21 @@ def test_broken_json_list(tmp_path):
     assert "a.json, line 3: broken JSON" in error_of(write(tmp_path / "a.json", '[{"text": "a"},\n{"text": "b"}\n{}]'))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "line 2"),
+        ("chats.jsonl", '{"messages": [{"role": "user", "role": "system"}]}', None),
+        ("rows.json", '[{"text": "a"}, {"text": "b", "text": "c"}]', None),
+    ],
+)
+def test_json_with_a_key_twice(tmp_path, name, content, place):
+    path = write(tmp_path / name, content)
+    key = "role" if "role" in content else "text"
+    where = f"{path}, {place}" if place else path
+    assert error_of(path) == f"{where}: an object has the key {key!r} twice: rename or remove one"
+
+
 def test_json_that_is_no_object(tmp_path):
     assert "a.jsonl, row 2: expected an object" in error_of(write(tmp_path / "a.jsonl", '{"text": "a"}\n"b"\n'))
 

@@ -75,9 +75,12 @@ def test_columns_that_are_missing():
     [
         ({"prompt": ["a", ""], "response": ["b", "c"]}, "train.jsonl, row 2: the text in column 'prompt' is empty"),
         ({"prompt": ["a"], "response": [None]}, "train.jsonl, row 1: the text in column 'response' is empty"),
-        ({"messages": ["Hi"]}, "train.jsonl, row 1: expected a list of {'role': ..., 'content': ...}, found Hi"),
+        ({"messages": ["Hi"]}, "train.jsonl, row 1: expected JSON of a list of {'role': ..., 'content': ...}, found"),
         ({"messages": [[{"role": "bot", "content": "a"}]]}, "row 1: a message has the role 'bot'; roles are system, "),
-        ({"messages": [[{"role": "user", "content": ""}]]}, "row 1: a message's content is empty or not text"),
+        (
+            {"messages": [[{"role": "user", "content": ""}]]},
+            "row 1: message 1 (user): its content is empty",
+        ),
         ({"messages": [CHAT, CHAT[:2]]}, "row 2: the chat has no answer of the assistant to learn"),
         ({"messages": [CHAT[2:4]]}, "row 1: the chat has no answer of the assistant to learn"),
         ({"messages": [CHAT[:1]]}, "row 1: the chat has no message of the user"),
@@ -145,14 +148,15 @@ def test_rows_are_cut_where_the_model_ends(plain_tokenizer):
         task_of(rows).encode(make(rows), plain_tokenizer, 80, with_labels=False)
 
 
+WRITTEN = "{% for message in messages %}{{ message.content }}{% endfor %}"
 REFUSALS = {
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}x": (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}" + WRITTEN: (
         "no system role here"
     ),
     "{{ city.name }}": "'city' is undefined",
     "{{ messages[0]['content'] + 1 }}": 'can only concatenate str (not "int") to str',
     "{% for m in messages %}{{ m.content }}": "Unexpected end of template",
-    "{% if messages[0].role != 'system' %}x{% endif %}": "writes nothing for this chat",
+    "{% if messages[0].role != 'system' %}" + WRITTEN + "{% endif %}": "writes nothing for this chat",
 }
 
 
@@ -164,7 +168,7 @@ def test_a_chat_template_that_refuses_a_chat(tiny_chat_tokenizer, template, with
     rows = {"messages": [CHAT[1:], CHAT]}
     with pytest.raises(UserError) as caught:
         task_of(rows).encode(make(rows), tokenizer, with_labels=with_labels)
-    place = "row 2" if "role" in template else "row 1"  # of these two templates, each refuses chats with a system
+    place = "row 2" if "system" in template else "row 1"  # of these two templates, each refuses chats with a system
     assert str(caught.value).startswith(f"train.jsonl, {place}: the tokenizer's chat template ")
     assert REFUSALS[template] in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -35,8 +36,11 @@ def texts(tokenizer, row, *names):
         {"prompt": ASKED, "chosen": chat("Hello!")[1:], "rejected": chat("No.")[1:]},
         {"chosen": chat("Hello!"), "rejected": chat("No.")},
         {"prompt": "Hi", "chosen": chat("Hello!"), "rejected": chat("No.")},
+        {"prompt": json.dumps(ASKED), "chosen": json.dumps(chat("Hello!")[1:]), "rejected": "No."},
+        {"chosen": json.dumps(chat("Hello!")), "rejected": json.dumps(chat("No."))},
+        {"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "No."},
     ],
-    ids=["strings", "messages", "whole chats", "whole chats with a prompt"],
+    ids=["strings", "messages", "whole chats", "whole chats with a prompt", "JSON", "whole chats in JSON", "Alpaca"],
 )
 def test_the_forms_of_a_pair(row, tiny_chat_tokenizer, tmp_path):
     task, splits = read(tmp_path, row)
@@ -66,6 +70,20 @@ def test_the_plain_template_a_system_message_and_a_cut(tiny_chat_tokenizer, tmp_
     assert task.encode(splits["train"], tiny_chat_tokenizer, 3)[0]["completion_mask"] == [0] * 3
 
 
+def test_more_of_the_prompt_and_equal_answers(tiny_chat_tokenizer, tmp_path):
+    row = {"instruction": "Add", "input": "2 and 3", "chosen": "5", "rejected": "5"}
+    task, splits = read(tmp_path, row)
+    first = task.encode(splits["train"], tiny_chat_tokenizer)[0]
+    assert texts(tiny_chat_tokenizer, first, "prompt_ids") == ["<|user|>\nAdd\n\n2 and 3\n<|assistant|>\n"]
+    assert task.describe(splits["train"]) == ["pairs of equal answers, which teach nothing: 3"]
+
+
+def test_an_answer_without_messages(tmp_path):
+    rows = [{"prompt": "Hi", "chosen": "a", "rejected": rejected} for rejected in (chat("b")[1:], [])]
+    with pytest.raises(UserError, match="^rows.jsonl, row 2: an answer is a list without messages$"):
+        read_data("preference", DataConfig(path=write_rows(tmp_path / "rows.jsonl", rows)))
+
+
 def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
     task, splits = read(tmp_path, PAIR, loss="kto")
     rows = task.encode(splits["train"], tiny_chat_tokenizer)
@@ -91,6 +109,15 @@ def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
             "row 1: the chats differ before the assistant's answer, so they have no prompt in common",
         ),
         ({"prompt": "Hi", "chosen": ASKED, "rejected": ASKED}, {}, "row 1: the chat has no answer of the assistant"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": []}, {}, "row 1: column 'rejected' holds [], which is not text"),
+        (
+            {"chosen": [*chat("a"), *chat("b")], "rejected": [*chat("c"), *chat("b")]}, {},
+            "row 1: an answer goes on with a message of the user: two chats may differ in the last answer only",
+        ),
+        (
+            {"prompt": "Hi", "completion": "Hello!", "label": None}, {"loss": "kto"},
+            "row 1: the label is empty; data.drop_missing=true leaves such rows out",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_rows(row, options, message, tmp_path):

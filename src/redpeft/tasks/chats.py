@@ -1,11 +1,12 @@
 """Chats: what rows of the usual formats say, as messages that a chat template writes.
 
-A chat is a list of messages with "role" and "content" (OpenAI's form), or with "from" and "value" (ShareGPT's). Errors
-here name no row: the caller knows it.
+A chat is a list of messages with "role" and "content" (OpenAI's form), or with "from" and "value" (ShareGPT's); each
+role has one meaning in both. Errors here name no row: the caller knows it.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,40 +16,49 @@ from transformers import PreTrainedTokenizerBase
 
 from redpeft.errors import UserError
 from redpeft.models import load_tokenizer
-from redpeft.tasks.columns import is_missing, parse_json
+from redpeft.tasks.columns import Missing, as_messages, is_missing, join_parts, parse_json
 
 Chat = list[dict[str, Any]]
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT_ROLES = {role: role for role in ROLES}
-SHAREGPT_ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+ROLES |= {"developer": "system", "function": "tool"}
+"""The roles of chat templates, by their names in data."""
 
 
 def read_chat(value: Any) -> Chat:
     """The messages of a chat. Each has "role" and "content", and if they are given "tool_calls", "tool_call_id",
     "name", "reasoning_content" and "weight". Raises `UserError` for what is not a chat."""
-    found = parse_json(value) if isinstance(value, str) else value
+    if is_missing(value):
+        raise Missing("the chat is empty")
+    found = as_messages(value)
     if not isinstance(found, list) or not all(isinstance(message, dict) for message in found):
-        raise UserError(f"expected a list of {{'role': ..., 'content': ...}}, found {str(value)[:60]}")
-    return [_read_message(message) for message in found]
+        form = "JSON of a list" if isinstance(value, str) else "a list"
+        raise UserError(f"expected {form} of {{'role': ..., 'content': ...}}, found {str(value)[:60]}")
+    return [_read_message(message, number) for number, message in enumerate(found, start=1)]
 
 
-def _read_message(given: dict[str, Any]) -> dict[str, Any]:
-    kind, roles = ("from", SHAREGPT_ROLES) if given.get("role") is None and "from" in given else ("role", ROLES)
-    role, content, calls = given.get(kind), given.get("content" if kind == "role" else "value"), None
-    if role not in tuple(roles):
-        raise UserError(f"a message has the role {role!r}; roles are {', '.join(roles)}")
-    if role == "function_call":
+def read_answer(value: Any) -> Chat:
+    """An answer that is a text, or messages, which in a table are JSON text."""
+    found = as_messages(value)
+    return read_chat([{"role": "assistant", "content": found}] if isinstance(found, str) else found)
+
+
+def _read_message(given: dict[str, Any], number: int) -> dict[str, Any]:
+    said = given.get("from") if given.get("role") is None else given["role"]
+    content, calls = given.get("value") if given.get("content") is None else given["content"], None
+    if said not in tuple(ROLES):
+        raise UserError(f"a message has the role {said!r}; roles are {', '.join(ROLES)}")
+    if said == "function_call":
         content, calls = None, content
-    elif role == "assistant":
-        calls = given.get("tool_calls")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text")) for part in content)
-    message = {"role": role if kind == "role" else SHAREGPT_ROLES[role], "content": content}
+    elif said in ("assistant", "gpt"):
+        calls = given.get("tool_calls") or given.get("function_call")
+    content = join_parts(content)
+    message = {"role": ROLES[said], "content": content}
     if found := _read_calls(calls) if calls else []:
         message |= {"content": content or "", "tool_calls": found}
     elif not isinstance(content, str) or (is_missing(content) and message["role"] != "tool"):
-        raise UserError("a message's content is empty or not text")
+        raise UserError(f"message {number} ({said}): its content is empty or not text")
     if (weight := given.get("weight")) is not None:
         if weight not in (0, 1):
             raise UserError(f"a message has the weight {weight!r}: 1 learns an answer, and 0 does not")
@@ -116,9 +126,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
     if asked in ("auto", "plain"):
         return
     template: Any = None
+    if "{%" in asked or "{{" in asked:
+        raise UserError("data.chat_template names a Jinja file: write the template into one, such as mine.jinja")
     if (file := Path(asked).expanduser()).is_file() or (file := _trl_folder() / f"{asked}.jinja").is_file():
         try:
-            template = file.read_text(encoding="utf-8")
+            template = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError):
             raise UserError(f"data.chat_template: cannot read {file}: it is not a text in UTF-8") from None
     elif isinstance(tokenizer.chat_template, dict):
@@ -127,8 +139,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
         try:
             template = load_tokenizer(asked).chat_template
         except UserError:
+            names = [each.stem for each in _trl_folder().glob("*.jinja")]
+            near = difflib.get_close_matches(asked, names, n=1)
             raise UserError(
                 f"data.chat_template: {asked!r} is no Jinja file, no template of the tokenizer or of TRL, and no model"
+                + (f"; did you mean {near[0]!r}?" if near else "")
             ) from None
     if template is None or "messages" not in str(template):
         raise UserError(f"data.chat_template: {asked} holds no chat template: none that reads `messages`")

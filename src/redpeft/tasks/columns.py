@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -52,7 +52,7 @@ WORD_COLUMNS = ["tokens", "words"]
 TAG_COLUMNS = ["ner_tags", "tags", "labels", "pos_tags", "upos", "label"]
 MESSAGE_COLUMNS = ["messages", "conversations", "conversation", "chat"]
 MESSAGE_FIELDS = {"role", "content", "from", "value", "weight", "tool_calls", "tool_call_id", "name"}
-MESSAGE_FIELDS |= {"reasoning_content"}
+MESSAGE_FIELDS |= {"reasoning_content", "function_call"}
 PROMPT_PAIRS = [
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -61,6 +61,8 @@ PROMPT_PAIRS = [
     ("instruction", "completion"),
     ("question", "answer"),
     ("input", "output"),
+    ("query", "response"),
+    ("question", "response"),
 ]
 SYSTEM_COLUMNS = ["system", "system_prompt"]
 MEANING_COLUMNS = ["mr", "meaning_representation"]
@@ -79,6 +81,7 @@ COLUMNS_OF_TASKS = [
     ("classification", [LABEL_COLUMNS]),
     ("instruction", [["text"]]),
     ("reward", [["prompt"]]),
+    ("instruction", [["messages", "conversations"]]),
 ]
 """By what columns a task is recognised: the first one counts of which the data has one of each list of names."""
 
@@ -127,7 +130,7 @@ def guess_task(dataset: Dataset) -> tuple[str, list[str]]:
     """The task that these columns are for, and the columns that say so; classification if none does."""
     for task, wanted in COLUMNS_OF_TASKS:
         found = [name for names in wanted if (name := find_column(dataset, names)) is not None]
-        if len(found) < len(wanted) or (wanted == [MESSAGE_COLUMNS] and not holds_objects(dataset, found[0])):
+        if len(found) < len(wanted) or (wanted == [MESSAGE_COLUMNS] and not holds_chats(dataset, found[0])):
             continue
         return task, found
     return "classification", []
@@ -230,6 +233,14 @@ def holds_objects(dataset: Dataset, column: str) -> bool:
     return isinstance(value_feature(dataset, column), dict)
 
 
+def holds_chats(dataset: Dataset, column: str) -> bool:
+    """Whether a column holds lists of objects, or texts of which the first is the JSON of messages, as in a table."""
+    if holds_objects(dataset, column):
+        return True
+    first = next((value for value in values(dataset, column) if not is_missing(value)), None)
+    return _are_messages(as_messages(first))
+
+
 def tokenise(dataset: Dataset, function: Callable[[dict[str, list]], dict[str, list]]) -> Dataset:
     """`function`, applied to batches of rows. Its columns replace all others.
 
@@ -310,24 +321,23 @@ KINDS = {str: "a text", bool: "true or false", int: "a number", float: "a number
 def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
     """The cells of a column. Raises `UserError`, with the place of the cell, for mixed kinds and broken texts.
 
-    In lists of objects, which may be messages or tools, the fields of `OPEN_FIELDS` become JSON text.
+    In lists of objects, which may be messages or tools, the fields of `OPEN_FIELDS` become JSON text, and parts of a
+    text one text.
     """
-    cells = [[_with_json(item) for item in cell] if isinstance(cell, list) else cell for cell in cells]
+    cells = [[_as_stored(item) for item in cell] if isinstance(cell, list) else cell for cell in cells]
     try:
         return pa.array(cells)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
-        seen: dict[str, int] = {}
+        seen: dict[str, tuple[str, int]] = {}  # of a column and of each field in it, the first kind, and where it is
         for index, cell in enumerate(cells):
-            if cell is None:
-                continue
-            kind = KINDS.get(type(cell), type(cell).__name__)
-            first = next(iter(seen), kind)
-            seen.setdefault(kind, index)
-            if kind != first:
-                raise UserError(
-                    f"{places[index]}: column {column!r} holds {kind}, {str(cell)[:40]!r}, and {first} in "
-                    f"{places[seen[first]].rpartition(', ')[2]}: write values of one kind"
-                ) from None
+            for name, value in _named(column, cell):
+                kind = KINDS.get(type(value), type(value).__name__)
+                first, place = seen.setdefault(name, (kind, index))
+                if kind != first:
+                    raise UserError(
+                        f"{places[index]}: column {name!r} holds {kind}, {str(value)[:40]!r}, and {first} in "
+                        f"{places[place].rpartition(', ')[2]}: write values of one kind"
+                    ) from None
             try:
                 pa.array([cell])
             except (pa.ArrowException, ValueError, TypeError, OverflowError) as reason:
@@ -335,16 +345,33 @@ def as_array(cells: list, column: str, places: Sequence[str]) -> pa.Array:
         raise UserError(f"column {column!r}: {first_line(error)}") from None
 
 
-OPEN_FIELDS = ("tool_calls", "function", "arguments", "parameters")
+OPEN_FIELDS = ("tool_calls", "function_call", "function", "arguments", "parameters")
 """Fields of messages and tools that hold other fields in each row. Arrow would give every row the fields of all rows,
 and has no type for a field that is a text in one row and a number in another."""
 
 
-def _with_json(item: Any) -> Any:
+def _as_stored(item: Any) -> Any:
     if not isinstance(item, dict):
         return item
     opened = {name: item[name] for name in OPEN_FIELDS if isinstance(item.get(name), dict | list)}
-    return item | {name: json.dumps(value, ensure_ascii=False) for name, value in opened.items()}
+    texts = {name: join_parts(item[name]) for name in ("content", "value") if name in item}
+    return item | texts | {name: json.dumps(value, ensure_ascii=False) for name, value in opened.items()}
+
+
+def join_parts(content: Any) -> Any:
+    """The text of a list of parts of text, as OpenAI's messages may have it. Any other value as it is."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text")) for part in content)
+    return content
+
+
+def _named(column: str, cell: Any) -> Iterator[tuple[str, Any]]:
+    """A cell and, if it is a list of objects, their fields, but for what is null."""
+    if cell is not None:
+        yield column, cell
+    for item in cell if isinstance(cell, list) else ():
+        if isinstance(item, dict):
+            yield from ((f"{column}.{name}", value) for name, value in item.items() if value is not None)
 
 
 def parse_json(value: Any) -> Any:
@@ -359,7 +386,7 @@ def _parse_fields(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     opened = {name: _parse_text(value[name]) for name in OPEN_FIELDS if name in value}
-    inner = {name: _parse_fields(opened[name]) for name in ("tool_calls", "function") if name in opened}
+    inner = {name: _parse_fields(opened[name]) for name in opened.keys() - {"arguments", "parameters"}}
     return value | opened | inner
 
 
@@ -369,6 +396,23 @@ def _parse_text(value: Any) -> Any:
     except (TypeError, json.JSONDecodeError):
         return value
     return found if isinstance(found, dict | list) else value
+
+
+def as_messages(value: Any) -> Any:
+    """A text that is the JSON of messages as those messages, as `as_array` has them. Any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    found = _parse_text(value)
+    return [_as_stored(message) for message in found] if _are_messages(found) else value
+
+
+def _are_messages(value: Any) -> bool:
+    fields = ({"role", "from"}, {"content", "value", "tool_calls"})
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) and all(names & each.keys() for names in fields) for each in value)
+    )
 
 
 def _without_nulls(value: Any) -> Any:

@@ -142,8 +142,8 @@ def guess_task(data: DataConfig) -> str:
     """
     data = data.parts[0] if data.mix else data
     named = {
-        "preference": data.chosen or data.rejected,
-        "instruction": data.messages or data.response or data.tools or data.system or data.chat_template != "auto",
+        "preference": data.chosen or data.rejected or (data.response and data.label),
+        "instruction": data.messages or data.response,
         "token-classification": data.tokens or data.tags,
         "text-to-text": data.prefix,
         "classification": data.label or data.text_pair or data.label_separator or data.protocol,
@@ -165,13 +165,19 @@ def _guess_task(data: str) -> str:
     notes = logging.getLogger("redpeft.tasks")
     level = notes.level
     notes.setLevel(logging.CRITICAL)  # what reading says is said when the data is read to learn from
+    config = DataConfig.model_validate_json(data)
     try:
-        train = read_splits(DataConfig.model_validate_json(data))["train"]
+        train = read_splits(config)["train"]
     except UserError:
         raise _Unreadable from None
     finally:
         notes.setLevel(level)
     task, found = columns.guess_task(train)
+    named = [name for name in ("tools", "system", "chat_template") if getattr(config, name) not in (None, "auto")]
+    if named and not (task in TASKS and TASKS[task].by_trl):
+        return "instruction"
+    if not found and config.text and columns.column_names(train) == [config.text]:
+        task, found = "instruction", [config.text]
     seen = f"{source(train)} has the column{'s' if len(found) > 1 else ''} {', '.join(found)}"
     if task not in TASKS:
         raise UserError(
@@ -180,6 +186,9 @@ def _guess_task(data: str) -> str:
         )
     if found:
         logger.info("%s: the task is %s; task=... overrides this", seen, task)
+    else:
+        seen = f"{source(train)} has the columns {', '.join(columns.column_names(train))}"
+        logger.info("%s: the task is taken to be %s; task=... overrides this", seen, task)
     return task
 
 

@@ -423,7 +423,7 @@ def _written(value: Any, cell: Any) -> str:
 def objects(name: str, text: str) -> list[tuple[int, Any]]:
     """The values of JSON lines, or of a JSON list, each with the number of its line or its place."""
     try:
-        whole = json.loads(text)
+        whole = _from_json(text, name)
     except json.JSONDecodeError as error:
         if not text.lstrip().startswith("["):
             return parse_lines(name, text)
@@ -445,9 +445,25 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 def parse_line(name: str | Path, number: int, line: str) -> Any:
     """The value of a line of JSON. Raises `UserError` if it is broken."""
     try:
-        return json.loads(line.rstrip("\r\n"))
+        return _from_json(line.rstrip("\r\n"), f"{name}, line {number}")
     except json.JSONDecodeError as error:
         raise UserError(f"{name}, line {number}: broken JSON ({error.msg} at column {error.colno})") from None
+
+
+def _from_json(text: str, place: str) -> Any:
+    """The value of JSON text. Raises `UserError` for an object with a key twice, of which json keeps the last."""
+    repeated = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            repeated.append(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+        return found
+
+    value = json.loads(text, object_pairs_hook=unique)
+    if repeated:
+        raise UserError(f"{place}: an object has the key {repeated[0]!r} twice: rename or remove one")
+    return value
 
 
 def checked(name: str, rows: Rows) -> list[tuple[int, dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -18,7 +19,7 @@ from redpeft.errors import UserError, first_line
 from redpeft.models import ensure_pad_token, load_decoder
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig, Task
-from redpeft.tasks.chats import Chat, learned_answers, read_chat, read_tools, tool_names
+from redpeft.tasks.chats import Chat, learned_answers, read_answer, read_chat, read_tools, tool_names
 from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.files import with_rows
 from redpeft.tasks.metrics import choose_metric
@@ -112,15 +113,15 @@ class InstructionTask(Task):
                 "prompt": cols.choose_column(train, data.prompt, [pair[0] for pair in pairs], "prompt"),
                 "response": cols.choose_column(train, data.response, [pair[1] for pair in pairs], "response"),
             }
-        if found.get("prompt", "").lower() == "instruction" and (more := cols.find_column(train, ["input"])):
-            found["input"] = more
         return cls._with_optional(found, train, data)
 
     @staticmethod
     def _with_optional(found: dict[str, str], train: Dataset, data: DataConfig) -> dict[str, str]:
-        """The columns that were found, and those for a system message and tools where there are such. UserError: a
-        column that is not there."""
+        """The columns that were found, and those for Alpaca's input, a system message and tools where there are such.
+        UserError: a column that is not there."""
+        has_input = found.get("prompt", "").lower() == "instruction"
         optional = {
+            "input": cols.find_column(train, ["input"], without=found.values()) if has_input else None,
             "system": data.system or cols.find_column(train, cols.SYSTEM_COLUMNS, without=found.values()),
             "tools": data.tools or cols.find_column(train, ["tools"], without=found.values()),
         }
@@ -139,7 +140,7 @@ class InstructionTask(Task):
                 task._check_chat(row, with_labels=True)
                 chat, known = task._read(row, with_labels=True)
             except UserError as error:
-                raise UserError(f"{cols.where(dataset, index)}: {error}") from None
+                raise type(error)(f"{cols.where(dataset, index)}: {error}") from None
             chats.append(json.dumps(chat, ensure_ascii=False))
             tools.append(known and json.dumps(known, ensure_ascii=False))
         found = Dataset(pa.table({"messages": chats, "tools": pa.array(tools, pa.string())}))
@@ -160,7 +161,7 @@ class InstructionTask(Task):
             try:
                 self._check_chat(row, with_labels)
             except UserError as error:
-                raise UserError(f"{cols.where(dataset, index)}: {error}") from None
+                raise type(error)(f"{cols.where(dataset, index)}: {error}") from None
 
     def _check_chat(self, row: dict[str, Any], with_labels: bool) -> None:
         """Raises `UserError` if a row is no chat, or has no answer to learn, or nothing to answer."""
@@ -188,10 +189,13 @@ class InstructionTask(Task):
         """For people: how many answers of chats are learned, or that texts are learned whole."""
         if "text" in self.columns:
             return ["plain texts: all their tokens are learned"]
-        if "messages" in self.columns:
-            answers = sum(len(self._pairs(row, with_labels=True)) for row in dataset)
-            return [f"answers to learn: {answers:,} in {len(dataset):,} chats"]
-        return []
+        if "messages" not in self.columns:
+            return []
+        chats = [self._read(row, with_labels=True)[0] for row in dataset]
+        answers = [learned_answers(chat) for chat in chats]
+        note = f"answers to learn: {sum(map(len, answers)):,} in {len(dataset):,} chats"
+        longer = sum(places[-1] + 1 < len(chat) for places, chat in zip(answers, chats, strict=True))
+        return [f"{note}; what follows the last of them in {longer:,} chats is left out" if longer else note]
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """Rows to answer: objects with the prompt or a chat, or strings, which are prompts. `first` numbers them."""
@@ -223,10 +227,11 @@ class InstructionTask(Task):
                 leaves no room for an answer.
         """
         self.check(dataset, with_labels)
-        changed = 0
+        changed = total = 0
+        unwritten: Counter[str] = Counter()
 
         def tokenise(columns: dict[str, list]) -> dict[str, list]:
-            nonlocal changed
+            nonlocal changed, total
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             if "text" in self.columns:
                 texts = [row[self.columns["text"]] for row in rows]
@@ -248,6 +253,8 @@ class InstructionTask(Task):
             whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=self._is_plain(tokenizer))["input_ids"]
             starts = [common_start(prompt, ids) for prompt, ids in zip(prompts, whole, strict=True)]
             changed += sum(start < len(prompt) for start, prompt in zip(starts, prompts, strict=True))
+            total += len(prompts)
+            unwritten.update(name for pair, text in zip(pairs, texts, strict=True) for name in _unwritten(pair, text))
             found = zip(whole, starts, strict=True)
             learned = [row for chat in chats for row in _joined(islice(found, len(chat)))]
             return {
@@ -263,7 +270,15 @@ class InstructionTask(Task):
                 "after a text that it has not seen in training",
                 cols.source(dataset),
                 changed,
-                len(encoded),
+                total,
+            )
+        for name, count in unwritten.items():
+            logger.warning(
+                "%s: the chat template leaves out the field %s of messages, in %d of %d prompts with answers",
+                cols.source(dataset),
+                name,
+                count,
+                total,
             )
         if "text" in self.columns and len(encoded) > len(dataset):
             logger.info(
@@ -348,7 +363,7 @@ class InstructionTask(Task):
         if "messages" in given:
             chat = read_chat(given["messages"])
         else:
-            prompt, more = given["prompt"], given.get("input")
+            prompt, more = cols.as_messages(given["prompt"]), given.get("input")
             if isinstance(prompt, str):
                 parts = [prompt, *([] if cols.is_missing(more) else [str(more)])]
                 prompt = [{"role": "user", "content": "\n\n".join(parts)}]
@@ -357,11 +372,6 @@ class InstructionTask(Task):
         if not cols.is_missing(given.get("system")) and chat[:1] and chat[0]["role"] != "system":
             chat = [*read_chat([{"role": "system", "content": given["system"]}]), *chat]
         return chat, read_tools(given.get("tools"))
-
-
-def read_answer(value: Any) -> Chat:
-    """An answer that is a text, or messages."""
-    return read_chat([{"role": "assistant", "content": value}] if isinstance(value, str) else value)
 
 
 def _joined(answers: Iterable[tuple[list[int], int]]) -> list[tuple[list[int], list[int]]]:
@@ -433,7 +443,23 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, to_answer: bool, too
             f"the tokenizer's chat template leaves out the tool {unseen[0]!r}: name one that writes tools with "
             "data.chat_template, such as qwen3"
         )
+    written = "".join(text.split())
+    for place, message in enumerate(chat):
+        if message["role"] in ("system", "user") or message is chat[-1]:
+            said = message["content"].rpartition("</think>")[2]  # templates write thoughts in their own way
+            if message["role"] != "tool" and "".join(said.split()) not in written:
+                raise UserError(
+                    f"the tokenizer's chat template leaves out message {place + 1} ({message['role']}): name one that "
+                    "writes it with data.chat_template, or leave such messages out"
+                )
     return str(text)
+
+
+def _unwritten(pair: Pair, text: str) -> set[str]:
+    """Fields of messages that their text does not hold: who speaks, and the thoughts before the answer."""
+    said = {("name", each.get("name")) for each in pair.prompt + pair.answer if each["role"] != "tool"}
+    said |= {("reasoning_content", each.get("reasoning_content")) for each in pair.answer}
+    return {name for name, value in said if isinstance(value, str) and value.strip() not in text}
 
 
 def common_start(first: list[Any], second: list[Any]) -> int:

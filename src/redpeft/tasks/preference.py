@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -13,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig
-from redpeft.tasks.chats import Chat
+from redpeft.tasks.chats import Chat, read_answer
 from redpeft.tasks.columns import tokens_of
-from redpeft.tasks.instruction import InstructionTask, Pair, Tools, common_start, read_answer
+from redpeft.tasks.instruction import InstructionTask, Pair, Tools, common_start
 
 PROMPT_COLUMNS = ["prompt", "question", "instruction"]
-VERDICTS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+VERDICTS = {"true": True, "false": False, "yes": True, "no": False}
+VERDICTS |= {"1": True, "0": False, "1.0": True, "0.0": False}
 
 
 @dataclass
@@ -75,7 +77,7 @@ class PreferenceTask(InstructionTask):
             }
             if prompt := data.prompt or cols.find_column(train, PROMPT_COLUMNS):
                 found["prompt"] = prompt
-            elif not cols.holds_objects(train, found["chosen"]):
+            elif not cols.holds_chats(train, found["chosen"]):
                 raise UserError(f"{cols.source(train)} has answers without a prompt: name its column with data.prompt")
         return cls._with_optional(found, train, data)
 
@@ -85,9 +87,12 @@ class PreferenceTask(InstructionTask):
         return cols.keep_columns(dataset, columns)
 
     def describe(self, dataset: Dataset) -> list[str]:
-        """For people: how many answers are good and how many are not, if they have labels."""
+        """For people: how many answers are good and how many are not, if they have labels; pairs that teach
+        nothing."""
         if "label" not in self.columns:
-            return []
+            pairs = (self._pairs(row, with_labels=True) for row in dataset)
+            equal = sum(chosen.answer == rejected.answer for chosen, rejected in pairs)
+            return [f"pairs of equal answers, which teach nothing: {equal:,}"] if equal else []
         good = sum(map(_verdict, cols.values(dataset, self.columns["label"])))
         return [f"answers: {good:,} desirable, {len(dataset) - good:,} undesirable"]
 
@@ -144,7 +149,7 @@ class PreferenceTask(InstructionTask):
     @property
     def _asking(self) -> InstructionTask:
         """The task of answering the prompts."""
-        kept = {key: name for key, name in self.columns.items() if key in ("system", "tools")}
+        kept = {key: name for key, name in self.columns.items() if key in ("input", "system", "tools")}
         names = {"prompt": self.columns.get("prompt", "prompt"), "response": "response"}
         return InstructionTask(names | kept, template=self.template)
 
@@ -154,8 +159,16 @@ class PreferenceTask(InstructionTask):
     def _check_chat(self, row: dict[str, Any], with_labels: bool) -> None:
         super()._check_chat(row, with_labels)
         for pair in self._pairs(row, with_labels):
-            if pair.answer[0]["role"] != "assistant":
+            roles = [message["role"] for message in pair.answer]
+            if not roles:
+                raise UserError("an answer is a list without messages")
+            if roles[0] != "assistant":
                 raise UserError("the chats differ before the assistant's answer, so they have no prompt in common")
+            for before, role in pairwise(roles):
+                if role in ("system", "user") or before == role == "assistant":
+                    raise UserError(
+                        f"an answer goes on with a message of the {role}: two chats may differ in the last answer only"
+                    )
         if "label" in self.columns:
             _verdict(row[self.columns["label"]])
 
@@ -196,7 +209,9 @@ def _in_tokens(prompt: list[int], max_length: int | None, **answers: list[int]) 
 
 def _verdict(label: Any) -> bool:
     """Whether an answer is good."""
+    if cols.is_missing(label):
+        raise cols.Missing("the label is empty")
     found = VERDICTS.get(str(label).strip().lower())
     if found is None:
-        raise UserError(f"the label {label!r} is neither true nor false")
+        raise UserError(f"the label {label!r} is neither true nor false: write true or false, or 1 or 0")
     return found
