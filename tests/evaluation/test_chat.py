@@ -14,7 +14,7 @@ from redpeft.adapters.arithmetic import compose
 from redpeft.adapters.folder import read_adapter
 from redpeft.errors import UserError
 from redpeft.evaluation import answers
-from redpeft.evaluation.answers import Sampling
+from redpeft.evaluation.answers import Answer, Sampling
 from redpeft.evaluation.chat import COMMANDS, chat
 from redpeft.evaluation.language_model import Decoding, open_language_model
 
@@ -175,7 +175,7 @@ def test_what_cannot_be_done_is_one_line_and_changes_nothing(talk, folders, monk
     assert said[1] == answer_of(folders, "formal", "Hi")
 
 
-def typed_on_a_terminal(monkeypatch, folders, lines, adapters=("brief",)):
+def typed_on_a_terminal(monkeypatch, folders, lines, adapters=("brief",), out=None):
     """What is said, and the prompts of the lines; an exception among these comes instead of a line."""
     prompts, typed = [], iter(lines)
 
@@ -189,7 +189,7 @@ def typed_on_a_terminal(monkeypatch, folders, lines, adapters=("brief",)):
     monkeypatch.setattr("builtins.input", read)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
-    done = chat(str(folders / "formal"), [folders / name for name in adapters], GREEDY, out=io.StringIO())
+    done = chat(str(folders / "formal"), [folders / name for name in adapters], GREEDY, out=out or io.StringIO())
     return [each["content"] for each in done["messages"]], prompts
 
 
@@ -204,7 +204,7 @@ def test_on_a_terminal_the_prompt_says_who_answers_and_an_interrupt_does_not_end
     assert all(f"\n{usage} " in shown for usage in list(COMMANDS)[1:])
 
 
-def test_an_interrupt_ends_an_answer_and_the_chat_goes_on(talk, monkeypatch, capsys):
+def test_an_interrupt_ends_an_answer_and_the_chat_goes_on(talk, folders, monkeypatch, capsys):
     whole, _ = talk("a")
     tokens = iter(range(100))
     check = answers.OnlyFinite.__call__
@@ -215,11 +215,36 @@ def test_an_interrupt_ends_an_answer_and_the_chat_goes_on(talk, monkeypatch, cap
         return check(self, *arguments)
 
     monkeypatch.setattr(answers.OnlyFinite, "__call__", interrupted)
-    said, written = talk("a", "/again", "b")
+    out = io.StringIO()
+    said, _ = typed_on_a_terminal(monkeypatch, folders, ["a", "/again", "b"], out=out)
+    written = out.getvalue()
     assert said[:3] == [*whole, "b"]
     shown = capsys.readouterr().err.splitlines()
-    assert shown[:2] == ["cut at 8 tokens: /set max_new_tokens=... allows more", "stopped"]
+    assert [line for line in shown if "/help" not in line][:2] == [
+        "cut at 8 tokens: /set max_new_tokens=... allows more",
+        "stopped",
+    ]
     assert 0 < len(without_spaces(written)) - len(without_spaces("".join(said[1::2]))) <= 5
+
+
+def test_an_interrupt_ends_a_chat_from_a_pipe(talk, monkeypatch):
+    asked = []
+
+    def stopped(adapted, rows, messages, sampling, write):
+        asked.append(messages[-1]["content"])
+        return [Answer("Hel", tokens=1, stopped=True)]
+
+    monkeypatch.setattr("redpeft.evaluation.chat.answer_chat", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        talk("a", "b")
+    assert asked == ["a"]
+
+
+def test_a_question_without_an_answer_is_not_kept(talk, monkeypatch, capsys):
+    texts = iter(["Hello!", "", ""])
+    monkeypatch.setattr("redpeft.evaluation.chat.answer_chat", lambda *_: [Answer(next(texts), tokens=1)])
+    assert talk("a", "/again", "b")[0] == ["a", "Hello!"]
+    assert capsys.readouterr().err.splitlines() == ["there is no answer, so the question is not kept"] * 2
 
 
 def test_outputs_that_are_not_finite_and_chats_that_are_too_long_are_refused(talk, capsys):
@@ -232,7 +257,8 @@ def test_outputs_that_are_not_finite_and_chats_that_are_too_long_are_refused(tal
     assert re.match(r"cut at \d+ tokens: the model reads no longer chat, /clear begins", capsys.readouterr().err)
 
 
-def test_input_that_is_no_text_is_refused(monkeypatch, folders):
+def test_input_that_is_no_text_is_refused(talk, monkeypatch, folders):
+    assert talk("\ufeff/adapter base")[0] == []  # a byte order mark, as the first of a file
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\xff\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="standard input is not UTF-8"):
         chat(str(folders / "talker"), out=io.StringIO())

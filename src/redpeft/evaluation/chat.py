@@ -60,7 +60,7 @@ def chat(
     settings = Sampling().changed(sampling or {})
     adapted = open_adapted_model(model, adapters)
     conversation = Conversation(adapted, settings, system, out or sys.stdout, on_answer)
-    conversation.run(on_terminal=sys.stdin.isatty())
+    conversation.run()
     return {"model": model, "adapters": list(adapted.folders), "messages": conversation.messages}
 
 
@@ -89,15 +89,16 @@ class Conversation:
         self.strength = 1.0
         self.beside: list[Weights] = []
         self.turns = 0
+        self.on_terminal = sys.stdin.isatty()
 
     @property
     def weights(self) -> Weights:
         """Who answers now."""
         return {name: self.strength * weight for name, weight in self.whole.items()}
 
-    def run(self, on_terminal: bool) -> None:
-        """Read lines until there are no more. Raises `UserError` for a wrong one if they do not come `on_terminal`."""
-        if on_terminal:
+    def run(self) -> None:
+        """Read lines until there are no more. Raises `UserError` for a wrong one that is not from a terminal."""
+        if self.on_terminal:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # arrow keys, and earlier lines
             adapters = ", ".join(self.adapted.folders) or "none"
@@ -105,28 +106,30 @@ class Conversation:
         while True:
             try:
                 with contextlib.redirect_stdout(self.out):
-                    line = input(f"{expression(self.weights)}> " if on_terminal else "").rstrip()
+                    line = input(f"{expression(self.weights)}> " if self.on_terminal else "").rstrip()
+                line = line.removeprefix("\ufeff")  # a byte order mark, with which a file may begin
                 if line.startswith("/"):
                     self.obey(line)
                 elif line:
                     self.ask(line.lstrip())
             except EOFError:
-                if on_terminal:
+                if self.on_terminal:
                     self.note("")
                 return
             except UnicodeDecodeError:
                 raise UserError("standard input is not UTF-8: save it as UTF-8") from None
             except UserError as error:
-                if not on_terminal:
+                if not self.on_terminal:
                     raise
                 self.note(str(error))
             except KeyboardInterrupt:
-                if not on_terminal:
+                if not self.on_terminal:
                     raise
                 self.note("\n/quit or Ctrl-D ends the chat")
 
     def ask(self, question: str) -> None:
-        """Answer a question and keep both. A question without an answer is dropped."""
+        """Answer a question and keep both. A question without an answer is dropped, with a line. From a pipe Ctrl-C
+        ends the whole chat."""
         asked: Chat = [*self.messages, {"role": "user", "content": question}]
         sampling = self.sampling.model_copy(update={"seed": self.sampling.seed + self.turns})
         self.turns += 1
@@ -143,10 +146,14 @@ class Conversation:
                 more = full if found.full else "/set max_new_tokens=... allows more"
                 self.note(f"cut at {counted(found.tokens, 'token')}: {more}")
             if found.stopped:
+                if not self.on_terminal:
+                    raise KeyboardInterrupt
                 self.note("stopped")
                 break
         if text := answers.get(expression(self.weights)):
             self.messages = [*asked, {"role": "assistant", "content": text}]
+        else:
+            self.note("there is no answer, so the question is not kept")
         if self.on_answer is not None:
             self.on_answer({"question": question, "answers": answers})
 
@@ -163,7 +170,7 @@ class Conversation:
             case ["/base"]:
                 self.choose({})
             case ["/adapter", name]:
-                self.choose({name: 1.0})
+                self.choose({} if name == BASE else {name: 1.0})
             case ["/strength", number]:
                 if not self.whole:
                     raise UserError("the base model has no strength: choose an adapter first, with /adapter NAME")
@@ -190,8 +197,13 @@ class Conversation:
             case ["/again"]:
                 if self.messages == self.beginning:
                     raise UserError("nothing was asked yet")
-                self.messages, question = self.messages[:-2], self.messages[-2]["content"]
-                self.ask(question)
+                before = self.messages
+                self.messages = before[:-2]
+                try:
+                    self.ask(before[-2]["content"])
+                finally:  # without another answer the last one stays
+                    if len(self.messages) < len(before):
+                        self.messages = before
             case ["/clear"]:
                 self.messages = list(self.beginning)
             case ["/quit"]:
