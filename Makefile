@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving test-studio \
+.PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving test-studio first-hour \
 	reproduce-smoke lint types bench lock lock-upgrade clean
 
 # $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned
@@ -71,7 +71,10 @@ test-gpu: .venv/.ready  ## what is the same on a GPU as on the CPU; for a machin
 	$(BIN)/python -m pytest -m gpu
 
 test-studio: .venv/.ready  ## the studio in a real browser: Debian's chromium, which it does not install
-	$(BIN)/python -m pytest tests/studio -m browser
+	$(BIN)/python -m pytest tests/studio -m "browser and not slow"
+
+first-hour: .venv/.ready  ## the tutorial, from a file of chats to a mix in the browser (at most 15 minutes), likewise
+	$(BIN)/python -m pytest tests/studio -m "browser and slow"
 
 # Tables that share a base model share a folder, and with it their runs.
 reproduce-smoke: .venv/.ready  ## every table of the paper with tiny models and made-up data (about five minutes)

@@ -7,10 +7,7 @@ models on the Hub are folders with tiny models. Other python blocks are compiled
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
-import io
-import os
 import re
 import shlex
 import shutil
@@ -19,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from helpers.pages import BLOCK, blocks, run_commands
 from helpers.versions import TOO_OLD
 from redpeft import cli, demo
 from redpeft.training.baselines import DEFAULT_RATES
@@ -26,20 +24,12 @@ from redpeft.training.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^( *)```(\w+)( run)?\n(.*?)^ *```$", re.M | re.S)
 COMMANDS = {command.callback.__name__.replace("_", "-"): command for command in cli.app.registered_commands}
 OPTIONS = typer.main.get_command(cli.app).commands
 
 
 def page_name(page: Path) -> str:
     return str(page.relative_to(ROOT))
-
-
-def blocks(page: Path, *languages: str) -> list[tuple[str, bool, str]]:
-    """The code blocks of a page in these languages: (language, whether it is run, its text)."""
-    found = BLOCK.findall(page.read_text(encoding="utf-8"))
-    flat = [(kind, bool(run), re.sub(f"^{indent}", "", text, flags=re.M)) for indent, kind, run, text in found]
-    return [block for block in flat if block[0] in languages]
 
 
 def calls(page: Path) -> list[str]:
@@ -148,22 +138,6 @@ def workplace(
     for name in ("Qwen/Qwen3-0.6B", "meta-llama/Llama-3.2-1B", "smollm2"):
         shutil.copytree(tiny_decoder_folder, name)
         tiny_chat_tokenizer.save_pretrained(name)
-
-
-def run_commands(text: str, monkeypatch) -> None:
-    for line in text.replace("\\\n", " ").splitlines():
-        said, _, call = line.rpartition(" | ")
-        if call.startswith("redpeft "):
-            typed = io.BytesIO((said and shlex.split(said)[-1] + "\n").encode())
-            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed))
-            call, _, file = call.partition(" > ")
-            with (
-                pytest.raises(SystemExit) as exit_,
-                Path(file or os.devnull).open("w", encoding="utf-8") as out,
-                contextlib.redirect_stdout(out),
-            ):
-                cli.main(shlex.split(os.path.expandvars(call), comments=True)[1:])
-            assert exit_.value.code == 0, line
 
 
 RUN = [page for page in PAGES if re.search(r"^```\w+ run$", page.read_text(encoding="utf-8"), re.M)]

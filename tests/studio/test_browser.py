@@ -5,18 +5,24 @@ With REDPEFT_DEMO=FOLDER, a folder that `redpeft demo` made, the pictures of the
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from helpers.browser import needs_chromium, open_browser
+from helpers.browser import (
+    answers,
+    choose,
+    needs_chromium,
+    open_browser,
+    opened,
+    set_to,
+    start_asking,
+    start_mixing,
+    studio,
+    turn_to,
+)
 from helpers.language_models import write_red, write_talker
 from redpeft.adapters.arithmetic import compose
 from redpeft.adapters.folder import read_adapter
@@ -25,22 +31,6 @@ pytestmark = [pytest.mark.browser, needs_chromium]
 pytest.importorskip("gradio", reason="needs the extra [studio]")
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 DEMO = os.environ.get("REDPEFT_DEMO")
-
-
-@contextmanager
-def studio(*arguments):
-    """The address of a studio that runs as a process, which Ctrl-C ends."""
-    call = [sys.executable, "-m", "redpeft", "studio", *map(str, arguments), "--json"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        first = process.stdout.readline()
-        assert first, process.stderr.read()
-        try:
-            yield json.loads(first)["address"]
-        finally:
-            process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-        assert process.returncode == 0
-        assert "Traceback" not in said
 
 
 @pytest.fixture(scope="module")
@@ -73,56 +63,6 @@ def page(browser, address):
         yield page
 
 
-@contextmanager
-def opened(browser, address):
-    page = browser.new_page()
-    problems = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.goto(address)
-    page.get_by_role("tab", name="Compare").wait_for()
-    try:
-        yield page
-    finally:
-        page.close()
-    assert problems == []
-
-
-def turn_to(page, tab):
-    page.get_by_role("tab", name=tab, exact=True).click()
-
-
-def choose(page, label, *names):
-    for name in names:
-        page.get_by_label(label, exact=True).click()
-        page.get_by_role("option", name=name, exact=True).last.click()
-    page.keyboard.press("Escape")
-    page.get_by_role("option").last.wait_for(state="hidden")
-
-
-def set_to(page, label, value):
-    box = page.get_by_label(f"number input for {label}", exact=True)
-    box.fill(str(value))
-    box.press("Enter")
-
-
-def start_asking(page, prompt="a", *names):
-    choose(page, "adapters, up to 4", *names)
-    page.get_by_label("prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Ask", exact=True).click()
-
-
-def answers(page, count, timeout=60_000):
-    """The whole answers, by who gave them."""
-    page.wait_for_function(
-        "count => [...document.querySelectorAll('.columns small')].filter(e => e.offsetParent)"
-        ".filter(e => e.innerText.includes('token')).length == count",
-        arg=count,
-        timeout=timeout,
-    )
-    columns = [each.inner_text().split("\n", 1) for each in page.locator(".columns section:visible").all()]
-    return {who: " ".join(text.split()) for who, text in columns}
-
-
 def test_adapters_are_compared_as_if_each_were_alone_in_two_tabs_at_once(page, browser, address):
     names = ["formal", "brief", "loud", "plain"]
     with opened(browser, address) as other:
@@ -143,11 +83,8 @@ def test_adapters_are_compared_as_if_each_were_alone_in_two_tabs_at_once(page, b
 
 def test_a_mix_follows_its_slider_and_is_there_after_a_reload(page, folder, tmp_path):
     turn_to(page, "Mix")
-    choose(page, "adapter 1", "formal")
-    choose(page, "adapter 2", "brief")
     set_to(page, "temperature", 0)
-    page.get_by_label("prompt for the mix").fill("a")
-    page.get_by_role("button", name="Ask the base model and the mix").click()
+    start_mixing(page, "a", "formal", "brief")
     page.get_by_role("heading", name="formal", exact=True).wait_for()
     before = answers(page, 2)
     slider = page.get_by_label("range slider for strength 2")
@@ -204,7 +141,7 @@ def test_names_outside_the_folder_are_refused_and_damaged_adapters_are_listed(pa
     choose(page, "adapter 1", "formal")
     page.get_by_label("name of the new adapter").fill("../outside")
     page.get_by_role("button", name="Save the mix").click()
-    page.get_by_text("a name has letters, digits, dots, dashes and underscores").wait_for()
+    page.get_by_text("a new name has letters, digits, dots, dashes and underscores").wait_for()
     assert not (folder.parent / "outside").exists()
 
 
@@ -253,12 +190,9 @@ def test_pictures_of_the_docs(browser, tmp_path):
         answers(page, 4, timeout=300_000)
         draw("compare")
         turn_to(page, "Mix")
-        choose(page, "adapter 1", styles[0])
-        choose(page, "adapter 2", styles[1])
         set_to(page, "strength 1", 0.5)
         set_to(page, "strength 2", 0.5)
-        page.get_by_label("prompt for the mix").fill("Tell me about the city of Paris.")
-        page.get_by_role("button", name="Ask the base model and the mix").click()
+        start_mixing(page, "Tell me about the city of Paris.", *styles[:2])
         answers(page, 2, timeout=300_000)
         draw("mix")
         turn_to(page, "Look inside")

@@ -107,10 +107,19 @@ def test_a_mix_is_the_composition_and_is_saved_as_it(session, folder, tmp_path):
         session.look()
 
 
-@pytest.mark.parametrize("name", ["", "../out", "/tmp/out", "a/b", ".", "..", ".hidden", "a b", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", "../out", "/tmp/out", "a/b", ".", "..", ".hidden", "a b", "a\n", "adapter", "a.partial"]
+)
 def test_a_mix_is_saved_in_the_folder_alone(session, name):
-    with pytest.raises(UserError, match=r"^a name has letters, digits, dots, dashes and underscores, not "):
+    with pytest.raises(UserError, match=r"^a new name has letters, digits, dots, dashes and underscores, not "):
         session.save({"formal": 0.5}, name)
+
+
+def test_nothing_is_saved_into_an_adapter(folder):
+    alone = Session(folder / "formal")
+    assert last(alone, [{"formal": 1.0}])[0].text
+    with pytest.raises(UserError, match="formal is an adapter itself: to save others, start the studio with a folder"):
+        alone.save({"formal": 0.5}, "half")
 
 
 def test_links_out_of_the_folder_are_not_followed(folder, tmp_path):

@@ -34,7 +34,7 @@ from redpeft.training.predict import FinishedRun, answer_batches, open_run
 
 MOST = 4  # adapters that answer together
 OUTLIERS = 8  # of each vector
-NAME = r"\w[\w.-]*"  # of an adapter that is saved
+NAME = r"(?!adapter$|.*\.partial$)\w[\w.-]*"  # of an adapter that is saved, by which a search finds it
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Session:
         self.entries = entries
 
     def find(self, name: str) -> Entry:
-        """The adapter of this name. Raises `UserError` where there is none, where it is damaged or unfinished, and
-        where it or a file of it lies outside the folder when all links are followed."""
+        """The adapter of this name. Raises `UserError` where there is none, and where it or a file of it lies outside
+        the folder when all links are followed."""
         if name not in self.entries:
             raise UserError(f"there is no adapter {name!r} in {self.root}")
         entry = self.entries[name]
@@ -201,10 +201,15 @@ class Session:
     def save(self, weights: Weights, name: str) -> Path:
         """Write a weighted sum of adapters as one more adapter of the folder.
 
-        Raises `UserError` for a name that is not one, or is taken, and as `compose` does.
+        Raises `UserError` for a name that is not one, or is taken, for a folder that is an adapter itself, and as
+        `compose` does.
         """
+        if any(entry.listed.name == "." for entry in self.entries.values()):
+            raise UserError(
+                f"{self.root} is an adapter itself: to save others, start the studio with a folder above it"
+            )
         if not re.fullmatch(NAME, name):
-            raise UserError(f"a name has letters, digits, dots, dashes and underscores, not {name!r}")
+            raise UserError(f"a new name has letters, digits, dots, dashes and underscores, not {name!r}")
         out = self.root / name
         if out.exists() or out.is_symlink():
             raise UserError(f"{name} exists already in {self.root}: choose another name")
