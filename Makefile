@@ -9,8 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: demo test test-slow test-gpu test-oldest test-newest test-peft test-serving soak-serving test-studio first-hour \
 	reproduce-smoke lint types bench lock lock-upgrade clean
 
-# $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned
-install = @$(1)/bin/python -m pip install --quiet -c constraints/$(2).txt --build-constraint constraints/tests.txt
+# $(call install,FOLDER,CONSTRAINTS) WHAT: what pip installs, and what it builds with, is pinned. What is never imported
+# need not be compiled.
+install = @$(1)/bin/python -m pip install --quiet --no-compile -c constraints/$(2).txt --build-constraint constraints/tests.txt
 
 # $(call environment,FOLDER,CONSTRAINTS): pip and torch, which alone may bring gigabytes of CUDA libraries
 define environment
@@ -61,8 +62,10 @@ LLAMA_CPP = .venv/llama-cpp
 demo: .venv/.ready  ## teach a chat model three styles, train RED and its peers on an encoder (about three minutes)
 	$(BIN)/redpeft demo
 
+# Two processes of one thread each: a second thread of a tiny model only waits, and waits busily.
+SPREAD = -n 2 --dist worksteal
 test: .venv/.quantisers  ## the tests that every change must pass
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD)
 
 test-slow: .venv/.quantisers .venv/.ray .venv/.llama-cpp  ## what takes longer: processes, a Ray cluster, a chat model
 	$(BIN)/python -m pytest -m "slow and not serving and not browser"
@@ -71,7 +74,7 @@ test-gpu: .venv/.ready  ## what is the same on a GPU as on the CPU; for a machin
 	$(BIN)/python -m pytest -m gpu
 
 test-studio: .venv/.ready  ## the studio in a real browser: Debian's chromium, which it does not install
-	$(BIN)/python -m pytest tests/studio -m "browser and not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/studio -m "browser and not slow"
 
 first-hour: .venv/.ready  ## the tutorial, from a file of chats to a mix in the browser (at most 15 minutes), likewise
 	$(BIN)/python -m pytest tests/studio -m "browser and slow"
@@ -112,10 +115,10 @@ test-newest:  ## all tests on the newest release of everything but torch
 	$(NEWEST) pip torch
 	$(NEWEST) -e ".[dev]"
 	$(NEWEST) --target .venv-newest/quantisers --no-deps bitsandbytes torchao
-	.venv-newest/bin/python -m pytest -o pythonpath=.venv-newest/quantisers
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -o pythonpath=.venv-newest/quantisers $(SPREAD)
 
 test-serving: .venv-serving/.ready  ## the plug-in within vLLM, on its CPU build: engines, a server, two ranks
-	.venv-serving/bin/python -m pytest tests/serving -m "not slow"
+	OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind .venv-serving/bin/python -m pytest tests/serving -m "not slow"
 
 soak-serving: .venv-serving/.ready  ## MINUTES (15) of mixed traffic on a real server: answers, errors, memory; slow tests
 	.venv-serving/bin/python -m pytest -s tests/serving/soak.py -m serving

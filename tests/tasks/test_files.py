@@ -331,7 +331,7 @@ def workbook() -> bytes:
         ("a.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "an old or encrypted Excel workbook: save it as .xlsx"),
         ("a.csv", b"<!DOCTYPE html><html>", "a.csv is not a text file: it is a web page or XML"),
         ("a.csv", b"\n <?xml version='1.0'?>", "it is a web page or XML: download the data itself"),
-        ("a.csv", gzip.compress(b"text,label\n"), "a.csv is not a text file: it is compressed (.gz)"),
+        ("a.csv", gzip.compress(b"text,label\n", mtime=0), "a.csv is not a text file: it is compressed (.gz)"),
         ("a.jsonl", b"PAR1....", "a.jsonl is not a text file: it is a parquet file (.parquet)"),
         ("a.csv", b"text,label\na\0b,c\n", "a.csv, line 2: it holds NUL bytes: the file is damaged or not a text"),
         ("a.jsonl", b'{"a": 1}\n' * 99 + b'{"a": "\0"}', "a.jsonl, line 100: it holds NUL bytes"),
