@@ -195,7 +195,8 @@ class Task(ABC):
         group: what rows share that ask the same, such as "prompt". No such group is split between training and
             validation.
         recipe_fields: the fields of a recipe that this task has and not every task.
-        losses: of TRL's losses, those that a recipe may name; the first is the default.
+        recipe_defaults: what fields of a recipe are that it does not give, if that depends on the task.
+        losses: of TRL's losses, those that a recipe may name. Fleets do not have them.
         rate_divisor: by what the method's default learning rate is divided.
         max_length: the longest row in tokens, if a recipe does not say it.
         by_trl: whether one of TRL's trainers trains it. TRL brings its own collator.
@@ -211,6 +212,7 @@ class Task(ABC):
     task_type: ClassVar[str]
     group: ClassVar[str]
     recipe_fields: ClassVar[Collection[str]] = ()
+    recipe_defaults: ClassVar[Mapping[str, Any]] = {}
     losses: ClassVar[Sequence[str]] = ()
     rate_divisor: ClassVar[float] = 1
     max_length: ClassVar[int] = 256
@@ -250,6 +252,12 @@ class Task(ABC):
         from redpeft.tasks.columns import keep_columns  # only here: it imports datasets
 
         return keep_columns(dataset, columns)
+
+    def unread(self, dataset: Dataset) -> list[str]:
+        """The user's columns that the task does not read."""
+        from redpeft.tasks.columns import unread_columns  # only here: it imports datasets
+
+        return unread_columns(dataset, self.columns)
 
     @abstractmethod
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
@@ -356,6 +364,7 @@ class _Tasks(Mapping[str, type[Task]]):
         "token-classification": "redpeft.tasks.token_classification:TokenClassificationTask",
         "instruction": "redpeft.tasks.instruction:InstructionTask",
         "preference": "redpeft.tasks.preference:PreferenceTask",
+        "reward": "redpeft.tasks.reward:RewardTask",
         "e2e": "redpeft.tasks.e2e:E2ETask",
         "text-to-text": "redpeft.tasks.text_to_text:TextToTextTask",
     }

@@ -242,7 +242,7 @@ class InstructionTask(Task):
                 chats = [self._pairs(row, with_labels) for row in rows]
                 pairs = list(chain.from_iterable(chats))
                 asked = [self.format_prompt(pair.prompt, tokenizer, pair.tools) for pair in pairs]
-                prompts = self._tokens(asked, tokenizer)
+                prompts = self.tokens_to_continue(asked, tokenizer)
             if not with_labels:
                 longest = max(map(len, prompts))
                 if max_length is not None and longest >= max_length:
@@ -292,9 +292,10 @@ class InstructionTask(Task):
 
     def prompt_tokens(self, prompts: list[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """The tokens to continue. Raises `UserError`, without a row, if the chat template refuses a chat."""
-        return self._tokens([self.format_prompt(prompt, tokenizer) for prompt in prompts], tokenizer)
+        return self.tokens_to_continue([self.format_prompt(prompt, tokenizer) for prompt in prompts], tokenizer)
 
-    def _tokens(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def tokens_to_continue(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The tokens of texts that `format_prompt` made."""
         plain = self._is_plain(tokenizer)  # a template decides itself about special tokens
         found = tokens_of(tokenizer, prompts, limit=None, add_special_tokens=plain)["input_ids"]
         return _without_end(found, tokenizer) if plain else found

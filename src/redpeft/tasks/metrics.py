@@ -29,6 +29,7 @@ METRICS = {
     "tags": ["accuracy", "f1_macro"],
     "entities": ["f1", "precision", "recall", "accuracy", "f1_macro"],
     "texts": ["loss"],
+    "rewards": ["reward"],
 }
 """What may choose the best epoch, by kind of task; the first is the usual one. See also `base.LOWER_IS_BETTER`."""
 
@@ -135,6 +136,37 @@ def entities(rows: list[list[str]]) -> set[tuple[int, int, int, str]]:
             if kind is None and tag != "O":
                 start, kind = index, tag[2:]
     return found
+
+
+# --- answers that are right or wrong ---------------------------------------------------------------------------------
+
+NUMBER = r"-?\d+(?:\.\d+)?"
+
+
+def take_answer(text: str, expected: str) -> str:
+    """The answer that a text gives, where `expected` is right.
+
+    It is what the last <answer> ... </answer> holds, or else all of the text; of that the last number if a number is
+    expected, the last word if one word is, and otherwise all without white space around it. "" if there is none.
+    """
+    tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    text = tagged[-1] if tagged else text
+    if re.fullmatch(NUMBER, without_commas := expected.strip().replace(",", "")):
+        found = re.findall(NUMBER, text.replace(",", ""))
+    elif re.fullmatch(r"\w+", without_commas):
+        found = re.findall(r"\w+", text)
+    else:
+        found = [text.strip()]
+    return found[-1] if found else ""
+
+
+def is_right(text: str, expected: str) -> bool:
+    """Whether the answer that a text gives (`take_answer`) is the expected one: the same number, or the same words in
+    upper or lower case."""
+    given, expected = take_answer(text, expected), expected.strip()
+    if re.fullmatch(NUMBER, number := expected.replace(",", "")):
+        return bool(given) and float(given) == float(number)
+    return given.lower().split() == expected.lower().split()
 
 
 # --- generated texts ------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ class PreferenceTask(InstructionTask):
     loss: str = "dpo"
     name: ClassVar[str] = "preference"
     recipe_fields: ClassVar[Collection[str]] = ("loss", "beta", "trainer_options")
+    recipe_defaults: ClassVar[Mapping[str, Any]] = {"loss": "dpo", "beta": 0.1}
     losses: ClassVar[Sequence[str]] = ("dpo", "ipo", "kto")
     rate_divisor: ClassVar[float] = 10
     default_columns: ClassVar[Mapping[str, str]] = {}
@@ -130,7 +131,9 @@ class PreferenceTask(InstructionTask):
             for values in zip(*columns.values(), strict=True):
                 row = dict(zip(columns, values, strict=True))
                 pairs = self._pairs(row, with_labels=True)
-                [prompt] = self._tokens([self.format_prompt(pairs[0].prompt, tokenizer, pairs[0].tools)], tokenizer)
+                [prompt] = self.tokens_to_continue(
+                    [self.format_prompt(pairs[0].prompt, tokenizer, pairs[0].tools)], tokenizer
+                )
                 texts, plain = [self._text(pair, tokenizer) for pair in pairs], self._is_plain(tokenizer)
                 whole = tokens_of(tokenizer, texts, limit=None, add_special_tokens=plain)["input_ids"]
                 start = min(common_start(prompt, ids) for ids in whole)

@@ -29,7 +29,7 @@ from redpeft.training.encoding import by_length, encode, encode_questions
 from redpeft.training.learner import load_base, load_trained
 from redpeft.training.recipe import Recipe, load_recipe
 from redpeft.training.stdin_rows import Row, batched
-from redpeft.training.trainer import answer_scores, arguments, as_scored, metrics_function, new_tokens, trainer_classes
+from redpeft.training.trainer import answer_scores, as_scored, new_tokens, new_trainer
 
 BATCH = 32
 
@@ -171,17 +171,9 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     if encoded.note:
         log_main(encoded.note)
     recipe = run.recipe.model_copy(update={"report_to": []})
-    trainer_class, arguments_class, extra = trainer_classes(recipe)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_class(
-            model=run.model,
-            args=arguments(recipe, Path(folder), run.task, arguments_class, extra),
-            data_collator=run.task.collator(run.tokenizer),
-            train_dataset=encoded.rows,  # TRL needs one
-            eval_dataset=by_length(encoded.rows),  # the same batches as in training
-            processing_class=run.tokenizer,
-            compute_metrics=metrics_function(run.task, run.tokenizer),
-        )
+        scored = by_length(encoded.rows)  # the same batches as in training
+        trainer = new_trainer(recipe, Path(folder), run.task, run.model, run.tokenizer, encoded.rows, scored)
         show_progress(trainer)
         scores = answer_scores(trainer, run.task, dataset, recipe.max_length)
         if run.task.confusion is None:

@@ -162,7 +162,11 @@ def _examples(task: Task, tokenizer: PreTrainedTokenizerBase, batch: dict[str, A
             parts = _parts(tokenizer, ids, [mark == 1 for mark in learned], [None] * len(ids))
             yield Example(list(parts), len(ids), verdict)
         return
-    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    ids = batch["input_ids"][0].tolist()
+    if "labels" not in batch:  # rewards: the answers are the model's own
+        yield Example(list(_parts(tokenizer, ids, [False] * len(ids), [None] * len(ids))), len(ids), None)
+        return
+    labels = batch["labels"][0].tolist()
     answer, names, marks = None, list(task.head_labels), [False] * len(ids)
     token_labels: list[str | None] = [None] * len(ids)
     if task.task_type == "SEQ_2_SEQ_LM":

@@ -35,6 +35,12 @@ else:
 UNRESOLVED: Any = None
 """Of a field that is not given, and that a resolved recipe has."""
 
+FIELDS_OF_TASKS = (
+    *("packing", "learn_prompt", "problem_type", "loss", "reward", "beta", "num_generations", "temperature"),
+    *("max_completion_length", "trainer_options"),
+)
+"""Fields that some tasks have (`Task.recipe_fields`), and others do not."""
+
 EXAMPLES = {"base.model": "FacebookAI/roberta-base", "data.path": "path/to/data"}  # what the template shows
 
 
@@ -68,9 +74,9 @@ class Recipe(BaseModel):
         UNRESOLVED,
         description="What is learned: classification (also multi-label and regression), token-classification, "
         "instruction (prompt and response, or chat messages; the loss is on the responses), preference (a prompt with "
-        "a better and a worse answer), e2e (data to text: a meaning representation and its text), or text-to-text "
-        "(classification with an encoder-decoder such as T5, which generates the label). Default: guessed from the "
-        "columns of the data, and shown.",
+        "a better and a worse answer), reward (prompts, to which the model's own answers are scored), e2e (data to "
+        "text: a meaning representation and its text), or text-to-text (classification with an encoder-decoder such "
+        "as T5, which generates the label). Default: guessed from the columns of the data, and shown.",
     )
     metric: str | None = Field(
         None, description="The metric that chooses the best epoch. Default: the task's main metric."
@@ -84,14 +90,33 @@ class Recipe(BaseModel):
     loss: str | None = Field(
         None,
         description="Preference: dpo or ipo (pairs of a better and a worse answer), or kto (also single answers "
-        "with a label). Default: dpo.",
+        "with a label). Default: dpo. Reward: grpo.",
+    )
+    reward: list[str] | None = Field(
+        None,
+        description="Reward: what scores an answer, one or several that are added up. exact_match: whether it is the "
+        "row's response. reasoning-gym: the score of a data set of that package. Or module:function, a function as "
+        "TRL calls it, in a module that is installed or in the working folder.",
     )
     beta: float | None = Field(
-        None, gt=0, description="Preference: how strongly the model is held to its start. Default: TRL's, 0.1."
+        None,
+        ge=0,
+        description="Preference and reward: how strongly the model is held to its start. Default: TRL's, 0.1 for "
+        "preference and 0 for reward.",
+    )
+    num_generations: int | None = Field(
+        None, ge=2, description="Reward: how many answers to a prompt are compared with each other. Default: TRL's, 8."
+    )
+    temperature: float | None = Field(
+        None, gt=0, description="Reward: the temperature at which answers are sampled. Default: TRL's, 1."
+    )
+    max_completion_length: int | None = Field(
+        None, ge=1, description="Reward: the longest answer in tokens. Default: TRL's, 512."
     )
     trainer_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Preference: other fields of TRL's DPOConfig or KTOConfig, such as label_smoothing.",
+        description="Preference and reward: other fields of TRL's DPOConfig, KTOConfig or GRPOConfig, such as "
+        "label_smoothing.",
     )
     method: str = Field(
         "red",
@@ -112,7 +137,7 @@ class Recipe(BaseModel):
         gt=0,
         description="Peak learning rate. Default: "
         + ", ".join(f"{method} {rate:g}" for method, rate in DEFAULT_RATES.items())
-        + "; PEFT's other methods have none. Preference: a tenth of that.",
+        + "; PEFT's other methods have none. Preference and reward: a tenth of that.",
     )
     head_lr: float | None = Field(None, gt=0, description="Peak learning rate of the head. Default: learning_rate.")
     head: Literal["all", "last"] = Field(
@@ -121,7 +146,12 @@ class Recipe(BaseModel):
         "layers before it come from the base's checkpoint if it has them (RoBERTa's dense layer is most of its head; "
         "folding a trained adapter puts one into the checkpoint).",
     )
-    batch_size: int = Field(32, ge=1, description="Rows in one optimiser step, in all processes together.")
+    batch_size: int = Field(
+        32,
+        ge=1,
+        description="Rows in one optimiser step, in all processes together. Reward: these are prompts, each of which "
+        "gets num_generations answers.",
+    )
     epochs: float = Field(5, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps. Overrides epochs.")
     warmup: float = Field(
@@ -137,9 +167,10 @@ class Recipe(BaseModel):
     max_length: Length = Field(
         UNRESOLVED,
         ge=1,
-        description="Longest row in tokens. Default: 2048 for instruction and preference, 256 for others. Longer rows "
-        "are cut, also where the model or its tokenizer takes less. "
-        "Rows with nothing left to learn are left out. Both are counted and reported.",
+        description="Longest row in tokens. Default: 2048 for instruction, preference and reward, 256 for others. "
+        "Longer rows are cut, also where the model or its tokenizer takes less. Rows with nothing left to learn are "
+        "left out, and for reward prompts that leave no room for max_completion_length. Both are counted and "
+        "reported.",
     )
     packing: bool = Field(False, description="Instruction: pack several short rows into one of max_length.")
     learn_prompt: bool = Field(
@@ -192,6 +223,11 @@ class Recipe(BaseModel):
     def _listed_seeds(cls, value: Any) -> Any:
         return value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _listed_rewards(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_reporter(cls, value: Any) -> Any:
@@ -230,7 +266,7 @@ class Recipe(BaseModel):
         if self.base.load_in and not method.quantised:
             able = ", ".join(name for name, each in METHODS.items() if each.quantised)
             raise ValueError(f"base.load_in quantises the base: for {able}, not for {self.method}")
-        if self.batch_size % self.gradient_accumulation:
+        if self.batch_size % self.gradient_accumulation and not self.reward:  # of rewards answers are divided
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by gradient_accumulation {self.gradient_accumulation}"
             )
@@ -239,13 +275,18 @@ class Recipe(BaseModel):
     def _check_task(self) -> None:
         """Raises `ValueError` for fields that the task does not have."""
         task = TASKS[self.task]
-        for name in ("packing", "learn_prompt", "problem_type", "loss", "beta", "trainer_options"):
+        for name in FIELDS_OF_TASKS:
             if getattr(self, name) and name not in task.recipe_fields:
                 able = " and ".join(task for task in TASKS if name in TASKS[task].recipe_fields)
                 raise ValueError(f"{name} is for the task {able}, not {self.task}")
         if self.loss is not None and self.loss not in task.losses:
             raise ValueError(f"no loss is called {self.loss!r}: choose {', '.join(task.losses)}")
-        if task.losses and not self.chosen_method.is_peft:
+        if "reward" in task.recipe_fields and not self.reward:
+            raise ValueError(f"the task {self.task} needs reward: exact_match, reasoning-gym or module:function")
+        usual = task.recipe_defaults.get("beta")
+        if usual and self.beta == 0:
+            raise ValueError(f"beta: the task {self.task} needs a beta above 0; the default is {usual:g}")
+        if (usual if self.beta is None else self.beta) and not self.chosen_method.is_peft:
             raise ValueError(
                 f"the task {self.task} compares the model with its start, which method {self.method} does not keep: "
                 "choose red, lora or another method of PEFT"
@@ -269,7 +310,7 @@ class Recipe(BaseModel):
         task, rate = TASKS[name], self.chosen_method.rate
         chosen = {
             "task": name,
-            "loss": self.loss or next(iter(task.losses), None),
+            **{field: value for field, value in task.recipe_defaults.items() if getattr(self, field) is None},
             "learning_rate": self.learning_rate or (rate and rate / task.rate_divisor),
             "max_length": self.max_length or task.max_length,
             "method_options": self.all_options,
@@ -286,6 +327,8 @@ class Recipe(BaseModel):
 
         if self.packing or self.learn_prompt:
             return "instruction"
+        if self.reward:
+            return "reward"
         if self.loss:
             return "preference"
         return "classification" if self.problem_type else guess_task(self.data)

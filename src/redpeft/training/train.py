@@ -44,13 +44,13 @@ from redpeft.storage import (
     write_atomically,
 )
 from redpeft.tasks.base import TASKS, Task
-from redpeft.tasks.columns import unread_columns
 from redpeft.tasks.data import read_data
 from redpeft.training.callbacks import attach, plain_scores, stop_on_signals
 from redpeft.training.encoding import by_length, encode_splits
 from redpeft.training.learner import Learner, build_learner, check_options, head_parameters, save_model
 from redpeft.training.recipe import Recipe
 from redpeft.training.trainer import (
+    RolloutFunction,
     answer_scores,
     as_evaluated,
     check_reporters,
@@ -60,13 +60,14 @@ from redpeft.training.trainer import (
 )
 
 
-def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
+def train(recipe: Recipe, folder: str | Path, rollout_func: RolloutFunction | None = None) -> dict[str, Any]:
     """Train one seed of a recipe in `folder` and return what is written to its result.json.
 
     That is: scores by split (`validation` at the best epoch, `test` or None), `metric`, `best_epoch`, `steps`,
     `epochs`, `seconds` and the median `seconds_per_step` (of the process that came to the end), parameter counts,
     `rows`, `rows_cut` (too long) and `rows_left_out` (nothing to learn) by split, `adapter_bytes`, `versions`, and
-    what the recipe says of task, base, method, seed and rate.
+    what the recipe says of task, base, method, seed and rate. `rollout_func` gives the answers of the task reward, as
+    TRL's GRPOTrainer asks for them.
 
     A finished run is not repeated, an unfinished one goes on from its last checkpoint. Raises `UserError`, with
     nothing written, for wrong input or a folder of another recipe, and `RunError`, with the last checkpoint kept, for
@@ -76,13 +77,20 @@ def train(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
     result = recipe.result_in(folder)
     if result is None:
         check_recipe(recipe)
+        check_rollouts(recipe, rollout_func)
         with locked(folder):
-            result = recipe.result_in(folder) or _train(recipe, folder)  # another process may have just finished it
+            # another process may have just finished it
+            result = recipe.result_in(folder) or _train(recipe, folder, rollout_func)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # also after a kill in the last moment
     return result
 
 
-def set_up(recipe: Recipe, folder: Path, say: Callable[[str], None] = log_main) -> tuple[TrainingRun, Any]:
+def set_up(
+    recipe: Recipe,
+    folder: Path,
+    say: Callable[[str], None] = log_main,
+    rollout_func: RolloutFunction | None = None,
+) -> tuple[TrainingRun, Any]:
     """A run with its data read, its model loaded and its rows encoded, and the Trainer that trains it.
 
     Nothing is written, but Trainer makes an empty folder in `folder`. `say` gets lines for people: what the columns
@@ -90,7 +98,7 @@ def set_up(recipe: Recipe, folder: Path, say: Callable[[str], None] = log_main) 
     """
     bars_on_terminals_only()
     task, splits = read_task(recipe)
-    unread = unread_columns(splits["train"], task.columns)
+    unread = task.unread(splits["train"])
     said = ", ".join(f"{key} = {value}" for key, value in task.columns.items())
     say(f"columns: {said}{'; not read: ' + shorten_list(unread, 8) if unread else ''}")
     for line in task.describe(splits["train"]):
@@ -100,11 +108,14 @@ def set_up(recipe: Recipe, folder: Path, say: Callable[[str], None] = log_main) 
     run = prepare(recipe, folder, task, splits, learner)
     for note in run.notes:
         say(note)
-    return run, make_trainer(recipe, folder, task, learner.model, learner.tokenizer, run.encoded, learner.head)
+    trainer = make_trainer(
+        recipe, folder, task, learner.model, learner.tokenizer, run.encoded, learner.head, rollout_func
+    )
+    return run, trainer
 
 
-def _train(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    run, trainer = set_up(recipe, folder)
+def _train(recipe: Recipe, folder: Path, rollout_func: RolloutFunction | None) -> dict[str, Any]:
+    run, trainer = set_up(recipe, folder, rollout_func=rollout_func)
     callback = attach(trainer, folder, recipe.save_steps)
     with explaining_full_disk(folder):
         if trainer.is_world_process_zero():
@@ -193,7 +204,7 @@ class TrainingRun:
 def check_recipe(recipe: Recipe) -> None:
     """Raises `UserError` for mistakes in a recipe that can be found before anything is read or loaded."""
     find_base(recipe.base.model)
-    rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
+    rows_at_once(recipe)
     choose_precision(recipe.precision, recipe.base.dtype)
     if recipe.base.load_in is not None:
         require_quantiser(recipe.base.load_in)
@@ -204,10 +215,20 @@ def check_recipe(recipe: Recipe) -> None:
         read_adapter(find_adapter(recipe.init_from))
 
 
+def check_rollouts(recipe: Recipe, rollout_func: RolloutFunction | None) -> None:
+    """Raises `UserError` if vLLM would answer with another policy than the one in training."""
+    if recipe.method == "red" and recipe.trainer_options.get("use_vllm") and rollout_func is None:
+        raise UserError(
+            "trainer_options.use_vllm: TRL sends the merged weights to vLLM, which drops the biases that RED adds to "
+            "layers without one; `redpeft train` has its own way, or give train(..., rollout_func=...)"
+        )
+
+
 def read_task(recipe: Recipe) -> tuple[Task, dict[str, Dataset]]:
     """The task of the recipe's data, and the data by split. Raises `UserError` for data that is missing or wrong."""
     recipe = recipe.resolved()
-    chosen = {key: value for key in ("problem_type", "metric", "loss") if (value := getattr(recipe, key)) is not None}
+    fields = ("problem_type", "metric", "loss", "reward", "max_completion_length")
+    chosen = {key: value for key in fields if (value := getattr(recipe, key)) is not None}
     task, splits = read_data(recipe.task, recipe.data, recipe.seed, **chosen)
     if recipe.init_from is not None:
         _check_labels(task, recipe.init_from)
@@ -251,7 +272,7 @@ def prepare(recipe: Recipe, folder: Path, task: Task, splits: dict[str, Dataset]
 
 def best_evaluation(state: Any) -> dict[str, Any]:
     """The scores on the validation split at the best epoch, as result.json has them, from a Trainer's state."""
-    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    evaluations = [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)]
     best = next((entry for entry in evaluations if entry["step"] == state.best_global_step), evaluations[-1])
     return {"best_epoch": best["epoch"], "validation": plain_scores(best, "eval_")}
 

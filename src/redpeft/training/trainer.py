@@ -6,15 +6,19 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
+from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
@@ -23,15 +27,15 @@ from transformers import (
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import speed_metrics
 
 from redpeft import calibrate
 from redpeft.adapters.folder import load_adapter
 from redpeft.errors import RunError, UserError, first_line
-from redpeft.models import autocast, choose_precision, input_limit, positions, training_device
+from redpeft.models import autocast, choose_precision, end_tokens, input_limit, pad_prompts, positions, training_device
 from redpeft.storage import CHECKPOINTS, find_adapter, last_checkpoint
 from redpeft.tasks.base import TASKS, Task
 from redpeft.tasks.columns import values
@@ -49,6 +53,9 @@ CALIBRATION_ROWS = 32
 EVALUATION_ROWS = 8  # at least, in a batch
 MEGABATCH = 50  # batches, within which rows are sorted by length
 
+# Gives completions, as TRL's GRPOTrainer asks for them: (prompts, trainer) -> prompt_ids, completion_ids and logprobs.
+RolloutFunction = Callable[[list[Any], Any], Mapping[str, Any]]
+
 
 def make_trainer(
     recipe: Recipe,
@@ -58,28 +65,16 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, Dataset],
     head: list[str],
+    rollout_func: RolloutFunction | None = None,
 ) -> Any:
     """The Trainer of a run, with the units of RED measured. It is ready to train."""
-    trainer_class, arguments_class, extra = trainer_classes(recipe)
-    if recipe.packing:  # rows are packed up to this length, which the model may not have
-        extra["max_length"] = input_limit(model, tokenizer, recipe.max_length).tokens
-    args = arguments(recipe, folder, task, arguments_class, extra)
-    collator = task.collator(tokenizer)
-    callbacks: list[TrainerCallback] = []
-    if recipe.early_stopping:
-        callbacks.append(EarlyStoppingCallback(recipe.early_stopping))
-    if "tensorboard" in recipe.report_to and args.process_index == 0:
-        callbacks.append(_tensorboard(folder))
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        data_collator=collator,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        processing_class=tokenizer,
-        compute_metrics=metrics_function(task, tokenizer),
-        callbacks=callbacks,
+    trainer = new_trainer(
+        recipe, folder, task, model, tokenizer, encoded["train"], encoded["validation"], rollout_func
     )
+    if recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
+    if "tensorboard" in recipe.report_to and trainer.args.process_index == 0:
+        trainer.add_callback(_tensorboard(folder))
     if task.task_type != "CAUSAL_LM":
         # By the signature of its forward, Trainer assumes that a model averages its loss over all pieces of a batch.
         # Classifiers and T5 do not, and would learn from the sum of the pieces' means.
@@ -92,9 +87,46 @@ def make_trainer(
             if recipe.loss:  # TRL's batches hold more than a model takes
                 batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
             calibrate(model, batch)
-    trainer.order = epoch_order(recipe, rows)
+    order = epoch_order(recipe, rows)
+    trainer.order = AnswerOrder(order, trainer) if recipe.reward else order
     trainer.head, trainer.head_lr = head_parameters(model, head).values(), recipe.head_lr
     return trainer
+
+
+def new_trainer(
+    recipe: Recipe,
+    folder: Path,
+    task: Task,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    validation: Dataset,
+    rollout_func: RolloutFunction | None = None,
+) -> Any:
+    """A Trainer that can score rows. `make_trainer` makes it ready to train.
+
+    Raises `UserError` for trainer_options that TRL refuses.
+    """
+    trainer_class, arguments_class, extra = trainer_classes(recipe)
+    if recipe.packing:  # rows are packed up to this length, which the model may not have
+        extra["max_length"] = input_limit(model, tokenizer, recipe.max_length).tokens
+    if rollout_func is not None:
+        recipe = recipe.model_copy(update={"trainer_options": recipe.trainer_options | {"use_vllm": False}})
+    own: dict[str, Any] = {
+        "data_collator": task.collator(tokenizer),
+        "compute_metrics": metrics_function(task, tokenizer),
+    }
+    if recipe.reward:
+        own = {"task": task, "rollout_func": rollout_func}
+    with explaining_options(recipe):
+        return trainer_class(
+            model=model,
+            args=arguments(recipe, folder, task, arguments_class, extra),
+            train_dataset=rows,
+            eval_dataset=validation,
+            processing_class=tokenizer,
+            **own,
+        )
 
 
 def epoch_order(recipe: Recipe, rows: Dataset) -> EpochOrder:
@@ -139,22 +171,31 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     except ImportError:
         raise UserError(f"the task {task.name} needs TRL: pip install redpeft[trl]") from None
     if recipe.loss:
-        trainer, config = (f"{'KTO' if recipe.loss == 'kto' else 'DPO'}{each}" for each in ("Trainer", "Config"))
-        if not (hasattr(trl, trainer) and hasattr(getattr(trl, trainer), "_compute_loss")):
+        kind = {"grpo": "GRPO", "kto": "KTO"}.get(recipe.loss, "DPO")
+        trainer: Any = getattr(trl, f"{kind}Trainer", None)
+        arguments_class: Any = getattr(trl, f"{kind}Config", None)
+        if not hasattr(trainer, "_tokenize_prompts" if recipe.reward else "_compute_loss"):
             raise UserError(f"loss {recipe.loss} needs a newer TRL than {trl.__version__}: pip install -U trl")
-        if recipe.loss == "kto" and rows_at_once(recipe.batch_size, recipe.gradient_accumulation) < 2:
+        if recipe.loss == "kto" and rows_at_once(recipe) < 2:
             raise UserError("loss kto compares answers of one batch: each process needs at least 2 rows at a time")
-        extra: dict[str, Any] = {
-            "max_length": recipe.max_length,
-            "loss_type": {"dpo": "sigmoid"}.get(recipe.loss, recipe.loss),
-            "precompute_ref_log_probs": False,  # a finished run would be compared with itself
-            "sync_ref_model": False,
-            **({} if recipe.beta is None else {"beta": recipe.beta}),
-        }
-        arguments_class = getattr(trl, config)
         _check_trainer_options(recipe.trainer_options, arguments_class)
-        bases = (RunTrainer, PreferenceTrainer, getattr(trl, trainer))
-        return type(f"Run{trainer}", bases, {"init_from": recipe.init_from}), arguments_class, extra
+        extra: dict[str, Any] = {"beta": recipe.beta}
+        if recipe.reward:
+            extra |= {
+                "num_generations": recipe.num_generations,
+                "num_generations_eval": 1,
+                "temperature": recipe.temperature,
+                "max_completion_length": recipe.max_completion_length,
+            }
+        else:
+            extra |= {
+                "max_length": recipe.max_length,
+                "loss_type": {"dpo": "sigmoid"}.get(recipe.loss, recipe.loss),
+                "precompute_ref_log_probs": False,  # a finished run would be compared with itself
+                "sync_ref_model": False,
+            }
+        bases = (RewardTrainer if recipe.reward else PreferenceTrainer, RunTrainer, trainer)
+        return type(f"Run{kind}Trainer", bases, {"init_from": recipe.init_from}), arguments_class, extra
     extra = {
         "max_length": recipe.max_length,
         "packing": recipe.packing,
@@ -165,25 +206,47 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
 
 
 def _check_trainer_options(options: dict[str, Any], cls: type) -> None:
-    """Raises `UserError` for a name that is no field of TRL's arguments."""
-    known = [field.name for field in fields(cls)]
-    for name in options:
+    """Raises `UserError` for a name that is no field of TRL's arguments, and for a value of another type."""
+    known = get_type_hints(cls) if options else {}
+    for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(f"trainer_options: {cls.__name__} has no {name!r}{hint}")
+        try:
+            TypeAdapter(known[name], config={"arbitrary_types_allowed": True}).validate_python(value, strict=False)
+        except ValidationError as error:
+            wanted = error.errors()[0]["msg"]
+            raise UserError(f"trainer_options: {name}: {wanted}, not {value!r}") from None
 
 
-def rows_at_once(batch_size: int, pieces: int) -> int:
-    """How many rows one process computes at a time. `pieces`: in how many pieces it computes its share of a batch.
+@contextmanager
+def explaining_options(recipe: Recipe) -> Iterator[None]:
+    """While inside, an error of TRL about a value becomes a `UserError` that names trainer_options, if there are
+    some."""
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        if not recipe.trainer_options:
+            raise
+        raise UserError(f"trainer_options: {first_line(error)}") from error
 
-    Raises `UserError` if the rows cannot be divided evenly.
+
+def rows_at_once(recipe: Recipe) -> int:
+    """How many rows, or answers of rewards, one process computes at a time.
+
+    Raises `UserError` if those of a batch cannot be divided evenly.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    rows, rest = divmod(batch_size, processes * pieces)
+    processes, pieces = int(os.environ.get("WORLD_SIZE", "1")), recipe.gradient_accumulation
+    answers = recipe.num_generations or 1
+    rows, rest = divmod(recipe.batch_size * answers, processes * pieces)
     if rest:
         raise UserError(
-            f"batch_size {batch_size} cannot be shared by {processes} processes"
+            f"batch_size {recipe.batch_size}"
+            + (f" with {answers} answers to each prompt" if recipe.num_generations else "")
+            + f" cannot be shared by {processes} processes"
             + (f" in {pieces} pieces each" if pieces > 1 else "")
         )
     return rows
@@ -194,7 +257,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
     class alone."""
     known = {field.name for field in fields(cls)}
     kind = choose_precision(recipe.precision, recipe.base.dtype)
-    rows = rows_at_once(recipe.batch_size, recipe.gradient_accumulation)
+    rows = rows_at_once(recipe)
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     extra[checkpointing] = recipe.gradient_checkpointing  # TRL's default is True
     if recipe.gradient_checkpointing:
@@ -233,12 +296,7 @@ def arguments(recipe: Recipe, folder: Path, task: Task, cls: type, extra: dict[s
     )
     if ours := chosen.keys() & recipe.trainer_options.keys():
         raise UserError(f"trainer_options: {min(ours)} is decided by the recipe's other fields: leave it out")
-    try:
-        args = cls(**chosen, **recipe.trainer_options)
-    except (TypeError, ValueError) as error:
-        if not recipe.trainer_options:
-            raise
-        raise UserError(f"trainer_options: {first_line(error)}") from None
+    args = cls(**chosen, **recipe.trainer_options)
     args._n_gpu = min(1, args.n_gpu)  # several GPUs by torchrun or accelerate, never by DataParallel
     return args
 
@@ -247,6 +305,8 @@ def as_batch(trainer: Any, rows: Iterable[int]) -> dict[str, torch.Tensor]:
     """Training rows as the model gets them, on its device."""
     chosen = trainer._remove_unused_columns(trainer.train_dataset).select(rows)
     batch = trainer.data_collator(list(chosen))
+    if isinstance(batch, list):  # rewards: TRL itself makes tokens of the prompts
+        batch = pad_prompts(trainer.processing_class, [row["input_ids"] for row in batch], "left")
     return {key: value.to(trainer.model.device) for key, value in batch.items() if torch.is_tensor(value)}
 
 
@@ -283,21 +343,52 @@ class EpochOrder(Sampler[int]):
         return iter(order.tolist())
 
 
+class AnswerOrder(Sampler[int]):
+    """The order of the prompts for TRL's `GRPOTrainer`: those of a step together, each as often as it is answered, and
+    all that again for each time that TRL takes a part of these answers. An incomplete step is left out.
+
+    Raises `UserError` if there are fewer prompts than a step takes.
+    """
+
+    def __init__(self, order: EpochOrder, trainer: Any) -> None:
+        args = trainer.args
+        self.order, self.answers = order, args.num_generations
+        self.prompts = args.generation_batch_size // args.num_generations
+        self.times = args.num_iterations * args.steps_per_generation
+        self.batch_size = self.prompts * self.answers * self.times
+        if len(order) < self.prompts:
+            raise UserError(
+                f"a step takes {self.prompts} prompts, and there are {len(order)}: choose a lower batch_size"
+            )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order) // self.prompts * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(self.order)
+        for end in range(self.prompts, len(order) + 1, self.prompts):
+            answered = [row for row in order[end - self.prompts : end] for _ in range(self.answers)]
+            yield from answered * self.times
+
+
 class RunTrainer(Mixin):
-    """What a run adds to `Trainer` or TRL's `SFTTrainer`: `class _(RunTrainer, Trainer)`.
+    """What a run adds to `Trainer` or one of TRL's: `class _(RunTrainer, Trainer)`.
 
     `order` gives the rows; the parameters `head` learn at `head_lr`. A loss that is not finite raises `RunError`
     before it reaches the weights. Set `terminated` to stop: then `should_stop` is true on every process after the same
     step or checkpoint.
     """
 
-    order: EpochOrder
+    order: EpochOrder | AnswerOrder
     head: Iterable[torch.nn.Parameter] = ()
     head_lr: float | None = None
     terminated = False
     should_stop = False
 
-    def _get_train_sampler(self, *_: Any) -> EpochOrder:
+    def _get_train_sampler(self, *_: Any) -> EpochOrder | AnswerOrder:
         return self.order
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -327,42 +418,112 @@ class RunTrainer(Mixin):
         return optimizer
 
 
-class PreferenceTrainer(Mixin):
-    """What a run adds to TRL's `DPOTrainer` or `KTOTrainer`, which get their rows in tokens here.
+class FeedbackTrainer(Mixin):
+    """What a run adds to TRL's trainers that compare the policy with a reference.
 
     The reference is the policy at the start: the base with the adapter off, or the adapter `init_from`, frozen.
     """
 
     init_from: str | None
-    data_collator: Any
 
-    def __init__(self, model: Any, args: Any, processing_class: PreTrainedTokenizerBase, **kwargs: Any) -> None:
-        args.max_length = input_limit(model, processing_class, args.max_length).tokens
+    def __init__(self, model: Any, **kwargs: Any) -> None:
         trained = {name: each.data for name, each in model.named_parameters() if each.requires_grad}
-        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        super().__init__(model=model, **kwargs)
         for name, held in trained.items():
             model.get_parameter(name).data = held  # TRL makes them bf16 on a quantised base
         # TRL's reference is a copy of the adapter as it is now, which a finished run's is no longer
+        if "ref" not in getattr(model, "peft_config", {}):
+            return
         if self.init_from is None:
             model.delete_adapter("ref")
         else:
             load_adapter(model, find_adapter(self.init_from), adapter_name="ref")
-        if getattr(self, "calculate_KL", False):
-            self.data_collator = partial(_with_answers_of_others, self.data_collator)
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         for scores in self._metrics.values():
             scores.pop("num_tokens", None)  # TRL counts from where a run was resumed
         super().log(*args, **kwargs)
 
+
+class PreferenceTrainer(FeedbackTrainer):
+    """What a run adds to TRL's `DPOTrainer` or `KTOTrainer`, which get their rows in tokens here."""
+
+    data_collator: Any
+
+    def __init__(self, model: Any, args: Any, processing_class: PreTrainedTokenizerBase, **kwargs: Any) -> None:
+        args.max_length = input_limit(model, processing_class, args.max_length).tokens
+        super().__init__(model=model, args=args, processing_class=processing_class, **kwargs)
+        if getattr(self, "calculate_KL", False):
+            self.data_collator = partial(_with_answers_of_others, self.data_collator)
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """TRL puts "eval_" before its own scores, whatever the prefix is."""
         found = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         own = {key: value for key, value in found.items() if not key.startswith("eval_")}
         return own | {f"{metric_key_prefix}_{key[5:]}": found[key] for key in found if key.startswith("eval_")}
+
+
+class RewardTrainer(FeedbackTrainer):
+    """What a run adds to TRL's `GRPOTrainer`: prompts become tokens by the task, and a score is the reward of one
+    greedy answer to each prompt."""
+
+    control: Any
+
+    def __init__(self, task: Any, **kwargs: Any) -> None:
+        self.task = task
+        super().__init__(reward_funcs=task.reward_functions(), **kwargs)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return self.task.tokens_to_continue(prompts, self.processing_class), None, {}
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean reward, of each function too where there are several, and the answers' mean length in tokens."""
+        rows, began = self.eval_dataset if eval_dataset is None else eval_dataset, time.time()
+        self.model.eval()
+        size, processes = self.args.per_device_eval_batch_size, self.accelerator.num_processes
+        batches = [rows.select(range(at, min(at + size, len(rows)))) for at in range(0, len(rows), size)]
+        own = []
+        for batch in batches[self.accelerator.process_index :: processes]:
+            own += self._rewards_of_answers(batch)
+            self.callback_handler.eval_dataloader = batches  # by which progress is counted
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        rewards = np.array(gather_object(own), dtype=float)  # (rows, functions and the length)
+        means = dict(zip([*self.reward_func_names, "completion_length"], np.nanmean(rewards, axis=0), strict=True))
+        weighted = np.nansum(rewards[:, :-1] * self.reward_weights.cpu().numpy(), axis=1)
+        scores = {"reward": float(weighted.mean()), "completion_length": float(means.pop("completion_length"))}
+        if len(means) > 1:
+            scores |= {f"reward_{name}": float(mean) for name, mean in means.items()}
+        metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
+        metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(rows))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _rewards_of_answers(self, rows: Dataset) -> list[list[float | None]]:
+        """For each row what each function gives its greedy answer, and the answer's length in tokens."""
+        model, tokenizer = self.accelerator.unwrap_model(self.model), self.processing_class
+        prompts = pad_prompts(tokenizer, values(rows, "input_ids"), "left").to(model.device)
+        ends = end_tokens(model, tokenizer)
+        with torch.inference_mode(), self.accelerator.autocast():
+            tokens = model.generate(
+                **prompts, **self.task.generation, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+            )
+        answers = []
+        for row in tokens[:, prompts["input_ids"].shape[1] :].tolist():
+            length = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
+            answers.append(row[:length])
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        columns = {name: values(rows, name) for name in rows.column_names if name != "prompt"}
+        scores = [
+            function(prompts=values(rows, "prompt"), completions=texts, completion_ids=answers, **columns)
+            for function in self.reward_funcs
+        ]
+        return [[*of_row, len(answer)] for *of_row, answer in zip(*scores, answers, strict=True)]
 
 
 def _with_answers_of_others(collate: Callable[[list], Any], rows: list[dict[str, Any]]) -> Any:

@@ -1,0 +1,257 @@
+"""Rewards: prompts, to which the model's own answers are scored by functions. TRL's GRPOTrainer does the training."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedTokenizerBase
+
+from redpeft.errors import RunError, UserError, first_line
+from redpeft.tasks import columns as cols
+from redpeft.tasks.base import DataConfig
+from redpeft.tasks.instruction import InstructionTask
+from redpeft.tasks.metrics import choose_metric, is_right
+
+PROMPT_COLUMNS, RESPONSE_COLUMNS = (list(dict.fromkeys(names)) for names in zip(*cols.PROMPT_PAIRS, strict=True))
+GIVEN = "given."
+"""What stands before the name of a data set's column in encoded rows."""
+
+Score = Callable[..., Sequence[float | None]]
+"""A reward as TRL calls it: a list of prompts, a list of completions, and the columns of the data by name, each a
+list. A completion is a text if its prompt is one, and otherwise a list with one message."""
+
+
+@dataclass
+class RewardTask(InstructionTask):
+    """Which answers a model is to give more often. Prompts become text as in the task instruction, and are answered as
+    there.
+
+    Attributes:
+        columns: "prompt" (perhaps with "input") or "messages", whose last answer is not read; perhaps "response", the
+            right answer, "system" and "tools". The functions get every column of the data.
+        metric: "reward", the mean of the rewards' weighted sum, of one greedy answer to each prompt.
+        reward: the functions, as a recipe names them.
+        max_completion_length: the longest answer in tokens.
+    """
+
+    metric: str = "reward"
+    loss: str = "grpo"
+    reward: list[str] = field(default_factory=list)
+    max_completion_length: int = 512
+    name: ClassVar[str] = "reward"
+    recipe_fields: ClassVar[Collection[str]] = (
+        *("loss", "reward", "beta", "num_generations", "temperature", "max_completion_length", "trainer_options"),
+    )
+    recipe_defaults: ClassVar[Mapping[str, Any]] = {
+        **{"loss": "grpo", "beta": 0.0, "num_generations": 8, "temperature": 1.0, "max_completion_length": 512}
+    }
+    losses: ClassVar[Sequence[str]] = ("grpo",)
+    rate_divisor: ClassVar[float] = 10
+    default_columns: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def from_splits(
+        cls,
+        splits: dict[str, Dataset],
+        data: DataConfig,
+        *,
+        metric: str | None = None,
+        loss: str = "grpo",
+        reward: Sequence[str] = (),
+        max_completion_length: int = 512,
+    ) -> RewardTask:
+        """Guesses the columns that `data` does not name and checks every row.
+
+        Raises:
+            UserError: a column that is missing, an empty prompt, a chat without a message of the user, or no right
+                answer for a reward that needs one.
+        """
+        task = cls(
+            cls.find_columns(splits["train"], data),
+            choose_metric(metric, "rewards"),
+            "plain" if data.chat_template == "plain" else "auto",
+            loss,
+            list(reward),
+            max_completion_length,
+        )
+        for split in splits.values():
+            task.check(split)
+        return task
+
+    @classmethod
+    def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
+        """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        messages = None if data.prompt else data.messages or cols.find_column(train, cols.MESSAGE_COLUMNS)
+        if messages:
+            found = {"messages": messages}
+        else:
+            found = {"prompt": cols.choose_column(train, data.prompt, PROMPT_COLUMNS, "prompt")}
+            if found["prompt"].lower() == "instruction" and (more := cols.find_column(train, ["input"])):
+                found["input"] = more
+        response = data.response or cols.find_column(train, RESPONSE_COLUMNS, without=found.values())
+        return cls._with_optional(found | ({"response": response} if response else {}), train, data)
+
+    @classmethod
+    def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
+        """All columns, those of the task under the names of their keys."""
+        return dataset.rename_columns({name: key for key, name in columns.items() if name != key})
+
+    def unread(self, dataset: Dataset) -> list[str]:
+        """None: the functions get every column."""
+        return []
+
+    def describe(self, dataset: Dataset) -> list[str]:
+        """For people: the functions, and which columns they get beside the task's."""
+        more = ", ".join(name for name in cols.column_names(dataset) if name not in self.columns.values())
+        return [f"reward: {', '.join(self.reward)}{'; it also gets the columns ' + more if more else ''}"]
+
+    def check(self, dataset: Dataset, with_labels: bool = True) -> None:
+        """Raises `UserError` for a missing column, an empty text, a value that is not a chat, or no right answer where
+        one is needed."""
+        super().check(dataset, with_labels=False)
+        if not with_labels or "exact_match" not in self.reward:
+            return
+        column = cols.choose_column(dataset, self.columns.get("response"), [], "response")
+        if empty := [row for row, answer in enumerate(cols.values(dataset, column)) if cols.is_missing(answer)]:
+            raise cols.Missing(f"{cols.first_of(dataset, empty)}: the answer in column {column!r} is empty")
+
+    def _needed(self, with_labels: bool) -> list[str]:
+        return ["messages" if "messages" in self.columns else "prompt"]
+
+    def groups(self, dataset: Dataset) -> list[str]:
+        """Each row's prompt."""
+        return [repr(self._pairs(row, with_labels=False)[0].prompt) for row in dataset]
+
+    @property
+    def generation(self) -> dict[str, Any]:  # type: ignore[override]
+        """Answers are as long as in training."""
+        return {"max_new_tokens": self.max_completion_length, "do_sample": False}
+
+    @property
+    def own_limits(self) -> str:  # type: ignore[override]
+        return f" less the {self.max_completion_length} of an answer"
+
+    def encode(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
+        with_labels: bool = True,
+    ) -> Dataset:
+        """ "prompt", the text to continue, "input_ids", its tokens, and the data's own columns, named after `GIVEN`. A
+        prompt that leaves no room for an answer within `max_length` has no tokens. Without labels as in the task
+        instruction.
+
+        Raises:
+            UserError: a wrong row, one that the chat template or the tokenizer refuses, or an answer's length that
+                leaves no room for prompts.
+        """
+        if not with_labels:
+            return super().encode(dataset, tokenizer, max_length, with_labels=False)
+        self.check(dataset)
+        room = None if max_length is None else max_length - self.max_completion_length
+        if room is not None and room < 1:
+            answers = f"max_completion_length {self.max_completion_length}"
+            raise UserError(f"{answers} leaves no room for prompts: the model reads {max_length} tokens")
+
+        def tokenise(columns: dict[str, list]) -> dict[str, list]:
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            pairs = [self._pairs(row, with_labels=False)[0] for row in rows]
+            texts = [self.format_prompt(pair.prompt, tokenizer, pair.tools) for pair in pairs]
+            prompts = self.tokens_to_continue(texts, tokenizer)
+            cut = [room is not None and len(prompt) > room for prompt in prompts]
+            kept = [[] if long else prompt for prompt, long in zip(prompts, cut, strict=True)]
+            return {"prompt": texts, "input_ids": kept, cols.CUT: cut}
+
+        given = dataset.select_columns(cols.column_names(dataset))
+        given = given.rename_columns({name: GIVEN + name for name in given.column_names})
+        return concatenate_datasets([cols.tokenise(dataset, tokenise), given], axis=1)
+
+    def reward_functions(self) -> list[Score]:
+        """The rewards as TRL calls them with rows that `encode` made. Raises `UserError` as `load_reward`; they raise
+        `RunError` if a function fails or gives no number for an answer."""
+        return [self._for_encoded_rows(name, load_reward(name)) for name in self.reward]
+
+    def _for_encoded_rows(self, name: str, function: Score | None) -> Score:
+        def score(completions: list[str], **columns: Any) -> list[float | None]:
+            given = {key.removeprefix(GIVEN): each for key, each in columns.items() if key.startswith(GIVEN)}
+            if function is None:
+                return [float(is_right(*pair)) for pair in self._answers(completions, given)]
+            rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+            prompts: Any = given.get(self.columns.get("prompt", ""))
+            answers: list[Any] = completions
+            if prompts is None or not isinstance(prompts[0], str):
+                prompts = [self._pairs(row, with_labels=False)[0].prompt for row in rows]
+                answers = [[{"role": "assistant", "content": text}] for text in completions]
+            ours = ("prompts", "input_ids")
+            of_trl = {key: each for key, each in columns.items() if not key.startswith(GIVEN) and key not in ours}
+            return _called(name, function, prompts=prompts, completions=answers, **(of_trl | given))
+
+        score.__name__ = name.rpartition(":")[2]
+        return score
+
+    def _answers(self, completions: list[str], given: dict[str, list]) -> list[tuple[str, str]]:
+        """Each completion with the right answer."""
+        return [(text, str(right)) for text, right in zip(completions, given[self.columns["response"]], strict=True)]
+
+
+def _called(name: str, function: Score, **arguments: Any) -> list[float | None]:
+    """What a user's function gives. Raises `RunError` if it fails, or gives something else than a number or None for
+    each completion."""
+    try:
+        found = list(function(**arguments))
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}, line {last.lineno}"
+        raise RunError(f"reward {name} fails at {place}: {type(error).__name__}: {first_line(error)}") from error
+    if len(found) != (wanted := len(arguments["completions"])):
+        raise RunError(f"reward {name} gives {len(found)} scores for {wanted} completions: one is needed for each")
+    scores: list[float | None] = []
+    for each in found:
+        try:
+            scores.append(None if each is None else float(each))
+        except (TypeError, ValueError):
+            scores.append(math.nan)
+        if scores[-1] is not None and not math.isfinite(scores[-1]):
+            raise RunError(f"reward {name} gives {each!r}: a score is a finite number, or None to leave an answer out")
+    return scores
+
+
+def load_reward(name: str) -> Score | None:
+    """The function that a recipe names; None for what is built in.
+
+    Raises:
+        UserError: a name that is neither, a module that cannot be imported, or no such function in it.
+    """
+    if name == "exact_match":
+        return None
+    place, colon, wanted = name.partition(":")
+    if not colon or not place or not wanted:
+        raise UserError(f"reward {name!r} is neither exact_match, nor reasoning-gym, nor of the form module:function")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:  # whatever a user's module raises
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{place}.".startswith(f"{error.name}."):
+            raise UserError(f"reward {name}: no module {place!r} is installed or in the folder {folder}") from None
+        raise UserError(
+            f"reward {name}: importing {place} fails: {type(error).__name__}: {first_line(error)}"
+        ) from None
+    function = getattr(module, wanted, None)
+    if not callable(function):
+        near = difflib.get_close_matches(wanted, [each for each, _ in inspect.getmembers(module, callable)], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"reward {name}: {getattr(module, '__file__', place)} has no function {wanted!r}{hint}")
+    return function
