@@ -39,10 +39,11 @@ def save(figure: Any, path: Path) -> Path:
 
 
 def plot_run(history: Sequence[dict[str, Any]], metric: str, folder: Path, best_epoch: float) -> list[Path]:
-    """Write loss.png and, where the run was evaluated, <metric>.png into `folder`; returns their paths.
+    """Write loss.png, <metric>.png where the run was evaluated, and kl.png where it was held to its start, into
+    `folder`; returns their paths.
 
-    `history` holds the Trainer's log entries: `loss` of steps, `eval_loss` and `eval_<metric>` of evaluations. That
-    after `best_epoch` is marked.
+    `history` holds the Trainer's log entries: `loss`, `<metric>` and `kl` of steps, `eval_loss` and `eval_<metric>` of
+    evaluations. That after `best_epoch` is marked.
     """
     folder.mkdir(parents=True, exist_ok=True)
     figures = run_figures(history, metric, best_epoch)
@@ -50,11 +51,10 @@ def plot_run(history: Sequence[dict[str, Any]], metric: str, folder: Path, best_
 
 
 def run_figures(history: Sequence[dict[str, Any]], metric: str, best_epoch: float | None = None) -> dict[str, Any]:
-    """The figures of a run by what they show: "loss" and, where the run was evaluated, the metric. See `plot_run`."""
-    best = next((entry["step"] for entry in history if "eval_loss" in entry and entry["epoch"] == best_epoch), None)
-    curves = {"loss": {"training": "loss", "validation": "eval_loss"}}
-    if metric != "loss":
-        curves[metric] = {"validation": f"eval_{metric}"}
+    """The figures of a run by what they show: "loss", its metric, "kl". See `plot_run`."""
+    scored = (entry for entry in history if f"eval_{metric}" in entry)
+    best = next((entry["step"] for entry in scored if entry["epoch"] == best_epoch), None)
+    curves = {name: {"training": name, "validation": f"eval_{name}"} for name in ("loss", metric, "kl")}
     figures = {}
     for name, keys in curves.items():
         series = {label: points for label, key in keys.items() if (points := _points(history, key))}

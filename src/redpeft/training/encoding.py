@@ -208,6 +208,8 @@ def _check_labels(rows: Dataset, dataset: Dataset, model: Any, task: Task) -> No
 
 def _teaches(rows: Dataset, learn_prompt: bool) -> list[bool]:
     """Which rows have tokens and, if each token has a label, at least one label that counts."""
+    if "labels" not in rows.column_names and "completion_mask" not in rows.column_names:  # prompts alone
+        return [bool(ids) for ids in cols.values(rows, "input_ids")]
     marks, ignored = ("completion_mask", 0) if "completion_mask" in rows.column_names else ("labels", IGNORED)
     each = zip(cols.values(rows, "input_ids"), cols.values(rows, marks), strict=True)
     per_token = isinstance(rows[0][marks], list) and not learn_prompt
