@@ -158,7 +158,7 @@ def test_defaults():
     [
         ({"loss": "orpo"}, "no loss is called 'orpo': choose dpo, ipo, kto"),
         ({"method": "full"}, "the task preference compares the model with its start, which method full does not keep"),
-        ({"task": "instruction", "beta": 0.1}, "beta is for the task preference, not instruction"),
+        ({"task": "instruction", "beta": 0.1}, "beta is for the task preference and reward, not instruction"),
         ({"trainer_options": {"label_smoothin": 0.1}}, "DPOConfig has no 'label_smoothin'; did you mean 'label_"),
         ({"loss": "kto", "batch_size": 4, "gradient_accumulation": 4}, "each process needs at least 2 rows at a time"),
     ],

@@ -90,7 +90,7 @@ def test_the_reward_rises_and_a_finished_run_is_scored_alike(trained, make):
 
 
 def test_what_a_function_gets(make, tmp_path):
-    run, trainer = set_up(make().alone(), tmp_path / "run")
+    _, trainer = set_up(make().alone(), tmp_path / "run")
     calls = sys.modules["scores_of_tests"].CALLS
     calls.clear()
     trainer.evaluate(trainer.eval_dataset.select([0, 5]))
