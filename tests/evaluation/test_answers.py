@@ -77,10 +77,10 @@ def test_tokens_are_drawn_by_their_probabilities():
     draw = draws(Sampling(temperature=2, top_p=1, top_k=3), [0])
     scores = (shares**2).log().expand(1, 4)
     counts = torch.zeros(4)
-    for _ in range(4000):
+    for _ in range(2000):
         counts[draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax()] += 1
     expected = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
-    assert torch.allclose(counts / 4000, expected, atol=0.03)
+    assert torch.allclose(counts / 2000, expected, atol=0.03)
 
 
 def test_the_likeliest_token_is_taken_at_temperature_0():
