@@ -62,6 +62,29 @@ def test_data_sets_of_any_form_are_mixed_by_weight(mixed, caplog):
     assert {name: len(split) for name, split in few.items()} == {"train": 8, "validation": 4}
 
 
+def test_preferences_of_any_form_are_mixed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    asked, better, worse = ([{"role": role, "content": text}] for role, text in
+                            (("user", "Hi"), ("assistant", "Hello!"), ("assistant", "No.")))  # fmt: skip
+    forms = [
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "No."},
+        {"prompt": asked, "chosen": better, "rejected": worse},
+        {"chosen": asked + better, "rejected": asked + worse},
+    ]
+    paths = [write_rows(tmp_path / f"{at}.jsonl", [form] * 8) for at, form in enumerate(forms)]
+    task, splits = read_data("preference", DataConfig(mix=[*paths, paths[0]]))
+    assert task.columns == {name: name for name in ("prompt", "chosen", "rejected", "tools")}
+    assert [task._pairs(row, with_labels=True) for row in splits["train"]] == [
+        [(asked, better, None), (asked, worse, None)]
+    ] * len(splits["train"])
+    assert f" of 14 rows of {paths[0]}, " in caplog.text  # of both parts
+    rated = write_rows(tmp_path / "rated.jsonl", [{"prompt": "Hi", "completion": "Yo", "label": "yes"}] * 8)
+    with pytest.raises(UserError, match="another prompt, response, tools, label: they cannot be mixed"):
+        read_data("preference", DataConfig(mix=[paths[0], rated]), loss="kto")
+    labels = read_data("preference", DataConfig(mix=[rated]), loss="kto")[1]["train"]["label"]
+    assert labels == [True] * len(labels)
+
+
 def test_labels_of_mixed_data_are_those_of_all(tmp_path):
     one = write_rows(
         tmp_path / "one.csv", [{"review": "good film", "stars": "5"}, {"review": "bad film", "stars": "1"}] * 9
@@ -115,6 +138,10 @@ def test_mixes_that_cannot_be(mixed, tmp_path):
     for fields, message in [
         ({"mix": [{**chats, "pathh": "x"}]}, "data set 1 of `mix` has an unknown field 'pathh'"),
         ({"mix": [chats, {**asked, "weight": 0}]}, "data set 2 of `mix` has the weight 0: give a number above 0"),
+        (
+            {"mix": [chats, {**asked, "weight": True}]},
+            "data set 2 of `mix` has the weight True: give a number above 0",
+        ),
         ({"mix": [chats, {"weight": 2}]}, "data set 2 of `mix`: no data: give `path`, `train` or `mix`"),
         ({"mix": [{**chats, "header": "last"}]}, "data set 1 of `mix`.header: Input should be 'first' or 'none'"),
         ({"mix": [chats], "path": "x"}, "with `mix`, each data set of it has its own `path`"),

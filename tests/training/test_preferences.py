@@ -160,6 +160,7 @@ def test_defaults():
         ({"method": "full"}, "the task preference compares the model with its start, which method full does not keep"),
         ({"task": "instruction", "beta": 0.1}, "beta is for the task preference and reward, not instruction"),
         ({"trainer_options": {"label_smoothin": 0.1}}, "DPOConfig has no 'label_smoothin'; did you mean 'label_"),
+        ({"trainer_options": {"label_smoothing": 0.1}}, "label_smoothing has no effect on the losses of a recipe"),
         ({"loss": "kto", "batch_size": 4, "gradient_accumulation": 4}, "each process needs at least 2 rows at a time"),
     ],
 )  # fmt: skip

@@ -149,6 +149,13 @@ class DataConfig(BaseModel):
         """A column that is called 2019 is a number to YAML."""
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
+    @field_validator("mix", mode="before")
+    @classmethod
+    def _parts_by_path(cls, value: Any) -> Any:
+        return (
+            [{"path": part} if isinstance(part, str) else part for part in value] if isinstance(value, list) else value
+        )
+
     @model_validator(mode="after")
     def _has_a_source(self) -> DataConfig:
         if not (self.path or self.train or self.mix):
@@ -160,7 +167,7 @@ class DataConfig(BaseModel):
             if unknown := part.keys() - {*SOURCE_FIELDS, *COLUMN_FIELDS, "weight"}:
                 raise ValueError(f"data set {number} of `mix` has an unknown field {min(unknown)!r}")
             weight = part.get("weight", 1)
-            if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
                 raise ValueError(f"data set {number} of `mix` has the weight {weight!r}: give a number above 0")
             try:
                 self._part(part)

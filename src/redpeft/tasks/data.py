@@ -95,7 +95,10 @@ def _read_mix(kind: str, data: DataConfig, seed: int, **options: Any) -> tuple[T
     trains = [splits["train"] for splits in chosen]
     train = interleave_datasets(trains, probabilities=data.weights, seed=seed, stopping_strategy="first_exhausted")
     taken = Counter(row.partition(" of ")[2] for row in values(train, ROW))
-    shares = (f"{taken[source(each)]:,} of {len(each):,} rows of {source(each)}" for each in trains)
+    there: Counter[str] = Counter()
+    for each in trains:
+        there[source(each)] += len(each)
+    shares = (f"{taken[name]:,} of {rows:,} rows of {name}" for name, rows in there.items())
     logger.info("data.mix: %d training rows: %s", len(train), ", ".join(shares))
     train.info.description = MIX
     return task, choose_rows(_joined(chosen) | {"train": train}, task, data, seed)

@@ -152,7 +152,7 @@ class InstructionTask(Task):
         """Raises `UserError` for a missing column, an empty text, or a value that is not a chat."""
         for key in self._needed(with_labels):
             cols.require_columns(dataset, [self.columns[key]])
-            if not cols.holds_objects(dataset, self.columns[key]):
+            if key != "messages" and not cols.holds_objects(dataset, self.columns[key]):
                 cols.check_texts(dataset, self.columns[key])
         if "text" in self.columns:
             return

@@ -3,11 +3,13 @@ KTOTrainer do the training."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +18,7 @@ from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig
 from redpeft.tasks.chats import Chat, read_answer
 from redpeft.tasks.columns import tokens_of
+from redpeft.tasks.files import with_rows
 from redpeft.tasks.instruction import InstructionTask, Pair, Tools, common_start
 
 PROMPT_COLUMNS = ["prompt", "question", "instruction"]
@@ -84,8 +87,30 @@ class PreferenceTask(InstructionTask):
 
     @classmethod
     def in_common(cls, dataset: Dataset, columns: dict[str, Any]) -> Dataset:
-        """The columns as they are."""
-        return cols.keep_columns(dataset, columns)
+        """Prompts, answers and tools as JSON text, whatever form the rows had, and labels as they mean."""
+        task = cls(columns)
+        named = ("response",) if "label" in columns else ("chosen", "rejected")
+        found: dict[str, list] = {name: [] for name in ("prompt", *named, "tools", *{"label"}.intersection(columns))}
+        for index, row in enumerate(dataset):
+            try:
+                task._check_chat(row, with_labels=True)
+            except UserError as error:
+                raise type(error)(f"{cols.where(dataset, index)}: {error}") from None
+            pairs = task._pairs(row, with_labels=True)
+            cells = {"prompt": pairs[0].prompt, **{name: pair.answer for name, pair in zip(named, pairs, strict=True)}}
+            for name, messages in cells.items():
+                found[name].append(json.dumps(messages, ensure_ascii=False))
+            found["tools"].append(pairs[0].tools and json.dumps(pairs[0].tools, ensure_ascii=False))
+            if "label" in columns:
+                found["label"].append(_verdict(row[columns["label"]]))
+        table = pa.table(
+            {name: pa.array(cells, pa.string()) if name == "tools" else cells for name, cells in found.items()}
+        )
+        return with_rows(
+            Dataset(table),
+            cols.source(dataset),
+            cols.values(dataset, cols.ROW) if cols.ROW in dataset.column_names else None,
+        )
 
     def describe(self, dataset: Dataset) -> list[str]:
         """For people: how many answers are good and how many are not, if they have labels; pairs that teach

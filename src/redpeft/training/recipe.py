@@ -116,7 +116,7 @@ class Recipe(BaseModel):
     trainer_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Preference and reward: other fields of TRL's DPOConfig, KTOConfig or GRPOConfig, such as "
-        "label_smoothing.",
+        "desirable_weight.",
     )
     method: str = Field(
         "red",
@@ -510,7 +510,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "unknown_method":
         return problem["msg"]
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}, not {problem['input']!r}" if where else message
+    several = isinstance(problem["input"], dict)  # of whose fields the message names the wrong one
+    return f"{where}: {message}" + ("" if several else f", not {problem['input']!r}") if where else message
 
 
 def _nearest(key: str) -> str | None:

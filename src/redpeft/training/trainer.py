@@ -205,9 +205,19 @@ def trainer_classes(recipe: Recipe) -> tuple[type, type, dict[str, Any]]:
     return type("RunSFTTrainer", (RunTrainer, SFTTrainer), {}), SFTConfig, extra
 
 
+WITHOUT_EFFECT = {
+    "DPOConfig": ("label_smoothing", "discopop_tau", "truncation_mode", "precompute_ref_batch_size"),
+    "KTOConfig": ("precompute_ref_batch_size",),
+}
+"""Fields of TRL's arguments for losses that a recipe does not have, and for what is done here."""
+
+
 def _check_trainer_options(options: dict[str, Any], cls: type) -> None:
-    """Raises `UserError` for a name that is no field of TRL's arguments, and for a value of another type."""
+    """Raises `UserError` for a name that is no field of TRL's arguments or one without effect, and for a value of
+    another type."""
     known = get_type_hints(cls) if options else {}
+    if unused := options.keys() & set(WITHOUT_EFFECT.get(cls.__name__, ())):
+        raise UserError(f"trainer_options: {min(unused)} has no effect on the losses of a recipe: leave it out")
     for name, value in options.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
