@@ -97,8 +97,6 @@ class RewardTask(InstructionTask):
             found = {"messages": messages}
         else:
             found = {"prompt": cols.choose_column(train, data.prompt, PROMPT_COLUMNS, "prompt")}
-            if found["prompt"].lower() == "instruction" and (more := cols.find_column(train, ["input"])):
-                found["input"] = more
         response = data.response or cols.find_column(train, RESPONSE_COLUMNS, without=found.values())
         return cls._with_optional(found | ({"response": response} if response else {}), train, data)
 
