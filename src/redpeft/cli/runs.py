@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.table import Table
 from redpeft.cli.command import CommandOutput, RunFolder, command, recipe_and_fields
 from redpeft.console import counted, rounded
 from redpeft.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from redpeft.training.recipe import Recipe
 
 MATRIX = 20  # the most labels for which a confusion matrix is shown
 
@@ -85,7 +88,7 @@ def train(
     from redpeft.runs.reports import closing_lines
     from redpeft.runs.runner import run_recipe
 
-    result = run_recipe(recipe, recipe.run_folder())
+    result = run_recipe(recipe, recipe.run_folder(), _rollouts(recipe))
     best = "" if "seeds" in result else f", best epoch ({rounded(result['best_epoch'])})"
     scores = {f"validation{best}": result["validation"], **({"test": result["test"]} if result["test"] else {})}
     failed = "; ".join(f"{folder}: {error}" for folder, error in result.get("failed", {}).items())
@@ -197,6 +200,15 @@ def version() -> CommandOutput:
     packages = ("redpeft", "torch", "transformers", "peft", "accelerate", "datasets")
     versions = {"python": sys.version.split()[0], **{name: version(name) for name in packages}}
     return CommandOutput(versions, [f"{name} {number}" for name, number in versions.items()])
+
+
+def _rollouts(recipe: Recipe) -> Callable[..., Any] | None:
+    """What gives vLLM RED's edit, if rewards are to be trained with vLLM. Other methods go TRL's own way."""
+    if recipe.method != "red" or not recipe.trainer_options.get("use_vllm"):
+        return None
+    from redpeft.serving.rollouts import Rollouts
+
+    return Rollouts(recipe.base.model)
 
 
 def _scores(splits: dict[str, dict[str, Any]]) -> Table:

@@ -20,6 +20,7 @@ from redpeft.runs.progress import JobProgress, logging_once, showing
 from redpeft.storage import CHECKPOINTS, last_checkpoint, locked, to_json, write_atomically
 from redpeft.training.recipe import Recipe
 from redpeft.training.train import train
+from redpeft.training.trainer import RolloutFunction
 
 SUMMARY = "summary.json"
 ENOUGH_ROWS = 8  # in a batch
@@ -36,7 +37,7 @@ def jobs_of(recipe: Recipe, folder: str | Path) -> list[Job]:
     ]
 
 
-def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+def run_jobs(jobs: Iterable[Job], rollout_func: RolloutFunction | None = None) -> list[dict[str, Any]]:
     """Run the jobs and return the result of each, in their order: side by side in fleets where that is faster, else
     one after the other.
 
@@ -56,7 +57,7 @@ def run_jobs(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     for number, job in enumerate(rest, start=1):
         if len(rest) > 1:
             log_main(f"job {number} of {len(rest)}: {job.folder}")
-        results[job.folder] = _run_alone(job)
+        results[job.folder] = _run_alone(job, rollout_func)
     return [results[job.folder] for job in jobs]
 
 
@@ -102,9 +103,9 @@ def _run_together(jobs: list[Job]) -> dict[Path, dict[str, Any]]:
         return run_fleets(jobs, report=report)
 
 
-def _run_alone(job: Job) -> dict[str, Any]:
+def _run_alone(job: Job, rollout_func: RolloutFunction | None) -> dict[str, Any]:
     try:
-        result = train(job.recipe, job.folder)
+        result = train(job.recipe, job.folder, rollout_func)
     except Stopped:
         raise
     except (UserError, RunError) as error:
@@ -130,17 +131,18 @@ def _kinds(jobs: Iterable[Job]) -> dict[Hashable, list[Job]]:
     return kinds
 
 
-def run_recipe(recipe: Recipe, folder: str | Path) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, folder: str | Path, rollout_func: RolloutFunction | None = None) -> dict[str, Any]:
     """Run a recipe in `folder`; returns its result or, for several seeds, the summary written to summary.json.
+    `rollout_func`: see `train`.
 
     A seed that fails does not stop the others and raises nothing: the summary names it and its error in `failed`
     (the command prints the summary and exits with 1). Where no seed succeeded, the first one's `UserError` or
     `RunError` is raised and there is no summary.
     """
     if recipe.seeds is None:
-        return train(recipe, folder)
+        return train(recipe, folder, rollout_func)
     with locked(Path(folder)):
-        results = run_jobs(jobs_of(recipe, folder))
+        results = run_jobs(jobs_of(recipe, folder), rollout_func)
         failed = [result for result in results if "error" in result]
         if len(failed) == len(results):
             raise (UserError if failed[0]["kind"] == "UserError" else RunError)(failed[0]["error"])
