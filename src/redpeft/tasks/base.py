@@ -27,7 +27,7 @@ LOWER_IS_BETTER = {"mse", "loss"}
 """Of the metrics by which a task chooses its best epoch; of all others a higher value is better."""
 
 
-SOURCE_FIELDS = ("path", "config_name", "train", "validation", "test", "header")
+SOURCE_FIELDS = ("path", "config_name", "generate", "train", "validation", "test", "header")
 COLUMN_FIELDS = (
     *("text", "text_pair", "label", "tokens", "tags", "prompt", "response", "messages", "system", "tools"),
     *("chosen", "rejected"),
@@ -42,13 +42,18 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         None,
-        description="A data set's name on the Hugging Face Hub, a folder (train, validation and test files, a folder "
-        "of texts for each class, or what save_to_disk wrote), or one file of training rows (.csv, .tsv, .jsonl, "
-        ".json, .parquet, .xlsx).",
+        description="A data set's name on the Hugging Face Hub, reasoning-gym:NAME for questions of that package, a "
+        "folder (train, validation and test files, a folder of texts for each class, or what save_to_disk wrote), or "
+        "one file of training rows (.csv, .tsv, .jsonl, .json, .parquet, .xlsx).",
     )
     config_name: str | None = Field(
         None,
         description="The Hub data set's configuration, such as 'sst2' of 'nyu-mll/glue'; for a folder, one inside it.",
+    )
+    generate: dict[str, Any] | None = Field(
+        None,
+        description="Data of reasoning-gym (path: reasoning-gym:NAME): how many rows train, validation and test have "
+        "(default: 1000, 200 and 200), and the data set's own options, such as max_terms.",
     )
     train: str | None = Field(None, description="File of training rows; overrides those of `path`.")
     validation: str | None = Field(None, description="File of validation rows; overrides those of `path`.")

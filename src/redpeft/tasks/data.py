@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from redpeft.tasks.base import TASKS, DataConfig, Task
 from redpeft.tasks.columns import LABEL_COLUMNS, ROW, Missing, find_column, is_missing, require_columns, source, values
 from redpeft.tasks.files import READERS, SHARD, extension, read_file, read_parts, read_texts, stem, with_rows
 from redpeft.tasks.labels import label_name
+from redpeft.tasks.reasoning import PREFIX, draw_questions
 from redpeft.tasks.rows import choose_rows, glue_splits, leave_out_missing
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,9 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     Raises:
         UserError: data that is missing, empty or unreadable.
     """
-    splits = _read_path(config.path, config.config_name, config.label, config.header) if config.path else {}
+    splits = {}
+    if config.path:
+        splits = _read_path(config.path, config.config_name, config.label, config.header, config.generate)
     splits |= {name: read_file(file, config.header) for name in SPLIT_NAMES if (file := getattr(config, name))}
     if "train" not in splits:
         raise UserError(f"{config.path} has no training split; it has {', '.join(splits)}. Give the file as `train`.")
@@ -215,12 +219,17 @@ def read_splits(config: DataConfig, seed: int = 0) -> dict[str, Dataset]:
     return {name: splits[name] for name in SPLIT_NAMES if name in splits}
 
 
-def read_evaluation(path: str, config_name: str | None = None, header: str | None = None) -> Dataset:
-    """All rows of a file, or of the test split of a folder or hub data set, or of its validation split if it has no
-    test split."""
+def read_evaluation(
+    path: str,
+    config_name: str | None = None,
+    header: str | None = None,
+    generate: Mapping[str, Any] | None = None,
+) -> Dataset:
+    """All rows of a file, or of the test split of a folder, a hub data set or one of reasoning-gym, or of its
+    validation split if it has no test split. `generate`: as in `DataConfig`."""
     if path == "-":
         raise UserError("standard input can only be predicted: to score rows, give them in a file")
-    splits = _read_path(path, config_name, header=header)
+    splits = _read_path(path, config_name, header=header, generate=generate)
     for name in ("test", "validation", "train"):
         if name in splits:
             return splits[name]
@@ -231,8 +240,16 @@ def read_evaluation(path: str, config_name: str | None = None, header: str | Non
 
 
 def _read_path(
-    path: str, config_name: str | None, label: str | list[str] | None = None, header: str | None = None
+    path: str,
+    config_name: str | None,
+    label: str | list[str] | None = None,
+    header: str | None = None,
+    generate: Mapping[str, Any] | None = None,
 ) -> dict[str, Dataset]:
+    if path.startswith(PREFIX):
+        return draw_questions(path, generate or {})
+    if generate:
+        raise UserError(f"data.generate is for data of reasoning-gym, such as {PREFIX}chain_sum, not for {path}")
     local = Path(path).expanduser()
     if local.is_file():
         return {"train": read_file(local, header)}

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from redpeft.errors import RunError, UserError, first_line
 from redpeft.tasks import columns as cols
+from redpeft.tasks import reasoning
 from redpeft.tasks.base import DataConfig
 from redpeft.tasks.instruction import InstructionTask
 from redpeft.tasks.metrics import choose_metric, is_right
@@ -118,7 +119,7 @@ class RewardTask(InstructionTask):
         """Raises `UserError` for a missing column, an empty text, a value that is not a chat, or no right answer where
         one is needed."""
         super().check(dataset, with_labels=False)
-        if not with_labels or "exact_match" not in self.reward:
+        if not with_labels or not {"exact_match", reasoning.REWARD} & set(self.reward):
             return
         column = cols.choose_column(dataset, self.columns.get("response"), [], "response")
         if empty := [row for row, answer in enumerate(cols.values(dataset, column)) if cols.is_missing(answer)]:
@@ -184,9 +185,11 @@ class RewardTask(InstructionTask):
     def _for_encoded_rows(self, name: str, function: Score | None) -> Score:
         def score(completions: list[str], **columns: Any) -> list[float | None]:
             given = {key.removeprefix(GIVEN): each for key, each in columns.items() if key.startswith(GIVEN)}
-            if function is None:
-                return [float(is_right(*pair)) for pair in self._answers(completions, given)]
             rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+            if function is None:
+                asked = [{key: row[name] for key, name in self.columns.items()} | row for row in rows]
+                built_in = reasoning.score_answer if name == reasoning.REWARD else _score_by_match
+                return [built_in(text, row) for text, row in zip(completions, asked, strict=True)]
             prompts: Any = given.get(self.columns.get("prompt", ""))
             answers: list[Any] = completions
             if prompts is None or not isinstance(prompts[0], str):
@@ -199,9 +202,9 @@ class RewardTask(InstructionTask):
         score.__name__ = name.rpartition(":")[2]
         return score
 
-    def _answers(self, completions: list[str], given: dict[str, list]) -> list[tuple[str, str]]:
-        """Each completion with the right answer."""
-        return [(text, str(right)) for text, right in zip(completions, given[self.columns["response"]], strict=True)]
+
+def _score_by_match(text: str, row: Mapping[str, Any]) -> float:
+    return float(is_right(text, str(row["response"])))
 
 
 def _called(name: str, function: Score, **arguments: Any) -> list[float | None]:
@@ -232,7 +235,7 @@ def load_reward(name: str) -> Score | None:
     Raises:
         UserError: a name that is neither, a module that cannot be imported, or no such function in it.
     """
-    if name == "exact_match":
+    if name in ("exact_match", reasoning.REWARD):
         return None
     place, colon, wanted = name.partition(":")
     if not colon or not place or not wanted:

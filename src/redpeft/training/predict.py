@@ -155,7 +155,8 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     `config_name` is the configuration of a hub data set. The rows are checked before the model is loaded. Rows without
     a text or a label are left out if the recipe says so.
     """
-    dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first")
+    generate = run.recipe.data.generate if str(data) == run.recipe.data.path else None
+    dataset = read_evaluation(str(data), config_name, run.recipe.data.header or "first", generate)
     if run.recipe.data.mix:  # a file of the mix, or any other that could be in it
         own = (
             part for part in run.recipe.data.parts if str(data) in (part.path, part.train, part.validation, part.test)

@@ -118,6 +118,9 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
     check_recipe(recipe)
     recipe = recipe.model_copy(update={"report_to": [], "save_steps": None})
     notes: list[str] = []
+    if recipe.trainer_options.get("use_vllm"):
+        recipe = recipe.model_copy(update={"trainer_options": recipe.trainer_options | {"use_vllm": False}})
+        notes.append("answers come from vLLM in training, and from transformers in this probe, which takes longer")
     with tempfile.TemporaryDirectory() as temporary:
         run, trainer = set_up(recipe, Path(temporary) / "run", notes.append)
         examples = [
