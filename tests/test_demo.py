@@ -47,7 +47,7 @@ def printed(shown: list) -> str:
 
 
 @NEEDS_TRL
-def test_both_halves_train_compare_and_show(tiny_demo, tmp_path):
+def test_both_halves_train_compare_and_show_and_a_second_call_does_not_train_again(tiny_demo, tmp_path, monkeypatch):
     folder = tmp_path / "demo"
     data, shown = demo.run_demo(folder)
     text = printed(shown)
@@ -68,13 +68,9 @@ def test_both_halves_train_compare_and_show(tiny_demo, tmp_path):
     assert [row["text"] for row in data["predictions"]] == list(demo.NEW_MESSAGES)
     assert data["predictions"][0]["label"] in text
 
-
-@NEEDS_TRL
-def test_a_second_call_does_not_train_again(tiny_demo, tmp_path, monkeypatch):
-    first, _ = demo.run_demo(tmp_path / "demo")
     for door in ("redpeft.training.train._train", "redpeft.fleet.fleet.Fleet.step"):
         monkeypatch.setattr(door, lambda *_: pytest.fail("trained again"))
-    assert demo.run_demo(tmp_path / "demo")[0] == first
+    assert demo.run_demo(folder)[0] == data
 
 
 @NEEDS_TRL
