@@ -181,7 +181,8 @@ def test_the_task_of_data_is_guessed_and_said(tmp_path, caplog, monkeypatch):
     )
 
 
-def test_folder_with_splits_under_their_usual_names(tmp_path):
+def test_folder_with_splits_under_their_usual_names(tmp_path, caplog):
+    caplog.set_level("INFO")
     write_rows(tmp_path / "Train.csv", ROWS)
     write_rows(tmp_path / "dev.jsonl", ROWS[:4])
     write_rows(tmp_path / "test.tsv", ROWS[:2])
@@ -189,6 +190,13 @@ def test_folder_with_splits_under_their_usual_names(tmp_path):
     splits = read_splits(DataConfig(path=str(tmp_path)))
     assert {name: len(split) for name, split in splits.items()} == {"train": 20, "validation": 4, "test": 2}
     assert where(splits["validation"], 2) == "dev.jsonl, row 3"
+    assert caplog.messages == []
+    write_rows(tmp_path / "train_prefs.csv", ROWS)
+    assert len(read_splits(DataConfig(path=str(tmp_path)))["train"]) == 20
+    assert caplog.messages == [f"{tmp_path}: not read: train_prefs"]
+    (tmp_path / "Train.csv").rename(tmp_path / "train_gen.csv")
+    assert len(read_splits(DataConfig(path=str(tmp_path)))["train"]) == 20
+    assert caplog.messages[1:] == [f"{tmp_path}: not read: train_gen"]
 
 
 def test_files_that_are_named_go_before_the_folder(tmp_path):

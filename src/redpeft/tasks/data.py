@@ -36,9 +36,9 @@ GROUP = "group"
 """The column of a mix with the values of `data.group`."""
 
 SPLIT_NAMES = {
-    "train": ("train", "trainset", "train_sft"),
+    "train": ("train", "trainset", "train_sft", "train_prefs"),
     "validation": ("validation", "valid", "val", "dev", "eval", "validation_matched", "devset"),
-    "test": ("test", "testset_w_refs", "test_sft"),
+    "test": ("test", "testset_w_refs", "test_sft", "test_prefs"),
 }
 """Names of the files of a split: the usual ones, and those of GLUE, the E2E challenge and UltraFeedback."""
 
@@ -284,7 +284,8 @@ def _read_hub(path: str, config_name: str | None) -> dict[str, Dataset]:
         raise UserError(
             f"no file or folder {path!r}, and reading it from the Hugging Face Hub failed: {first_line(error)}"
         ) from None
-    return _named_splits({name.lower(): with_rows(split, f"{path} ({name})") for name, split in found.items()})
+    named = {name.lower(): with_rows(split, f"{path} ({name})") for name, split in found.items()}
+    return _named_splits(named, path)
 
 
 def splits_in(folder: Path) -> dict[str, list[Path]]:
@@ -304,7 +305,7 @@ def _read_folder(folder: Path, header: str | None) -> dict[str, Dataset]:
     if saved := _read_saved(folder):
         return saved
     files = _data_files(folder)
-    chosen = _named_splits(files)
+    chosen = _named_splits(files, str(folder))
     if chosen:
         return {name: read_parts(parts, header) for name, parts in chosen.items()}
     if (folder / "data").is_dir():  # a snapshot from the Hub
@@ -331,7 +332,7 @@ def _read_saved(folder: Path) -> dict[str, Dataset]:
     except Exception as error:  # errors of datasets, pyarrow or json
         raise UserError(f"cannot read {folder}, which save_to_disk wrote: {first_line(error)}") from None
     splits = found if isinstance(found, DatasetDict) else {"train": found}
-    named = _named_splits({str(name).lower(): rows for name, rows in splits.items()})
+    named = _named_splits({str(name).lower(): rows for name, rows in splits.items()}, str(folder))
     return {name: with_rows(rows, f"{folder.name} ({name})") for name, rows in named.items()}
 
 
@@ -345,7 +346,10 @@ def _read_classes(folder: Path) -> Dataset | None:
     return with_rows(Dataset.from_dict(rows), folder.name, [str(file.relative_to(folder)) for file in files])
 
 
-def _named_splits(found: dict) -> dict:
-    """For each split, the first name that is known to mean it."""
-    chosen = {split: [found[name] for name in names if name in found] for split, names in SPLIT_NAMES.items()}
-    return {split: candidates[0] for split, candidates in chosen.items() if candidates}
+def _named_splits(found: dict, place: str | None = None) -> dict:
+    """For each split, the first name that is known to mean it. If `place` is given, the others are logged."""
+    known = {split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()}
+    chosen = {split: name for split, name in known.items() if name is not None}
+    if chosen and place is not None and (others := [name for name in found if name not in chosen.values()]):
+        logger.info("%s: not read: %s", place, ", ".join(others))
+    return {split: found[name] for split, name in chosen.items()}
