@@ -278,7 +278,7 @@ def test_adapters_of_another_base_are_refused_before_the_first_question(talk, fo
     assert talk(model="talker", adapters=[nameless])[0] == []
 
 
-def test_an_adapter_is_asked_as_it_was_trained(talk, folders, tiny_chat_tokenizer, tmp_path):
+def test_an_adapter_is_asked_as_it_was_trained(talk, folders, tiny_chat_tokenizer, tmp_path, capsys):
     """Beside a base with a chat template, an adapter whose task says `plain`."""
     base = open_language_model(str(folders / "talker"))
     base.model.save_pretrained(tmp_path / "base")
@@ -292,6 +292,8 @@ def test_an_adapter_is_asked_as_it_was_trained(talk, folders, tiny_chat_tokenize
     as_plain, _ = talk("Hi", **options)
     as_template, _ = talk("/adapter template", "Hi", **options)
     assert as_template[1] == answer_of(tmp_path, "template", "Hi") != as_plain[1]
+    assert talk("/mix plain=0.5 template=0.5", "Hi", **options)[0] == as_plain  # of the same edit, asked as the first
+    assert "different chat templates: the mix is asked as plain\n" in capsys.readouterr().err
     prompt = base.tokenizer("Human: Hi\n\nAssistant:", return_tensors="pt").input_ids
     model = open_language_model(str(tmp_path / "plain")).model
     tokens = model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]

@@ -218,6 +218,10 @@ class Conversation:
         with self.adapted.acting({name: strength * weight for name, weight in whole.items()}):
             pass
         self.whole, self.strength = whole, strength
+        forms = [self.adapted.form({name: 1.0}) for name in whole]
+        if len({(task.template, str(tokenizer.chat_template)) for task, tokenizer in forms}) > 1:
+            first = next(iter(whole))
+            self.note(f"these adapters were trained with different chat templates: the mix is asked as {first}")
 
     def write(self, text: str) -> None:
         """Show a part of an answer."""

@@ -97,7 +97,7 @@ def open_run(folder: str | Path, base: str | Path | None = None, task: str | Non
         raise UserError(f"the run in {folder} is not finished: run the same `redpeft train` command again")
     bars_on_terminals_only()
     recipe = load_recipe(folder / RECIPE, {"base.model": str(base)} if base is not None else None)
-    return FinishedRun(folder, recipe, task_from_dict(read_json(folder / TASK)))
+    return FinishedRun(folder, recipe.resolved(), task_from_dict(read_json(folder / TASK)))  # with fields that are new
 
 
 def _open_adapter(folder: Path, base: str | Path | None, name: str | None) -> FinishedRun:
