@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import random
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "method_comparison"
 @pytest.fixture(scope="module")
 def comparison():
     """Its modules by their names."""
-    names = ("data", "settings", "run", "tables")
+    names = ("data", "settings", "run", "tables", "feedback")
     sys.path.insert(0, str(FOLDER))
     before = {name: sys.modules.pop(name, None) for name in names}
     yield {name: importlib.import_module(name) for name in names}
@@ -28,7 +30,7 @@ def comparison():
 def test_the_page_has_the_tables_that_the_results_give(comparison):
     tables = comparison["tables"]
     text = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.page_with_tables(text, tables.read_results()) == text, (
+    assert tables.page_with_tables(text, tables.tables(tables.read_results())) == text, (
         "run python benchmarks/method_comparison/tables.py --write"
     )
 
@@ -102,18 +104,18 @@ def test_ranks_count_every_criterion(comparison):
     ],
 )
 def test_an_answer_is_its_last_number_or_its_last_word(task, text, expected, right, comparison):
-    assert comparison["run"].is_right(task, text, expected) is right
+    assert comparison["data"].is_right(task, text, expected) is right
 
 
 def test_what_is_right_is_what_reasoning_gym_gives_one_point(comparison):
     gym = pytest.importorskip("reasoning_gym")
-    run, data = comparison["run"], comparison["data"]
+    data = comparison["data"]
     for task, options in data.CHECKED.items():
         drawn = gym.create_dataset(task, seed=5, size=20, **options)
         for entry, other in zip(drawn, list(drawn)[1:], strict=False):
             for answer in (entry["answer"], other["answer"]):
                 points = drawn.score_answer(answer, entry)
-                assert run.is_right(task, f"It is {answer}.", entry["answer"]) is (points == 1.0)
+                assert data.is_right(task, f"It is {answer}.", entry["answer"]) is (points == 1.0)
 
 
 def test_the_share_of_values_that_a_text_says(comparison):
@@ -145,3 +147,34 @@ def test_bounded_biases_and_edits_in_bf16(comparison):
         assert edit.train().bias.dtype == torch.bfloat16
     assert Edit.train is own
     assert edit.train().bias.dtype == torch.float32
+
+
+def test_a_wrong_spelling_is_plausible_and_never_right(comparison):
+    feedback = comparison["feedback"]
+    words = ["cimho", "noen", "lool", "aab", "level", "aaa"]
+    found = {word: {feedback.wrong_spelling(word, random.Random(seed)) for seed in range(50)} for word in words}
+    assert found["noen"] == {"onen", "neon", "none", "oen", "nen", "non"}  # swapped, as it was, left out
+    assert found["lool"] == {"olol", "lolo", "ool", "lol"}  # a word that is the same backward is no wrong answer
+    assert found["aaa"] == {"aa"}
+    assert all(word not in wrong for word, wrong in found.items())
+    assert feedback.wrong_spelling("cimho", random.Random(3)) == feedback.wrong_spelling("cimho", random.Random(3))
+
+
+def test_the_pages_of_preferences_and_rewards_have_the_tables_that_the_results_give(comparison):
+    tables, feedback = comparison["tables"], comparison["feedback"]
+    for name, table in feedback.TABLES.items():
+        text = (feedback.DOCS / f"{name}.md").read_text(encoding="utf-8")
+        assert tables.page_with_tables(text, {name: table()}) == text, (
+            "run python benchmarks/method_comparison/feedback.py tables"
+        )
+
+
+def test_a_result_of_preferences_and_rewards_says_its_settings(comparison):
+    feedback = comparison["feedback"]
+    for file in feedback.RESULTS.glob("*.json"):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        run = feedback.Run(**result["settings"])
+        assert run.name == file.stem
+        assert run in feedback.RUNS
+        assert result.get("training") == feedback.TRAINING.get(run.kind)
+        assert len(result["hits"]) == feedback.ROWS["test"]

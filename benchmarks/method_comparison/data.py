@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,24 +60,42 @@ def make_e2e(source: Path, out: Path) -> None:
         write_rows(out / f"{split}_questions.jsonl", ({"mr": mr, "references": groups[mr]} for mr in chosen))
 
 
-def make_checked(name: str, out: Path) -> None:
-    """Distinct questions of a task of reasoning-gym. None of the validation or the test split is in an earlier one."""
+def draw_checked(name: str, options: dict[str, Any], counts: dict[str, int]) -> dict[str, list[dict[str, str]]]:
+    """Distinct questions of a task of reasoning-gym with their answers, so many for each split. None of the validation
+    or the test split is in an earlier one."""
     import reasoning_gym
 
     seen: set[str] = set()
-    for split, seed in SEEDS.items():
-        wanted = TRAIN_ROWS[name] if split == "train" else QUESTIONS
-        drawn = reasoning_gym.create_dataset(name, seed=seed, size=20 * wanted, **CHECKED[name])
-        rows: list[dict[str, str]] = []
-        for entry in drawn:
-            if entry["question"] not in seen and len(rows) < wanted:
+    splits: dict[str, list[dict[str, str]]] = {}
+    for split, count in counts.items():
+        rows = splits[split] = []
+        for entry in reasoning_gym.create_dataset(name, seed=SEEDS[split], size=20 * count, **options):
+            if entry["question"] not in seen and len(rows) < count:
                 seen.add(entry["question"])
                 rows.append({"prompt": entry["question"], "response": entry["answer"]})
-        if len(rows) < wanted:
+        if len(rows) < count:
             raise SystemExit(f"{name}: only {len(rows)} distinct questions for {split}")
+    return splits
+
+
+def make_checked(name: str, out: Path) -> None:
+    counts = {"train": TRAIN_ROWS[name], "validation": QUESTIONS, "test": QUESTIONS}
+    for split, rows in draw_checked(name, CHECKED[name], counts).items():
         write_rows(out / f"{split}.jsonl", rows)
         if split != "train":
             write_rows(out / f"{split}_questions.jsonl", rows)
+
+
+def is_right(task: str, text: str, expected: str) -> bool:
+    """Whether an answer is right: its last number, or its last word, is the one expected.
+
+    The same as `score_answer(...) == 1.0` of reasoning-gym on what is taken out.
+    """
+    if task == "chain_sum":
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+        return bool(numbers) and float(numbers[-1]) == float(expected)
+    words = re.findall(r"\w+", text.lower())
+    return bool(words) and words[-1] == expected.lower()
 
 
 def make_forgetting(source: Path, out: Path) -> None:

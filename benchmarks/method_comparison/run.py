@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from data import FORGETTING, is_right
 from settings import BASE, PARTS, TASKS, Run, planned
 
 from redpeft.storage import read_json, to_json, write_atomically
@@ -212,22 +213,9 @@ def unending(texts: list[str]) -> float:
     return sum(not text.rstrip().endswith((".", "!", "?")) for text in texts) / len(texts)
 
 
-def is_right(task: str, text: str, expected: str) -> bool:
-    """Whether an answer is right: its last number, or its last word, is the one expected.
-
-    The same as `score_answer(...) == 1.0` of reasoning-gym on what is taken out.
-    """
-    if task == "chain_sum":
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-        return bool(numbers) and float(numbers[-1]) == float(expected)
-    words = re.findall(r"\w+", text.lower())
-    return bool(words) and words[-1] == expected.lower()
-
-
 def text_loss(finished: Any, path: Path) -> float:
     """The mean loss on a text that has nothing to do with the task. What it rises by was forgotten."""
     import torch
-    from data import FORGETTING
 
     length = FORGETTING["tokens"]
     ids = finished.tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]

@@ -240,9 +240,9 @@ def tables(results: Results) -> dict[str, str]:
     }
 
 
-def page_with_tables(text: str, results: Results) -> str:
+def page_with_tables(text: str, made: Mapping[str, str]) -> str:
     """The page with each table between its marks. Raises ValueError for a table without a place."""
-    for name, table in tables(results).items():
+    for name, table in made.items():
         before, mark, after = text.partition(BEGIN.format(name))
         if not mark or END not in after:
             raise ValueError(f"the page has no place for the table {name}")
@@ -256,7 +256,7 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results()
     if options.write:
-        PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+        PAGE.write_text(page_with_tables(PAGE.read_text(encoding="utf-8"), tables(results)), encoding="utf-8")
     else:
         for name, table in tables(results).items():
             print(f"## {name}\n{table}")
