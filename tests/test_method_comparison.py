@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from redpeft.tasks.metrics import is_right
+
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "method_comparison"
 
 
@@ -91,31 +93,14 @@ def test_ranks_count_every_criterion(comparison):
     assert settings.rank_sum("says more", scores, "e2e") == 1
 
 
-@pytest.mark.parametrize(
-    ("task", "text", "expected", "right"),
-    [
-        ("chain_sum", "15 - 43 - 75 = -103.", "-103", True),
-        ("chain_sum", "The answer is 1,204", "1204", True),
-        ("chain_sum", "The answer is 3, or 4", "3", False),
-        ("chain_sum", "I do not know", "3", False),
-        ("spell_backward", "The word is: Cimho.", "cimho", True),
-        ("spell_backward", "cimho (backward)", "cimho", False),
-        ("spell_backward", "", "cimho", False),
-    ],
-)
-def test_an_answer_is_its_last_number_or_its_last_word(task, text, expected, right, comparison):
-    assert comparison["data"].is_right(task, text, expected) is right
-
-
 def test_what_is_right_is_what_reasoning_gym_gives_one_point(comparison):
     gym = pytest.importorskip("reasoning_gym")
-    data = comparison["data"]
-    for task, options in data.CHECKED.items():
+    for task, options in comparison["data"].CHECKED.items():
         drawn = gym.create_dataset(task, seed=5, size=20, **options)
         for entry, other in zip(drawn, list(drawn)[1:], strict=False):
             for answer in (entry["answer"], other["answer"]):
                 points = drawn.score_answer(answer, entry)
-                assert data.is_right(task, f"It is {answer}.", entry["answer"]) is (points == 1.0)
+                assert is_right(f"It is {answer}.", entry["answer"]) is (points == 1.0)
 
 
 def test_the_share_of_values_that_a_text_says(comparison):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -84,18 +83,6 @@ def make_checked(name: str, out: Path) -> None:
         write_rows(out / f"{split}.jsonl", rows)
         if split != "train":
             write_rows(out / f"{split}_questions.jsonl", rows)
-
-
-def is_right(task: str, text: str, expected: str) -> bool:
-    """Whether an answer is right: its last number, or its last word, is the one expected.
-
-    The same as `score_answer(...) == 1.0` of reasoning-gym on what is taken out.
-    """
-    if task == "chain_sum":
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-        return bool(numbers) and float(numbers[-1]) == float(expected)
-    words = re.findall(r"\w+", text.lower())
-    return bool(words) and words[-1] == expected.lower()
 
 
 def make_forgetting(source: Path, out: Path) -> None:

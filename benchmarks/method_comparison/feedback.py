@@ -18,13 +18,13 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data import CHECKED, draw_checked, is_right, read_rows, write_rows
+from data import CHECKED, draw_checked, read_rows, write_rows
 from settings import BASE, CANDIDATES
 from tables import NOT_RUN, markdown, page_with_tables, short
 
@@ -35,13 +35,13 @@ DOCS = Path(__file__).parents[2] / "docs"
 OPTIONS = {**CHECKED, "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}}
 ROWS = {"train": 240, "validation": 100, "test": 200}
 TASKS = {"dpo": "spell_backward", "grpo": "chain_sum", "sft": "chain_sum"}
-STEPS = 15
+SUMS = {"data.chat_template": "plain", "batch_size": 4, "max_steps": 60}
 TRAINING = {
     "dpo": {"task": "preference", "loss": "dpo", "data.chat_template": "plain", "batch_size": 8, "epochs": 1},
-    "sft": {"task": "instruction", "data.chat_template": "plain", "batch_size": 4, "max_steps": STEPS},
-    "grpo": {  # of TRL's GRPOConfig
-        **{"per_device_train_batch_size": 32, "num_generations": 8, "max_steps": STEPS},
-        **{"temperature": 0.7, "max_completion_length": 12, "warmup_steps": 0.06},
+    "sft": {"task": "instruction", **SUMS},
+    "grpo": {
+        **{"task": "reward", "reward": "exact_match", "num_generations": 8, "temperature": 0.7},
+        **{"max_completion_length": 12, **SUMS},
     },
 }
 NEW_TOKENS = 12
@@ -123,71 +123,21 @@ def wrong_spelling(answer: str, draw: random.Random) -> str:
 
 def measure(run: Run, base: str, data: Path) -> None:
     """Train, answer the questions of the test split, and write the result."""
+    from redpeft.storage import read_metrics
     from redpeft.training.recipe import load_recipe
     from redpeft.training.train import train
 
     result: dict[str, Any] = {"settings": asdict(run)}
     with tempfile.TemporaryDirectory() as folder:
-        if run.kind == BASE:
-            result["hits"] = hits(base, run.task, data)
-        else:
-            result["training"] = TRAINING[run.kind]
-            if run.kind == "grpo":
-                result |= train_on_rewards(run, base, data, folder)
-            else:
-                found = train(load_recipe(None, recipe_fields(run, base, data)), folder)
-                kept = ("validation", "steps", "trainable_parameters", "versions")
-                result |= {key: found[key] for key in kept}
-            result["hits"] = hits(folder, run.task, data)
+        if run.kind != BASE:
+            found = train(load_recipe(None, recipe_fields(run, base, data)), folder)
+            kept = ("validation", "steps", "trainable_parameters", "versions")
+            result |= {"training": TRAINING[run.kind], **{key: found[key] for key in kept}}
+            if rewards := [entry["reward"] for entry in read_metrics(Path(folder)) if "reward" in entry]:
+                result["rewards"] = rewards
+        result["hits"] = hits(base if run.kind == BASE else folder, run.task, data)
     write_atomically(RESULTS / f"{run.name}.json", to_json(result, indent=1))
     print(f"{run.name}: {result['hits'].count('1')} of {len(result['hits'])} right", flush=True)
-
-
-def train_on_rewards(run: Run, base: str, data: Path, folder: str) -> dict[str, Any]:
-    """Train by TRL's GRPOTrainer and save the adapter in `folder`. A right answer's reward is 1, and any other's 0."""
-    import peft
-    import torch
-    import transformers
-    import trl
-    from datasets import Dataset
-
-    import redpeft
-    from redpeft.models import pad_prompts
-    from redpeft.training.baselines import METHODS
-
-    candidate, rows = CANDIDATES[run.method], read_rows(data / run.task / "train.jsonl")
-    transformers.set_seed(run.seed)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = METHODS[candidate.method].options_class(**candidate.options, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config)
-    prompts = [f"Human: {row['prompt']}\n\nAssistant:" for row in rows]
-    if candidate.method == "red":
-        redpeft.calibrate(model, pad_prompts(tokenizer, tokenizer(prompts[:32])["input_ids"], "left"))
-
-    def reward(completions: list[str], response: list[str], **_: Any) -> list[float]:
-        return [float(is_right(run.task, *pair)) for pair in zip(completions, response, strict=True)]
-
-    options = {"output_dir": folder, "learning_rate": run.rate, "seed": run.seed, **TRAINING["grpo"]}
-    options |= {
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    args = trl.GRPOConfig(**options, bf16=False, activation_checkpointing=False)
-    rows = [{"prompt": prompt, "response": row["response"]} for prompt, row in zip(prompts, rows, strict=True)]
-    trainer = trl.GRPOTrainer(model, reward, args, Dataset.from_list(rows), processing_class=tokenizer)
-    trainer.train()
-    trainer.save_model(folder)
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return {
-        "rewards": [entry["reward"] for entry in logs],
-        "lengths": [entry["completions/mean_length"] for entry in logs],
-        "steps": trainer.state.global_step,
-        "trainable_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
-        "versions": {module.__name__: module.__version__ for module in (redpeft, peft, transformers, trl, torch)},
-    }
 
 
 def recipe_fields(run: Run, base: str, data: Path) -> dict[str, Any]:
@@ -210,6 +160,7 @@ def hits(model: str, task: str, data: Path) -> str:
     """For each question of the test split 1 if the greedy answer of a base or a run is right, and 0 if it is not."""
     from redpeft.evaluation.language_model import Decoding, open_language_model
     from redpeft.tasks.instruction import InstructionTask
+    from redpeft.tasks.metrics import is_right
 
     speaker, rows = open_language_model(model), read_rows(data / task / "test.jsonl")
     speaker = replace(speaker, task=InstructionTask({"messages": "messages"}, template="plain"))
@@ -218,7 +169,7 @@ def hits(model: str, task: str, data: Path) -> str:
     texts: list[str] = []
     for start in range(0, len(chats), 50):
         texts += speaker.answer(chats[start : start + 50], decoding)
-    return "".join(str(int(is_right(task, text, row["response"]))) for text, row in zip(texts, rows, strict=True))
+    return "".join(str(int(is_right(text, row["response"]))) for text, row in zip(texts, rows, strict=True))
 
 
 def run_all(base: str, data: Path, workers: int, kinds: list[str]) -> None:
@@ -237,49 +188,53 @@ def run_all(base: str, data: Path, workers: int, kinds: list[str]) -> None:
 Result = Mapping[str, Any]
 
 
-def read_runs(kind: str) -> list[Result]:
-    """The results of a kind: RED's first, by rate and seed."""
-    runs = sorted((run for run in RUNS if run.kind == kind), key=lambda run: (run.method != "RED", run.rate, run.seed))
-    files = [RESULTS / f"{run.name}.json" for run in runs]
-    return [read_json(file) for file in files if file.exists()]
+def result_of(run: Run) -> Result | None:
+    file = RESULTS / f"{run.name}.json"
+    return read_json(file) if file.exists() else None
 
 
-def percent_right(result: Result) -> str:
+def percent_right(result: Result | None) -> str:
     """Exact match with its standard error over the questions."""
-    if "hits" not in result:
+    if result is None or "hits" not in result:
         return NOT_RUN
     right = [100 * int(hit) for hit in result["hits"]]
     return f"{statistics.mean(right):.1f} ± {statistics.stdev(right) / len(right) ** 0.5:.1f}"
 
 
-def of_run(result: Result) -> list[str]:
-    settings = result["settings"]
-    return [settings["method"], f"{result['trainable_parameters']:,}", short(settings["rate"])]
+def rows_of(kind: str, cells: Callable[[Result], list[str]], columns: int) -> list[list[str]]:
+    """The rows of the runs of a kind: RED's first, by rate and seed."""
+    runs = sorted((run for run in RUNS if run.kind == kind), key=lambda run: (run.method != "RED", run.rate, run.seed))
+    rows = []
+    for run in runs:
+        result = result_of(run)
+        filled = [NOT_RUN, *[""] * (columns - 1)] if result is None else [*cells(result), percent_right(result)]
+        rows.append([run.method, short(run.rate), *filled])
+    return rows
 
 
 def preferences_table() -> str:
-    base, lines = read_json(RESULTS / f"{RUNS[0].name}.json"), []
-    for result in read_runs("dpo"):
-        scores = result["validation"]
-        cells = [f"{scores[key]:.2f}" for key in ("rewards/accuracies", "rewards/margins")]
-        logps = [f"{scores[f'logps/{answer}']:.1f}" for answer in ("chosen", "rejected")]
-        lines.append([*of_run(result), f"{scores['loss']:.3f}", *cells, *logps, percent_right(result)])
-        at_start = [scores[f"logps/{each}"] - scores[f"rewards/{each}"] / BETA for each in ("chosen", "rejected")]
-    first = ["the base as it is", "0", "", "0.693", "", "0.00", *[f"{each:.1f}" for each in at_start]]
-    headings = ["method", "parameters", "rate", "loss", "accuracy", "margin", "chosen", "rejected", "exact match"]
-    return markdown(headings, [[*first, percent_right(base)], *lines])
+    keys = {"loss": 3, "rewards/accuracies": 2, "rewards/margins": 2, "logps/chosen": 1, "logps/rejected": 1}
+
+    def cells(result: Result) -> list[str]:
+        return [f"{result['validation'][key]:.{digits}f}" for key, digits in keys.items()]
+
+    scores = next(result["validation"] for run in RUNS if run.kind == "dpo" and (result := result_of(run)))
+    start = [f"{scores[f'logps/{each}'] - scores[f'rewards/{each}'] / BETA:.1f}" for each in ("chosen", "rejected")]
+    first = ["the base as it is", "", "0.693", "", "0.00", *start, percent_right(result_of(Run(BASE, TASKS["dpo"])))]
+    headings = ["method", "rate", "loss", "accuracy", "margin", "chosen", "rejected", "exact match"]
+    return markdown(headings, [first, *rows_of("dpo", cells, 6)])
 
 
 def rewards_table() -> str:
-    base, lines = read_json(RESULTS / f"{RUNS[1].name}.json"), []
-    for result in [*read_runs("grpo"), *read_runs("sft")]:
+    def cells(result: Result) -> list[str]:
         rewards = result.get("rewards")
-        ends = [f"{statistics.mean(part):.2f}" for part in (rewards[:5], rewards[-5:])] if rewards else ["", ""]
-        settings = result["settings"]
-        lines.append([settings["kind"].upper(), *of_run(result), str(settings["seed"]), *ends, percent_right(result)])
-    first = ["the base as it is", "", "0", *[""] * 4, percent_right(base)]
-    headings = ["", "method", "parameters", "rate", "seed", "reward, first 5 steps", "last 5 steps", "exact match"]
-    return markdown(headings, [first, *lines])
+        ends = [f"{statistics.mean(part):.2f}" for part in (rewards[:10], rewards[-10:])] if rewards else ["", ""]
+        return [str(result["settings"]["seed"]), *ends]
+
+    rows = [[kind.upper(), *row] for kind in ("grpo", "sft") for row in rows_of(kind, cells, 4)]
+    first = ["", "the base as it is", "", "", "", "", percent_right(result_of(Run(BASE, TASKS["grpo"])))]
+    headings = ["", "method", "rate", "seed", "reward, first 10 steps", "last 10 steps", "exact match"]
+    return markdown(headings, [first, *rows])
 
 
 TABLES = {

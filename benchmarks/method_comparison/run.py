@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from data import FORGETTING, is_right
+from data import FORGETTING
 from settings import BASE, PARTS, TASKS, Run, planned
 
 from redpeft.storage import read_json, to_json, write_atomically
@@ -172,7 +172,7 @@ def moved(model: Any) -> dict[str, float]:
 
 def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[str, list]]:
     """The scores on the questions of the run's split, and the texts by decoding."""
-    from redpeft.tasks.metrics import bleu
+    from redpeft.tasks.metrics import bleu, is_right
     from redpeft.training.predict import predict
 
     rows = [json.loads(line) for line in (data / one.task / f"{one.split}_questions.jsonl").open(encoding="utf-8")]
@@ -188,7 +188,7 @@ def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[st
             scores[f"unending {name}"] = unending(texts[name])
             texts["references"] = [row["references"] for row in rows]
         else:
-            hits = [is_right(one.task, text, row["response"]) for text, row in zip(texts[name], rows, strict=True)]
+            hits = [is_right(text, row["response"]) for text, row in zip(texts[name], rows, strict=True)]
             scores["exact_match"] = sum(hits) / len(hits)
             scores["hits"] = "".join(str(int(hit)) for hit in hits)  # for paired differences
     if one.split == "validation":  # one decoding

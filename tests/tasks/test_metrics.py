@@ -27,6 +27,25 @@ def test_scores_of_classes():
     assert scores["matthews"] == pytest.approx((3 * 5 - (2 + 4 + 2)) / np.sqrt((25 - 9) * (25 - 9)))
 
 
+@pytest.mark.parametrize(
+    ("text", "expected", "right"),
+    [
+        ("15 - 43 - 75 = -103.", "-103", True),
+        ("The answer is 1,204", "1204", True),
+        ("The answer is 3, or 4", "3", False),
+        ("I do not know", "3", False),
+        ("The word is: Cimho.", "cimho", True),
+        ("cimho (backward)", "cimho", False),
+        ("", "cimho", False),
+        ("2 + 3: <answer>5</answer>, not 6", "5", True),
+        ("green Tea", "Green  tea", True),
+        ("green tea, please", "green tea", False),
+    ],
+)
+def test_an_answer_is_its_last_number_its_last_word_or_the_whole_text(text, expected, right):
+    assert metrics.is_right(text, expected) is right
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("labels", "predicted", "f1", "matthews"),
