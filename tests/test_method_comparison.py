@@ -162,4 +162,5 @@ def test_a_result_of_preferences_and_rewards_says_its_settings(comparison):
         assert run.name == file.stem
         assert run in feedback.RUNS
         assert result.get("training") == feedback.TRAINING.get(run.kind)
-        assert len(result.get("hits", "1" * 200)) == feedback.ROWS["test"]
+        if "hits" in result:
+            assert len(result["hits"]) == feedback.ROWS["test"]
