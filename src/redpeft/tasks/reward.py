@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,11 +211,13 @@ def _called(name: str, function: Score, **arguments: Any) -> list[float | None]:
     """What a user's function gives. Raises `RunError` if it fails, or gives something else than a number or None for
     each completion."""
     try:
-        found = list(function(**arguments))
+        found = function(**arguments)
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(last.filename).name}, line {last.lineno}"
-        raise RunError(f"reward {name} fails at {place}: {type(error).__name__}: {first_line(error)}") from error
+        inside = traceback.extract_tb(error.__traceback__)[1:]  # none where the call itself is wrong
+        place = f" at {Path(inside[-1].filename).name}, line {inside[-1].lineno}" if inside else ""
+        raise RunError(f"reward {name} fails{place}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(found, Sized) or not isinstance(found, Iterable):
+        raise RunError(f"reward {name} gives {found!r} instead of a list of scores")
     if len(found) != (wanted := len(arguments["completions"])):
         raise RunError(f"reward {name} gives {len(found)} scores for {wanted} completions: one is needed for each")
     scores: list[float | None] = []
