@@ -118,6 +118,8 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
     check_recipe(recipe)
     recipe = recipe.model_copy(update={"report_to": [], "save_steps": None})
     notes: list[str] = []
+    if recipe.reward:
+        notes.append("nothing is marked: the model learns from its own answers to these prompts")
     if recipe.trainer_options.get("use_vllm"):
         recipe = recipe.model_copy(update={"trainer_options": recipe.trainer_options | {"use_vllm": False}})
         notes.append("answers come from vLLM in training, and from transformers in this probe, which takes longer")

@@ -489,6 +489,11 @@ class RewardTrainer(FeedbackTrainer):
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return self.task.tokens_to_continue(prompts, self.processing_class), None, {}
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._buffered_inputs is None:  # TRL counts from where a run was resumed, and rows from the start
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        return super()._prepare_inputs(generation_batch)
+
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
