@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -61,6 +62,14 @@ def trained(make, tmp_path_factory):
     return folder, train(make(), folder)
 
 
+@pytest.fixture
+def calls(make):
+    """What `even` got, call by call."""
+    found = importlib.import_module("scores_of_tests").CALLS
+    found.clear()
+    return found
+
+
 def entries(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -86,10 +95,8 @@ def test_the_reward_rises_and_a_finished_run_is_scored_alike(trained, make):
     assert not (folder / "adapter" / "tokenizer.json").exists()
 
 
-def test_what_a_function_gets(make, tmp_path):
+def test_what_a_function_gets(make, calls, tmp_path):
     _, trainer = set_up(make().alone(), tmp_path / "run")
-    calls = sys.modules["scores_of_tests"].CALLS
-    calls.clear()
     trainer.evaluate(trainer.eval_dataset.select([0, 5]))
     [call] = calls
     assert call["prompt"] == call["prompts"] == ["spell good", "spell film"]
@@ -130,10 +137,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(make, tmp_path, monkeypa
         assert torch.equal(edit.bias, found[site].bias), site
 
 
-def test_a_run_stopped_between_steps_with_the_same_answers_asks_for_them_again(make, tmp_path, monkeypatch):
+def test_a_run_stopped_between_steps_with_the_same_answers_asks_for_them_again(make, calls, tmp_path, monkeypatch):
     recipe = make(save_steps=1, max_steps=6, trainer_options={"num_iterations": 2})
-    calls = sys.modules["scores_of_tests"].CALLS
-    calls.clear()
     stop_after(3, recipe, tmp_path / "run", monkeypatch)
     train(recipe, tmp_path / "run")
     assert [call["step"] for call in calls if call["step"] is not None] == [0, 2, 3, 4]
