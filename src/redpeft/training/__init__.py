@@ -8,6 +8,7 @@ preview.py         what a run will be, before it runs
 learner.py         the model that a recipe trains: base model, method and head
 encoding.py        rows as tokens, cut and counted
 trainer.py         the Trainer of transformers or TRL: arguments, order of rows, optimiser, scores
+feedback.py        what TRL's trainers of preferences and rewards need beside that
 callbacks.py       checkpoints, metrics, progress and signals while it trains
 predict.py         scores and answers of a finished run; rows from answer_files.py and stdin_rows.py
 """
