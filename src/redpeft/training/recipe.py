@@ -340,6 +340,7 @@ class Recipe(BaseModel):
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or runs/<data>-<method>."""
         name = Path(self.data.path or self.data.train or "").stem or ("mix" if self.data.mix else "data")
+        name = name.replace(":", "-")  # of reasoning-gym:NAME
         return Path(self.output) if self.output else Path("runs") / f"{name}-{self.method}"
 
     def differences(self, other: Recipe) -> list[str]:
