@@ -182,7 +182,10 @@ def test_wrong_rows(row, options, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("exactmatch", "reward 'exactmatch' is neither exact_match, nor reasoning-gym, nor of the form module:functi"),
+        (
+            "exactmatch",
+            "reward 'exactmatch' is neither exact_match nor reasoning-gym, and not of the form module:func",
+        ),
         ("scores:", "reward 'scores:' is neither"),
         (":noted", "reward ':noted' is neither"),
         ("score:noted", "reward score:noted: no module 'score' is installed or in the folder "),

@@ -120,11 +120,16 @@ def test_instructions_in_bf16(load_in, instructions, tiny_decoder_folder, make_r
     assert all("text" in answer for answer in predict(run, ["say good", "say bad"], max_new_tokens=3))
 
 
-def test_preferences(load_in, tiny_decoder_folder, make_recipe, tmp_path):
+@pytest.mark.parametrize("task", ["preference", "reward"])
+def test_preferences_and_rewards(task, load_in, tiny_decoder_folder, make_recipe, tmp_path):
     """TRL makes what is trained on a quantised base bf16; here edits stay fp32."""
     pytest.importorskip("trl")
-    write_rows(tmp_path / "pairs.jsonl", [{"prompt": "say", "chosen": word, "rejected": "no"} for word in "abcd" * 4])
-    fields = {"task": "preference", "data": str(tmp_path / "pairs.jsonl"), "epochs": 1, "learning_rate": 0.1}
+    row = {"prompt": "say", "rejected": "no", "response": "yes"}
+    write_rows(tmp_path / "rows.jsonl", [row | {"chosen": word} for word in "abcd" * 4])
+    fields = {"task": task, "data": str(tmp_path / "rows.jsonl"), "epochs": 1, "learning_rate": 0.1}
+    if task == "reward":
+        few = {"batch_size": 2, "num_generations": 2, "max_completion_length": 4, "max_steps": 1}
+        fields |= {"reward": "exact_match", "beta": 0.1, **few}
     recipe = make_recipe(base=str(tiny_decoder_folder), base__load_in=load_in, **fields)
     train(recipe, tmp_path / "run")
     first = learned(tmp_path / "run")

@@ -12,6 +12,7 @@ import torch
 from helpers.data import write_rows
 from redpeft.adapters.folder import read_adapter
 from redpeft.errors import Stopped, UserError
+from redpeft.evaluation.language_model import prompt_form
 from redpeft.fleet.template_model import why_alone
 from redpeft.training.predict import evaluate, load_run, predict
 from redpeft.training.preview import preview
@@ -85,8 +86,10 @@ def test_the_reward_rises_and_a_finished_run_is_scored_alike(trained, make):
     assert run.recipe.task == "reward"
     again = evaluate(run, f"{make().data.path}/test.jsonl")
     assert again == pytest.approx(result["test"], rel=1e-4)
+    assert prompt_form(folder, run.tokenizer)[0].template == run.task.template
     [answer] = predict(run, ["spell good"])
     assert answer["prompt"] == "spell good"
+    assert run.task.generation["max_new_tokens"] == 6
     assert (folder / "plots" / "reward.png").is_file()
     assert {path.name for path in (folder / "adapter").iterdir()} >= {
         "adapter_config.json",

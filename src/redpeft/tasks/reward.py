@@ -33,6 +33,17 @@ Score = Callable[..., Sequence[float | None]]
 list. A completion is a text if its prompt is one, and otherwise a list with one message."""
 
 
+def _match(text: str, row: Mapping[str, Any]) -> float:
+    return float(is_right(text, str(row["response"])))
+
+
+BUILT_IN: dict[str, Callable[[str, Mapping[str, Any]], float]] = {
+    "exact_match": _match,
+    reasoning.REWARD: reasoning.score_answer,
+}
+"""Rewards that score one answer by the row's right one: what they get is the answer and the row."""
+
+
 @dataclass
 class RewardTask(InstructionTask):
     """Which answers a model is to give more often. Prompts become text as in the task instruction, and are answered as
@@ -119,7 +130,7 @@ class RewardTask(InstructionTask):
         """Raises `UserError` for a missing column, an empty text, a value that is not a chat, or no right answer where
         one is needed."""
         super().check(dataset, with_labels=False)
-        if not with_labels or not {"exact_match", reasoning.REWARD} & set(self.reward):
+        if not with_labels or not BUILT_IN.keys() & set(self.reward):
             return
         column = cols.choose_column(dataset, self.columns.get("response"), [], "response")
         if empty := [row for row, answer in enumerate(cols.values(dataset, column)) if cols.is_missing(answer)]:
@@ -188,8 +199,7 @@ class RewardTask(InstructionTask):
             rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
             if function is None:
                 asked = [{key: row[name] for key, name in self.columns.items()} | row for row in rows]
-                built_in = reasoning.score_answer if name == reasoning.REWARD else _score_by_match
-                return [built_in(text, row) for text, row in zip(completions, asked, strict=True)]
+                return [BUILT_IN[name](text, row) for text, row in zip(completions, asked, strict=True)]
             prompts: Any = given.get(self.columns.get("prompt", ""))
             answers: list[Any] = completions
             if prompts is None or not isinstance(prompts[0], str):
@@ -201,10 +211,6 @@ class RewardTask(InstructionTask):
 
         score.__name__ = name.rpartition(":")[2]
         return score
-
-
-def _score_by_match(text: str, row: Mapping[str, Any]) -> float:
-    return float(is_right(text, str(row["response"])))
 
 
 def _called(name: str, function: Score, **arguments: Any) -> list[float | None]:
@@ -237,11 +243,11 @@ def load_reward(name: str) -> Score | None:
     Raises:
         UserError: a name that is neither, a module that cannot be imported, or no such function in it.
     """
-    if name in ("exact_match", reasoning.REWARD):
+    if name in BUILT_IN:
         return None
     place, colon, wanted = name.partition(":")
     if not colon or not place or not wanted:
-        raise UserError(f"reward {name!r} is neither exact_match, nor reasoning-gym, nor of the form module:function")
+        raise UserError(f"reward {name!r} is neither {' nor '.join(BUILT_IN)}, and not of the form module:function")
     if (folder := os.getcwd()) not in sys.path:
         sys.path.append(folder)
     try:
@@ -249,9 +255,8 @@ def load_reward(name: str) -> Score | None:
     except Exception as error:  # whatever a user's module raises
         if isinstance(error, ModuleNotFoundError) and error.name and f"{place}.".startswith(f"{error.name}."):
             raise UserError(f"reward {name}: no module {place!r} is installed or in the folder {folder}") from None
-        raise UserError(
-            f"reward {name}: importing {place} fails: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"reward {name}: importing {place} fails: {why}") from None
     function = getattr(module, wanted, None)
     if not callable(function):
         near = difflib.get_close_matches(wanted, [each for each, _ in inspect.getmembers(module, callable)], n=1)
