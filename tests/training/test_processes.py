@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.data import write_rows
 from redpeft.storage import read_result
+from redpeft.training.predict import evaluate, load_run
 
 JOB = """
 import os, signal, sys
@@ -104,6 +106,41 @@ def test_two_processes_generate_as_one(make_recipe, tiny_gpt2_folder, e2e_folder
     assert one.pop("loss") == pytest.approx(two.pop("loss"), rel=1e-3)
     assert one == two
     assert one["bleu"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_learn_by_rewards(make_recipe, tiny_decoder_folder, tmp_path):
+    """Every row is scored once, by one of them."""
+    pytest.importorskip("trl")
+    rows = [
+        {"prompt": f"spell {word}", "kind": place} for place, word in enumerate(("good", "film", "shop", "tree", "a"))
+    ]
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / f"{split}.jsonl", rows)
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "scores.py").write_text(
+        "def even(completion_ids, **_):\n"
+        "    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]\n\n"
+        "def kind(kind, **_):\n    return kind\n"
+    )
+    fields = {
+        "data": str(tmp_path),
+        "reward": "scores:even,scores:kind",
+        "max_completion_length": 6,
+        "num_generations": 4,
+    }
+    recipe = make_recipe(base=str(tiny_decoder_folder), **fields, batch_size=2, max_steps=18, learning_rate=0.3)
+    run = launch(recipe, tmp_path / "job", processes=2)
+    result = read_result(run)
+    assert result["test"]["reward_kind"] == sum(range(5)) / 5
+    assert result["test"]["reward"] == pytest.approx(result["test"]["reward_even"] + result["test"]["reward_kind"])
+    assert result["test"]["completion_length"] <= 6
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path / "job")
+        patched.setattr("sys.path", list(sys.path))
+        again = evaluate(load_run(run), f"{tmp_path}/test.jsonl")
+    assert again == pytest.approx(result["test"], rel=1e-4)
 
 
 def assert_same_run(run, one):
