@@ -11,7 +11,6 @@ from redpeft.errors import RunError, UserError
 from redpeft.tasks.base import DataConfig, task_from_dict
 from redpeft.tasks.columns import CUT
 from redpeft.tasks.data import read_data
-from redpeft.tasks.metrics import is_right
 from redpeft.tasks.reward import GIVEN, load_reward
 
 ASKED = [{"role": "user", "content": "Hi"}]
@@ -131,35 +130,11 @@ def test_a_line_names_the_functions_and_further_columns(functions, tmp_path):
     assert task.describe(splits["train"]) == ["reward: exact_match, scores:noted; it also gets the columns kind"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected", "right"),
-    [
-        ("It is 1,234 in all", "1234", True),
-        ("1234.0", "1,234", True),
-        ("5 and then 7", "7", True),
-        ("7 and then 5", "7", False),
-        ("so x = -3", "-3", True),
-        ("so x = -3", "3", False),
-        ("3.14", "3.14", True),
-        ("3", "3.14", False),
-        ("The colour is RED.", "red", True),
-        ("red or blue", "red", False),
-        (" New   york ", "new York", True),
-        ("It is New York", "New York", False),
-        ("<answer>4</answer> or <answer> 5 </answer>, not 6", "5", True),
-        ("<answer>a\nb</answer>", "a b", True),
-        ("", "5", False),
-        ("I do not know", "5", False),
-        ("...", "word", False),
-        ("<answer></answer> 5", "5", False),
-    ],
-)
-def test_exact_match(text, expected, right, tmp_path):
-    assert is_right(text, expected) is right
-    task, _ = read(tmp_path, {"question": "Hi", "answer": expected})
+def test_exact_match(tmp_path):
+    task, _ = read(tmp_path, {"question": "Hi", "answer": "1,234"})
     [score] = task.reward_functions()
-    given = {f"{GIVEN}question": ["Hi"], f"{GIVEN}answer": [expected]}
-    assert score(prompts=["Hi"], completions=[text], **given) == [float(right)]
+    given = {f"{GIVEN}question": ["Hi"] * 3, f"{GIVEN}answer": ["1,234", "5", "red"]}
+    assert score(prompts=["Hi"] * 3, completions=["1234.0", "5 or 6", "It is Red."], **given) == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +182,7 @@ def test_names_that_lead_to_no_function(name, message, functions):
     [
         ("fails", "reward scores:fails fails at scores.py, line 9: KeyError: 'given'"),
         ("too_few", "reward scores:too_few gives 1 scores for 2 completions: one is needed for each"),
-        ("words", "reward scores:words gives 'good': a score is a finite number, or None to leave an answer out"),
+        ("words", "reward scores:words gives 'good': a score is a finite number, or None, which adds nothing"),
         ("infinite", "reward scores:infinite gives inf: a score is a finite number"),
         ("nothing", "reward scores:nothing gives None instead of a list of scores"),
         ("narrow", "reward scores:narrow fails: TypeError: narrow() got an unexpected keyword argument"),

@@ -184,6 +184,8 @@ def test_several_functions_are_added_by_weight(make, tmp_path):
     scores = train(recipe, tmp_path / "run")["test"]
     assert scores["reward_exact_match"] == 0
     assert scores["reward_half"] == 0.5
+    assert "frac_reward_zero_std" in entries(tmp_path / "run")[0]
+    assert "completions/clipped_ratio" in entries(tmp_path / "run")[0]
     # `half` scores every second answer
     assert scores["reward"] == pytest.approx(2 * scores["reward_even"] + 0.5 * 0.25)
 

@@ -233,7 +233,7 @@ def _called(name: str, function: Score, **arguments: Any) -> list[float | None]:
         except (TypeError, ValueError):
             scores.append(math.nan)
         if scores[-1] is not None and not math.isfinite(scores[-1]):
-            raise RunError(f"reward {name} gives {each!r}: a score is a finite number, or None to leave an answer out")
+            raise RunError(f"reward {name} gives {each!r}: a score is a finite number, or None, which adds nothing")
     return scores
 
 

@@ -114,11 +114,11 @@ class RewardTrainer(FeedbackTrainer):
             self.callback_handler.eval_dataloader = batches  # by which progress is counted
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         rewards = np.array(gather_object(own), dtype=float)  # (rows, functions and the length)
-        means = dict(zip([*self.reward_func_names, "completion_length"], np.nanmean(rewards, axis=0), strict=True))
+        *means, length = np.nanmean(rewards, axis=0).tolist()
         weighted = np.nansum(rewards[:, :-1] * self.reward_weights.cpu().numpy(), axis=1)
-        scores = {"reward": float(weighted.mean()), "completion_length": float(means.pop("completion_length"))}
+        scores = {"reward": float(weighted.mean()), "completion_length": length}
         if len(means) > 1:
-            scores |= {f"reward_{name}": float(mean) for name, mean in means.items()}
+            scores |= {f"reward_{name}": mean for name, mean in zip(self.reward_func_names, means, strict=True)}
         metrics = {f"{metric_key_prefix}_{name}": score for name, score in scores.items()}
         metrics |= speed_metrics(metric_key_prefix, began, num_samples=len(rows))
         self.log(metrics)
