@@ -47,6 +47,11 @@ def test_scores_of_classes():
         ("...", "cimho", False),
         ("green Tea", "Green  tea", True),
         ("green tea, please", "green tea", False),
+        ("BLUE,red", "blue,red", True),
+        ("red", "blue,red", False),
+        ("1,2,3", "1,2,3", True),
+        ("12,3", "1,2,3", False),
+        ("1,2,3", "3", True),
     ],
 )
 def test_an_answer_is_its_last_number_its_last_word_or_the_whole_text(text, expected, right):

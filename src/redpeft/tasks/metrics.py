@@ -140,7 +140,7 @@ def entities(rows: list[list[str]]) -> set[tuple[int, int, int, str]]:
 
 # --- answers that are right or wrong ---------------------------------------------------------------------------------
 
-NUMBER = r"-?\d+(?:\.\d+)?"
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"  # also with commas between thousands
 
 
 def take_answer(text: str, expected: str) -> str:
@@ -151,9 +151,10 @@ def take_answer(text: str, expected: str) -> str:
     """
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
     text = tagged[-1] if tagged else text
-    if re.fullmatch(NUMBER, without_commas := expected.strip().replace(",", "")):
-        found = re.findall(NUMBER, text.replace(",", ""))
-    elif re.fullmatch(r"\w+", without_commas):
+    expected = expected.strip()
+    if re.fullmatch(NUMBER, expected):
+        found = [number.replace(",", "") for number in re.findall(NUMBER, text)]
+    elif re.fullmatch(r"\w+", expected):
         found = re.findall(r"\w+", text)
     else:
         found = [text.strip()]
@@ -164,8 +165,8 @@ def is_right(text: str, expected: str) -> bool:
     """Whether the answer that a text gives (`take_answer`) is the expected one: the same number, or the same words in
     upper or lower case."""
     given, expected = take_answer(text, expected), expected.strip()
-    if re.fullmatch(NUMBER, number := expected.replace(",", "")):
-        return bool(given) and float(given) == float(number)
+    if re.fullmatch(NUMBER, expected):
+        return bool(given) and float(given) == float(expected.replace(",", ""))
     return given.lower().split() == expected.lower().split()
 
 
