@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,8 @@ def test_the_reward_rises_and_a_finished_run_is_scored_alike(trained, make):
     again = evaluate(run, f"{make().data.path}/test.jsonl")
     assert again == pytest.approx(result["test"], rel=1e-4)
     assert prompt_form(folder, run.tokenizer)[0].template == run.task.template
+    by_vllm = run.recipe.model_copy(update={"trainer_options": {"use_vllm": True}})  # scored without it
+    assert evaluate(replace(run, recipe=by_vllm), f"{make().data.path}/test.jsonl") == again
     [answer] = predict(run, ["spell good"])
     assert answer["prompt"] == "spell good"
     assert run.task.generation["max_new_tokens"] == 6
