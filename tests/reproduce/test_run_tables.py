@@ -67,7 +67,7 @@ def test_the_same_call_again_reports_every_finished_run(done, capsys, monkeypatc
 def test_an_interrupted_call_continues(tmp_path, capsys, monkeypatch, no_estimate):
     trained = []
 
-    def stop_at_the_second(recipe, folder):
+    def stop_at_the_second(recipe, folder, rollout_func=None):
         trained.append(folder.parent.name)
         if len(trained) == 2:
             raise Stopped("stopped at step 2")
@@ -88,7 +88,7 @@ def test_an_interrupted_call_continues(tmp_path, capsys, monkeypatch, no_estimat
 
 
 def test_a_failed_run_is_a_failed_cell_and_exit_code_1(tmp_path, capsys, monkeypatch, no_estimate):
-    def fail_on_cola(recipe, folder):
+    def fail_on_cola(recipe, folder, rollout_func=None):
         if recipe.data.path.endswith("cola"):
             raise RunError("the loss is not finite at step 2")
         return train(recipe, folder)

@@ -31,7 +31,7 @@ def trained(monkeypatch):
     """The (seed, folder) that are trained; seed 2 fails, and nothing is computed."""
     seen = []
 
-    def train(recipe, folder):
+    def train(recipe, folder, rollout_func=None):
         seen.append((recipe.seed, folder.name))
         if recipe.seed == 2:
             raise RunError("the loss is not finite at step 3")
