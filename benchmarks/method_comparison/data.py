@@ -16,12 +16,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from redpeft.tasks.reasoning import PREFIX, draw_questions
+
 TRAIN_ROWS = {"e2e": 600, "spell_backward": 1000, "chain_sum": 1000}
 LOSS_ROWS = 200  # of E2E's validation split: those whose loss is measured
 TEST_MRS = 200
 QUESTIONS = 200  # in the validation and the test split of a checked task
-# reasoning-gym draws its row i by Random(seed + i), so that data sets with near seeds share rows.
-SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
 CHECKED = {
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
@@ -46,7 +46,7 @@ def make_e2e(source: Path, out: Path) -> None:
             {"mr": row["meaning_representation"], "ref": row["human_reference"]}
             for row in read_rows(source / f"{split}.jsonl")
         ]
-        for split in SEEDS
+        for split in ("train", "validation", "test")
     }
     draw = random.Random(0)
     write_rows(out / "train.jsonl", draw.sample(splits["train"], TRAIN_ROWS["e2e"]))
@@ -59,27 +59,19 @@ def make_e2e(source: Path, out: Path) -> None:
         write_rows(out / f"{split}_questions.jsonl", ({"mr": mr, "references": groups[mr]} for mr in chosen))
 
 
-def draw_checked(name: str, options: dict[str, Any], counts: dict[str, int]) -> dict[str, list[dict[str, str]]]:
-    """Distinct questions of a task of reasoning-gym with their answers, so many for each split. None of the validation
-    or the test split is in an earlier one."""
-    import reasoning_gym
-
-    seen: set[str] = set()
-    splits: dict[str, list[dict[str, str]]] = {}
-    for split, count in counts.items():
-        rows = splits[split] = []
-        for entry in reasoning_gym.create_dataset(name, seed=SEEDS[split], size=20 * count, **options):
-            if entry["question"] not in seen and len(rows) < count:
-                seen.add(entry["question"])
-                rows.append({"prompt": entry["question"], "response": entry["answer"]})
-        if len(rows) < count:
-            raise SystemExit(f"{name}: only {len(rows)} distinct questions for {split}")
-    return splits
+def draw_checked(name: str, **options: Any) -> dict[str, list[dict[str, str]]]:
+    """Distinct questions of a task of reasoning-gym with their answers, by split. `options`: how many of each split,
+    and those of the task."""
+    splits = draw_questions(PREFIX + name, options)
+    return {
+        split: [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
+        for split, rows in splits.items()
+    }
 
 
 def make_checked(name: str, out: Path) -> None:
     counts = {"train": TRAIN_ROWS[name], "validation": QUESTIONS, "test": QUESTIONS}
-    for split, rows in draw_checked(name, CHECKED[name], counts).items():
+    for split, rows in draw_checked(name, **counts, **CHECKED[name]).items():
         write_rows(out / f"{split}.jsonl", rows)
         if split != "train":
             write_rows(out / f"{split}_questions.jsonl", rows)

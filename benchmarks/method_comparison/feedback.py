@@ -88,7 +88,7 @@ RUNS = [
 def make_data(out: Path) -> None:
     """Rows of both tasks, no question in two splits, and pairs of a right and a wrong spelling."""
     for task, options in OPTIONS.items():
-        rows = draw_checked(task, options, {"train": sum(ROWS.values())})["train"]
+        rows = draw_checked(task, train=sum(ROWS.values()), **options)["train"]
         draw = random.Random(0)
         draw.shuffle(rows)
         for split, count in ROWS.items():

@@ -137,6 +137,13 @@ def test_exact_match(tmp_path):
     assert score(prompts=["Hi"] * 3, completions=["1234.0", "5 or 6", "It is Red."], **given) == [1, 0, 1]
 
 
+def test_the_right_answer_is_that_of_the_column_that_was_named(tmp_path):
+    task, _ = read(tmp_path, {"prompt": "Hi", "response": "a draft", "gold": "5"}, response="gold")
+    [score] = task.reward_functions()
+    given = {f"{GIVEN}prompt": ["Hi"], f"{GIVEN}response": ["a draft"], f"{GIVEN}gold": ["5"]}
+    assert score(prompts=["Hi"], completions=["It is 5."], **given) == [1]
+
+
 @pytest.mark.parametrize(
     ("row", "options", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -16,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from redpeft.console import log_main
-from redpeft.errors import UserError, first_line
+from redpeft.errors import UserError, did_you_mean, first_line
 from redpeft.evaluation.language_model import weights_digest
 from redpeft.storage import explaining_full_disk, locked, read_json, to_json, write_atomically
 
@@ -131,8 +130,7 @@ def _check_names(tasks: Sequence[HarnessTask], known: Iterable[str]) -> None:
     for task in tasks:
         if task.name in known or (Path(task.name).suffix == ".yaml" and Path(task.name).is_file()):
             continue
-        near = difflib.get_close_matches(task.name, [*known, *PRESETS], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; task files of your own are found by --include-path"
+        hint = did_you_mean(task.name, [*known, *PRESETS]) or "; task files of your own are found by --include-path"
         raise UserError(f"lm-eval has no task {task.name!r}{hint}")
 
 

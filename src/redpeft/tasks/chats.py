@@ -6,7 +6,6 @@ role has one meaning in both. Errors here name no row: the caller knows it.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from redpeft.errors import UserError
+from redpeft.errors import UserError, did_you_mean
 from redpeft.models import load_tokenizer
 from redpeft.tasks.columns import Missing, as_messages, is_missing, join_parts, parse_json
 
@@ -140,10 +139,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, asked: str) -> None:
             template = load_tokenizer(asked).chat_template
         except UserError:
             names = [each.stem for each in _trl_folder().glob("*.jinja")]
-            near = difflib.get_close_matches(asked, names, n=1)
             raise UserError(
                 f"data.chat_template: {asked!r} is no Jinja file, no template of the tokenizer or of TRL, and no model"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + did_you_mean(asked, names)
             ) from None
     if template is None or "messages" not in str(template):
         raise UserError(f"data.chat_template: {asked} holds no chat template: none that reads `messages`")

@@ -78,19 +78,20 @@ class InstructionTask(Task):
     by_trl: ClassVar[bool] = True
     default_columns: ClassVar[Mapping[str, str]] = {"prompt": "prompt", "response": "response"}
     generation: ClassVar[dict[str, Any] | None] = {"max_new_tokens": 256, "do_sample": False}
+    metrics: ClassVar[str] = "texts"  # of METRICS
     # no compute_metrics: Trainer has an eval_loss of its own, and gathering logits over a vocabulary costs memory
 
     @classmethod
     def from_splits(
-        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None
+        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None, **own: Any
     ) -> InstructionTask:
-        """Guesses the columns that `data` does not name and checks every row.
+        """Guesses the columns that `data` does not name and checks every row. `own`: a subclass's attributes.
 
         Raises:
-            UserError: a column that is missing, an empty prompt or response, a chat without an answer.
+            UserError: a column that is missing, or a row that `check` refuses.
         """
         template: Any = "plain" if data.chat_template == "plain" else "auto"
-        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, "texts"), template)
+        task = cls(cls.find_columns(splits["train"], data), choose_metric(metric, cls.metrics), template, **own)
         for split in splits.values():
             task.check(split)
         return task

@@ -46,25 +46,6 @@ class PreferenceTask(InstructionTask):
     default_columns: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
-    def from_splits(
-        cls, splits: dict[str, Dataset], data: DataConfig, *, metric: str | None = None, loss: str = "dpo"
-    ) -> PreferenceTask:
-        """Guesses the columns that `data` does not name and checks every row.
-
-        Raises:
-            UserError: a column that is missing, an empty text, a chat without an answer, a label that is neither true
-                nor false, or labels with a loss that needs pairs.
-        """
-        task = super().from_splits(splits, data, metric=metric)
-        assert isinstance(task, PreferenceTask)
-        task.loss = loss
-        if loss != "kto" and "label" in task.columns:
-            raise UserError(
-                f"loss {loss} needs pairs in columns chosen and rejected; loss=kto takes answers with labels"
-            )
-        return task
-
-    @classmethod
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
         if data.response or data.label or not (data.chosen or cols.find_column(train, ["chosen"])):
@@ -123,11 +104,16 @@ class PreferenceTask(InstructionTask):
         return [f"answers: {good:,} desirable, {len(dataset) - good:,} undesirable"]
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises `UserError` for a missing column, an empty text, a chat without an answer, or a wrong label."""
-        if with_labels:
-            super().check(dataset)
-        else:
+        """Raises `UserError` for a missing column, an empty text, a chat without an answer, a wrong label, or labels
+        with a loss that needs pairs."""
+        if not with_labels:
             self._asking.check(dataset, with_labels=False)
+            return
+        super().check(dataset)
+        if self.loss != "kto" and "label" in self.columns:
+            raise UserError(
+                f"loss {self.loss} needs pairs in columns chosen and rejected; loss=kto takes answers with labels"
+            )
 
     def rows_to_dataset(self, rows: list[dict | str], first: int = 1) -> Dataset:
         """As the task instruction does."""

@@ -16,7 +16,7 @@ PREFIX = "reasoning-gym:"  # of a data set's name, as `data.path`
 REWARD = "reasoning-gym"
 ROWS = {"train": 1000, "validation": 200, "test": 200}
 # Row i of a data set is drawn by Random(seed + i): data sets with near seeds would share rows.
-SEEDS = {"train": 0, "validation": 10_000_000, "test": 20_000_000}
+SEEDS = {"train": 0, "validation": 1_000_000, "test": 2_000_000}
 DRAWS = 20  # questions that are drawn for each that is wanted, since some are drawn twice
 
 

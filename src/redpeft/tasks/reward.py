@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -17,12 +16,12 @@ from typing import Any, ClassVar
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from redpeft.errors import RunError, UserError, first_line
+from redpeft.errors import RunError, UserError, did_you_mean, first_line
 from redpeft.tasks import columns as cols
 from redpeft.tasks import reasoning
 from redpeft.tasks.base import DataConfig
 from redpeft.tasks.instruction import InstructionTask
-from redpeft.tasks.metrics import choose_metric, is_right
+from redpeft.tasks.metrics import is_right
 
 PROMPT_COLUMNS, RESPONSE_COLUMNS = (list(dict.fromkeys(names)) for names in zip(*cols.PROMPT_PAIRS, strict=True))
 GIVEN = "given."
@@ -71,35 +70,7 @@ class RewardTask(InstructionTask):
     losses: ClassVar[Sequence[str]] = ("grpo",)
     rate_divisor: ClassVar[float] = 10
     default_columns: ClassVar[Mapping[str, str]] = {}
-
-    @classmethod
-    def from_splits(
-        cls,
-        splits: dict[str, Dataset],
-        data: DataConfig,
-        *,
-        metric: str | None = None,
-        loss: str = "grpo",
-        reward: Sequence[str] = (),
-        max_completion_length: int = 512,
-    ) -> RewardTask:
-        """Guesses the columns that `data` does not name and checks every row.
-
-        Raises:
-            UserError: a column that is missing, an empty prompt, a chat without a message of the user, or no right
-                answer for a reward that needs one.
-        """
-        task = cls(
-            cls.find_columns(splits["train"], data),
-            choose_metric(metric, "rewards"),
-            "plain" if data.chat_template == "plain" else "auto",
-            loss,
-            list(reward),
-            max_completion_length,
-        )
-        for split in splits.values():
-            task.check(split)
-        return task
+    metrics: ClassVar[str] = "rewards"
 
     @classmethod
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
@@ -159,7 +130,7 @@ class RewardTask(InstructionTask):
         max_length: int | None = None,
         with_labels: bool = True,
     ) -> Dataset:
-        """ "prompt", the text to continue, "input_ids", its tokens, and the data's own columns, named after `GIVEN`. A
+        """The text to continue as "prompt", its tokens as "input_ids", and the data's columns, named after `GIVEN`. A
         prompt that leaves no room for an answer within `max_length` has no tokens. Without labels as in the task
         instruction.
 
@@ -198,7 +169,7 @@ class RewardTask(InstructionTask):
             given = {key.removeprefix(GIVEN): each for key, each in columns.items() if key.startswith(GIVEN)}
             rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
             if function is None:
-                asked = [{key: row[name] for key, name in self.columns.items()} | row for row in rows]
+                asked = [row | {key: row[column] for key, column in self.columns.items()} for row in rows]
                 return [BUILT_IN[name](text, row) for text, row in zip(completions, asked, strict=True)]
             prompts: Any = given.get(self.columns.get("prompt", ""))
             answers: list[Any] = completions
@@ -259,7 +230,6 @@ def load_reward(name: str) -> Score | None:
         raise UserError(f"reward {name}: importing {place} fails: {why}") from None
     function = getattr(module, wanted, None)
     if not callable(function):
-        near = difflib.get_close_matches(wanted, [each for each, _ in inspect.getmembers(module, callable)], n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(wanted, [each for each, _ in inspect.getmembers(module, callable)])
         raise UserError(f"reward {name}: {getattr(module, '__file__', place)} has no function {wanted!r}{hint}")
     return function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers.utils import CHAT_TEMPLATE_FILE
 
 from redpeft.adapters.folder import load_adapter
 from redpeft.console import log_main
-from redpeft.errors import UserError
+from redpeft.errors import UserError, did_you_mean
 from redpeft.models import (
     DTYPE_ARGUMENT,
     DTYPES,
@@ -255,10 +254,7 @@ def check_options(recipe: Recipe) -> None:
         raise UserError(f"method {recipe.method} has no options: leave out {', '.join(recipe.method_options)}")
     for key in recipe.method_options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise UserError(
-                f"method_options: {cls.__name__} has no {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            raise UserError(f"method_options: {cls.__name__} has no {key!r}{did_you_mean(key, known)}")
     _options(recipe, recipe.all_options)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -29,7 +27,7 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 
 from redpeft import calibrate
-from redpeft.errors import RunError, UserError, first_line
+from redpeft.errors import RunError, UserError, did_you_mean, first_line
 from redpeft.models import autocast, choose_precision, input_limit, pad_prompts, positions, training_device
 from redpeft.storage import CHECKPOINTS, last_checkpoint
 from redpeft.tasks.base import TASKS, Task
@@ -114,7 +112,7 @@ def new_trainer(
     }
     if recipe.reward:
         own = {"task": task, "rollout_func": rollout_func}
-    with explaining_options(recipe):
+    try:
         return trainer_class(
             model=model,
             args=arguments(recipe, folder, task, arguments_class, extra),
@@ -123,6 +121,10 @@ def new_trainer(
             processing_class=tokenizer,
             **own,
         )
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        if not recipe.trainer_options or isinstance(error, UserError):
+            raise
+        raise UserError(f"trainer_options: {first_line(error)}") from error
 
 
 def epoch_order(recipe: Recipe, rows: Dataset) -> EpochOrder:
@@ -216,28 +218,12 @@ def _check_trainer_options(options: dict[str, Any], cls: type) -> None:
         raise UserError(f"trainer_options: {min(unused)} has no effect on the losses of a recipe: leave it out")
     for name, value in options.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"trainer_options: {cls.__name__} has no {name!r}{hint}")
+            raise UserError(f"trainer_options: {cls.__name__} has no {name!r}{did_you_mean(name, known)}")
         try:
             TypeAdapter(known[name], config={"arbitrary_types_allowed": True}).validate_python(value, strict=False)
         except ValidationError as error:
             wanted = error.errors()[0]["msg"]
             raise UserError(f"trainer_options: {name}: {wanted}, not {value!r}") from None
-
-
-@contextmanager
-def explaining_options(recipe: Recipe) -> Iterator[None]:
-    """While inside, an error of TRL about a value becomes a `UserError` that names trainer_options, if there are
-    some."""
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-        if not recipe.trainer_options:
-            raise
-        raise UserError(f"trainer_options: {first_line(error)}") from error
 
 
 def rows_at_once(recipe: Recipe) -> int:
