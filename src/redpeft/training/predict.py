@@ -171,8 +171,7 @@ def evaluate(run: FinishedRun, data: str | Path, config_name: str | None = None)
     encoded = encode(run.task, dataset, run.model, run.tokenizer, run.recipe.max_length, run.recipe.learn_prompt)
     if encoded.note:
         log_main(encoded.note)
-    options = {name: value for name, value in run.recipe.trainer_options.items() if name != "use_vllm"}
-    recipe = run.recipe.model_copy(update={"report_to": [], "trainer_options": options})
+    recipe = run.recipe.without_vllm().model_copy(update={"report_to": []})
     with tempfile.TemporaryDirectory() as folder:
         scored = by_length(encoded.rows)  # the same batches as in training
         trainer = new_trainer(recipe, Path(folder), run.task, run.model, run.tokenizer, encoded.rows, scored)

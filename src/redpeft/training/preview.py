@@ -121,7 +121,7 @@ def preview(recipe: Recipe, folder: str | Path | None = None) -> RunPreview:
     if recipe.reward:
         notes.append("nothing is marked: the model learns from its own answers to these prompts")
     if recipe.trainer_options.get("use_vllm"):
-        recipe = recipe.model_copy(update={"trainer_options": recipe.trainer_options | {"use_vllm": False}})
+        recipe = recipe.without_vllm()
         notes.append("answers come from vLLM in training, and from transformers in this probe, which takes longer")
     with tempfile.TemporaryDirectory() as temporary:
         run, trainer = set_up(recipe, Path(temporary) / "run", notes.append)

@@ -337,6 +337,11 @@ class Recipe(BaseModel):
         """The resolved recipe of a single run, without `seeds` and `output`."""
         return self.resolved().model_copy(update={"seeds": None, "output": None})
 
+    def without_vllm(self) -> Recipe:
+        """This recipe for a Trainer that gets its answers otherwise than by TRL's own vLLM."""
+        options = {name: value for name, value in self.trainer_options.items() if name != "use_vllm"}
+        return self.model_copy(update={"trainer_options": options})
+
     def run_folder(self) -> Path:
         """Where the run is written: `output`, or runs/<data>-<method>."""
         name = Path(self.data.path or self.data.train or "").stem or ("mix" if self.data.mix else "data")

@@ -105,7 +105,7 @@ def new_trainer(
     if recipe.packing:  # rows are packed up to this length, which the model may not have
         extra["max_length"] = input_limit(model, tokenizer, recipe.max_length).tokens
     if rollout_func is not None:
-        recipe = recipe.model_copy(update={"trainer_options": recipe.trainer_options | {"use_vllm": False}})
+        recipe = recipe.without_vllm()
     own: dict[str, Any] = {
         "data_collator": task.collator(tokenizer),
         "compute_metrics": metrics_function(task, tokenizer),
