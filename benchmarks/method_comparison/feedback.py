@@ -77,7 +77,7 @@ RUNS = [
     *trained("grpo", "RED", 1e-2, 3e-2, 3e-3),
     *trained("sft", "RED", 3e-2),
     *trained("grpo", "LoRA r=8", 3e-4, 1e-3),
-    *trained("grpo", "RED", 1e-2, seed=1),
+    *trained("grpo", "RED", 1e-2, 3e-3, seed=1),
     *trained("grpo", "LoRA r=1", 1e-3),
 ]
 
