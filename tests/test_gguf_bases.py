@@ -110,6 +110,20 @@ def test_a_file_is_loaded_as_the_model_that_its_numbers_are(files):
     np.testing.assert_array_equal(model.get_submodule(SITES[1]).weight.detach().numpy(), expected)
 
 
+def test_special_tokens_are_those_of_the_file(files, monkeypatch):
+    load_as_now = AutoTokenizer.from_pretrained
+
+    def load_as_transformers_5_17(*arguments, **options):
+        tokenizer = load_as_now(*arguments, **options)
+        tokenizer.eos_token, tokenizer.pad_token = tokenizer.bos_token, None
+        return tokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_as_transformers_5_17)
+    tokenizer = load_tokenizer(files / "q4.gguf")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("<|im_end|>", "<|endoftext|>")
+
+
 def test_a_loaded_model_is_an_ordinary_one_and_says_where_it_is_from(files, tmp_path):
     model = load(files / "q4.gguf")
     assert model.dtype == torch.float32

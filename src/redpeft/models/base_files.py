@@ -17,6 +17,7 @@ from redpeft.storage import is_local
 
 GGUF = ".gguf"
 LLAMA_BIASES = {"mlp_bias": ".ffn_down.", "attention_bias": ".attn_output."}  # switches that no GGUF file has
+GGUF_TOKENS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 
 
 class PackagedBase(NamedTuple):
@@ -82,12 +83,13 @@ def _in_package(name: str, packaged: PackagedBase) -> Path:
 
 
 class GGUFHeader(NamedTuple):
-    """What a GGUF file says of itself. `quantised_as`: such as Q4_1 or F16, as llama.cpp calls it. `biases`: the names
-    of the biases in it, and how many numbers each has."""
+    """What a GGUF file says of itself. `quantised_as`: such as Q4_1 or F16, as llama.cpp calls it. `special_tokens`:
+    the numbers of those in `GGUF_TOKENS`. `biases`: the names of the biases in it, and how many numbers each has."""
 
     architecture: str
     quantised_as: str
     has_tokenizer: bool
+    special_tokens: dict[str, int]
     biases: dict[str, int]
 
 
@@ -128,8 +130,10 @@ def _read_gguf_header(file: Path, modified: int) -> GGUFHeader:
         raise UserError(f"{file}: broken or truncated, or no GGUF file ({first_line(error)})") from error
     if parts > 1:  # transformers would read one and draw the other weights at random
         raise UserError(f"{file} is one of {parts} parts: make one file of them (llama-gguf-split --merge)")
+    keys = {name: f"tokenizer.ggml.{token}_token_id" for name, token in GGUF_TOKENS.items()}
+    tokens = {name: int(fields[key].contents()) for name, key in keys.items() if key in fields}
     biases = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors if tensor.name.endswith(".bias")}
-    return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields, biases)
+    return GGUFHeader(architecture, kind, "tokenizer.ggml.tokens" in fields, tokens, biases)
 
 
 @contextmanager

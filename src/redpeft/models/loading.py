@@ -89,6 +89,9 @@ def load_pretrained(auto_class: Any, base: str | Path, **kwargs: Any) -> Any:
         return model
     if header and isinstance(loaded, PretrainedConfig):
         complete_gguf_config(loaded, header, base)
+    elif header and kind == "AutoTokenizer":  # up to 5.17 transformers takes a Llama's first token for its last
+        for name, number in header.special_tokens.items():
+            setattr(loaded, name, loaded.convert_ids_to_tokens(number))
     return loaded
 
 
