@@ -39,8 +39,18 @@ def texts(tokenizer, row, *names):
         {"prompt": json.dumps(ASKED), "chosen": json.dumps(chat("Hello!")[1:]), "rejected": "No."},
         {"chosen": json.dumps(chat("Hello!")), "rejected": json.dumps(chat("No."))},
         {"instruction": "Hi", "input": "", "chosen": "Hello!", "rejected": "No."},
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello!"},
+            "rejected": {"from": "gpt", "value": "No."},
+        },
+        {"messages": ASKED, "chosen": chat("Hello!")[1:], "rejected": chat("No.")[1:]},
+        {"messages": chat("Hello!"), "chosen": chat("Hello!"), "rejected": chat("No.")},
     ],
-    ids=["strings", "messages", "whole chats", "whole chats with a prompt", "JSON", "whole chats in JSON", "Alpaca"],
+    ids=[
+        *("strings", "messages", "whole chats", "whole chats with a prompt", "JSON", "whole chats in JSON", "Alpaca"),
+        *("ShareGPT with one message each", "messages without a prompt", "whole chats beside one of them"),
+    ],
 )
 def test_the_forms_of_a_pair(row, tiny_chat_tokenizer, tmp_path):
     task, splits = read(tmp_path, row)
@@ -94,6 +104,8 @@ def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
     assert single["label"] == [False] * len(splits["train"])
     assert single[0]["completion_ids"] == rows[0]["completion_ids"]
     assert task.describe(splits["train"]) == [f"answers: 0 desirable, {len(splits['train'])} undesirable"]
+    task, splits = read(tmp_path, {"messages": chat("Hello!"), "label": False}, loss="kto")
+    assert task.encode(splits["train"], tiny_chat_tokenizer).to_dict() == single.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +115,8 @@ def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
         ({"prompt": "Hi", "completion": "a", "label": "good"}, {"loss": "kto"}, "row 1: the label 'good' is neither"),
         ({"chosen": "a", "rejected": "b"}, {}, "has answers without a prompt: name its column with data.prompt"),
         ({"prompt": "Hi", "chosen": "", "rejected": "b"}, {}, "row 1 (and 3 more of 4): the text in column 'chosen'"),
+        ({"messages": ASKED, "chosen": {"role": "gtp", "content": "a"}, "rejected": "b"}, {}, "a message has the"),
+        ({"messages": ASKED, "label": True}, {"loss": "kto"}, "row 1: the chat has no answer of the"),
         ({"prompt": "Hi", "chosen": "a", "rejcted": "b"}, {}, "cannot tell which column of rows.jsonl is the"),
         (
             {"chosen": chat("a"), "rejected": [{"role": "user", "content": "Ho"}, *chat("b")[1:]]}, {},

@@ -38,9 +38,10 @@ def read_chat(value: Any) -> Chat:
 
 
 def read_answer(value: Any) -> Chat:
-    """An answer that is a text, or messages, which in a table are JSON text."""
+    """An answer that is a text, a message, or messages, which in a table are JSON text."""
     found = as_messages(value)
-    return read_chat([{"role": "assistant", "content": found}] if isinstance(found, str) else found)
+    message = {"role": "assistant", "content": found} if isinstance(found, str) else found
+    return read_chat([message] if isinstance(message, dict) else message)
 
 
 def _read_message(given: dict[str, Any], number: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import pyarrow as pa
@@ -407,12 +407,20 @@ def as_messages(value: Any) -> Any:
 
 
 def _are_messages(value: Any) -> bool:
-    fields = ({"role", "from"}, {"content", "value", "tool_calls"})
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(each, dict) and all(names & each.keys() for names in fields) for each in value)
+        and all(isinstance(each, dict) and _has_role_and_content(each.keys()) for each in value)
     )
+
+
+def _has_role_and_content(fields: Set[str]) -> bool:
+    return bool(fields & {"role", "from"} and fields & {"content", "value", "tool_calls"})
+
+
+def is_message(fields: Set[str]) -> bool:
+    """Whether these are the fields of a message of a chat, and no others."""
+    return fields <= MESSAGE_FIELDS and _has_role_and_content(fields)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
 
 from redpeft.errors import UserError, first_line
-from redpeft.tasks.columns import ROW, as_array
+from redpeft.tasks.columns import ROW, as_array, is_message
 
 logger = logging.getLogger(__name__)
 
@@ -127,8 +127,14 @@ def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
 
 def with_rows(dataset: Dataset, name: str, numbers: Sequence[int | str] | None = None) -> Dataset:
     """The dataset with what messages need: the number of each row (default: its place), and the name of its source.
-    Nested fields become columns of their own."""
-    if any(isinstance(feature, dict) for feature in dataset.features.values()):
+    A message of a chat becomes a list of one; other nested fields become columns of their own."""
+    nested = {name: set(feature) for name, feature in dataset.features.items() if isinstance(feature, dict)}
+    messages = [name for name, fields in nested.items() if is_message(fields)]
+    if messages:
+        lists = {name: [cell and [cell] for cell in dataset[name]] for name in messages}
+        order = dataset.column_names
+        dataset = Dataset(pa.table({name: lists.get(name) or dataset.data.column(name) for name in order}))
+    if len(nested) > len(messages):
         dataset = dataset.flatten()
     dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1) if numbers is None else list(numbers))
     dataset.info.description = name

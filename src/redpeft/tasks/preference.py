@@ -31,8 +31,8 @@ class PreferenceTask(InstructionTask):
     """Which answers a model is to prefer. Prompts become text as in the task instruction, and are answered as there.
 
     Attributes:
-        columns: "chosen" and "rejected", each a text, messages or a whole chat, and "prompt" unless they are whole
-            chats; or "prompt", "response" and "label", whether the response is good. Perhaps "system" and "tools".
+        columns: "chosen" and "rejected", each a text, a message, messages or a whole chat, and "prompt" unless they
+            are whole chats; or "response", likewise, and "label", whether it is good. Perhaps "system" and "tools".
         metric: "loss", TRL's.
         loss: one of `losses`. With "kto" a pair becomes two rows.
     """
@@ -48,13 +48,14 @@ class PreferenceTask(InstructionTask):
     @classmethod
     def find_columns(cls, train: Dataset, data: DataConfig) -> dict[str, str]:
         """The columns that `data` names, and a guess for the others. UserError: a column that is not there."""
+        chats = cols.find_column(train, cols.MESSAGE_COLUMNS)
         if data.response or data.label or not (data.chosen or cols.find_column(train, ["chosen"])):
             label = data.label if isinstance(data.label, str) else None
-            found = {
-                "prompt": cols.choose_column(train, data.prompt, PROMPT_COLUMNS, "prompt"),
-                "response": cols.choose_column(train, data.response, ["completion", "response"], "response"),
-                "label": cols.choose_column(train, label, ["label"], "label"),
-            }
+            answers = data.response or cols.find_column(train, ["completion", "response"]) or chats
+            found = {"response": cols.choose_column(train, answers, [], "response")}
+            if data.prompt or answers != chats:
+                found["prompt"] = cols.choose_column(train, data.prompt, PROMPT_COLUMNS, "prompt")
+            found["label"] = cols.choose_column(train, label, ["label"], "label")
         else:
             found = {
                 "chosen": cols.choose_column(train, data.chosen, ["chosen"], "chosen"),
@@ -62,6 +63,8 @@ class PreferenceTask(InstructionTask):
             }
             if prompt := data.prompt or cols.find_column(train, PROMPT_COLUMNS):
                 found["prompt"] = prompt
+            elif chats and not _asks(cols.values(train, found["chosen"])[0]):
+                found["prompt"] = chats
             elif not cols.holds_chats(train, found["chosen"]):
                 raise UserError(f"{cols.source(train)} has answers without a prompt: name its column with data.prompt")
         return cls._with_optional(found, train, data)
@@ -205,6 +208,13 @@ class PreferenceTask(InstructionTask):
         chat, tools = asking._read(row | {asking.columns["prompt"]: prompt}, with_labels=False)
         chat = [{name: value for name, value in message.items() if name != "weight"} for message in chat]
         return [Pair(chat, answer, tools) for answer in answers]
+
+
+def _asks(answer: Any) -> bool:
+    """Whether an answer is a whole chat, with a message of the user."""
+    found = cols.as_messages(answer)
+    roles = [message.get("role") or message.get("from") for message in found] if isinstance(found, list) else []
+    return "user" in roles or "human" in roles
 
 
 def _in_tokens(prompt: list[int], max_length: int | None, **answers: list[int]) -> dict[str, Any]:
