@@ -50,3 +50,18 @@ def test_questions_differ_and_answers_are_scored():
         read(generate=SUMS | {"train": 0})
     with pytest.raises(UserError, match=r"5,000 rows for train were asked for, and only \d+ questions differ"):
         read(generate=SUMS | {"train": 5000})
+
+
+def test_answers_that_are_none_and_scores_that_are_lost_in_json():
+    pytest.importorskip("reasoning_gym", reason="needs the extra [reasoning]")
+    few = {"train": 1, "validation": 1, "test": 1}
+    task, splits = read(path="reasoning-gym:graph_color", generate=few)
+    row = splits["train"][0]
+    assert row["response"] == ""
+    colours = json.dumps(json.loads(row["metadata"])["possible_answer"])
+    given = {f"given.{name}": [value] * 2 for name, value in row.items()}
+    assert task.reward_functions()[0](prompts=[""] * 2, completions=[colours, "red"], **given) == [1, 0]
+    with pytest.raises(UserError, match="the answer in column 'response' is empty"):
+        read_data("reward", DataConfig(path="reasoning-gym:graph_color", generate=few), reward=["exact_match"])
+    with pytest.raises(UserError, match="rearc, train, row 1: reasoning-gym gives 0.05 of 1 point for the data's"):
+        read(path="reasoning-gym:rearc", generate=few)

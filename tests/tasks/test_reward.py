@@ -58,7 +58,7 @@ def functions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     yield
-    for name in ("scores", "broken", "needy"):
+    for name in ("scores", "others", "broken", "needy"):
         sys.modules.pop(name, None)
 
 
@@ -123,6 +123,12 @@ def test_what_a_function_gets(messages, functions, tmp_path):
         "prompts": [asked] * 2, "completions": answers, "prompt": [asked] * 2, "difficulty": [3, 4],
         "completion_ids": [[5], [6]], "trainer_state": None,
     }  # fmt: skip
+
+
+def test_functions_of_one_name_are_told_apart(functions, tmp_path):
+    (tmp_path / "others.py").write_text("def noted(completions, **_):\n    return [0.5] * len(completions)\n")
+    task, _ = read(tmp_path, {"prompt": "Hi"}, "scores:noted,others:noted")
+    assert [score.__name__ for score in task.reward_functions()] == ["scores:noted", "others:noted"]
 
 
 def test_a_line_names_the_functions_and_further_columns(functions, tmp_path):

@@ -21,7 +21,7 @@ DRAWS = 20  # questions that are drawn for each that is wanted, since some are d
 
 
 def draw_questions(path: str, options: Mapping[str, Any]) -> dict[str, Dataset]:
-    """The splits of a data set `reasoning-gym:<name>`: "prompt", "response" (its answer) and "metadata" (JSON).
+    """The splits of a data set `reasoning-gym:<name>`: "prompt", "response" (its answer, or "") and "metadata" (JSON).
 
     Args:
         options: how many rows a split has, by its name (default: `ROWS`), and options of the data set.
@@ -51,7 +51,8 @@ def draw_questions(path: str, options: Mapping[str, Any]) -> dict[str, Dataset]:
             if entry["question"] not in seen:
                 seen.add(entry["question"])
                 metadata = json.dumps(entry["metadata"], default=str)
-                rows.append({"prompt": entry["question"], "response": str(entry["answer"]), "metadata": metadata})
+                answer = "" if entry["answer"] is None else str(entry["answer"])  # None: there are several
+                rows.append({"prompt": entry["question"], "response": answer, "metadata": metadata})
             if len(rows) == count:
                 break
         if len(rows) < count:
@@ -75,7 +76,7 @@ def score_answer(text: str, row: Mapping[str, Any]) -> float:
         raise UserError(
             f"reward {REWARD} needs rows of reasoning-gym with its metadata as JSON: data.path={PREFIX}NAME has them"
         ) from None
-    entry = {"question": row["prompt"], "answer": row["response"], "metadata": metadata}
+    entry = {"question": row["prompt"], "answer": row["response"] or None, "metadata": metadata}
     return float(score(take_answer(text, row["response"]), entry))
 
 

@@ -98,14 +98,26 @@ class RewardTask(InstructionTask):
         return [f"reward: {', '.join(self.reward)}{'; it also gets the columns ' + more if more else ''}"]
 
     def check(self, dataset: Dataset, with_labels: bool = True) -> None:
-        """Raises `UserError` for a missing column, an empty text, a value that is not a chat, or no right answer where
-        one is needed."""
+        """Raises `UserError` for a missing column, an empty text, a value that is not a chat, no right answer where
+        one is needed, or a data set whose own answers reasoning-gym does not find right."""
         super().check(dataset, with_labels=False)
         if not with_labels or not BUILT_IN.keys() & set(self.reward):
             return
         column = cols.choose_column(dataset, self.columns.get("response"), [], "response")
-        if empty := [row for row, answer in enumerate(cols.values(dataset, column)) if cols.is_missing(answer)]:
+        empty = [row for row, answer in enumerate(cols.values(dataset, column)) if cols.is_missing(answer)]
+        if empty and "exact_match" in self.reward:
             raise cols.Missing(f"{cols.first_of(dataset, empty)}: the answer in column {column!r} is empty")
+        if reasoning.REWARD in self.reward and not cols.is_missing((first := self._by_keys(dataset[0]))["response"]):
+            score = reasoning.score_answer(first["response"], first)
+            if score != 1:  # some metadata is not the same after being JSON
+                raise UserError(
+                    f"{cols.where(dataset, 0)}: reasoning-gym gives {score:g} of 1 point for the data's own answer: "
+                    "its scores of this data set cannot be used, take another"
+                )
+
+    def _by_keys(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row with the task's columns under the names of their keys too."""
+        return {**row, **{key: row[column] for key, column in self.columns.items()}}
 
     def _needed(self, with_labels: bool) -> list[str]:
         return ["messages" if "messages" in self.columns else "prompt"]
@@ -169,8 +181,7 @@ class RewardTask(InstructionTask):
             given = {key.removeprefix(GIVEN): each for key, each in columns.items() if key.startswith(GIVEN)}
             rows = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
             if function is None:
-                asked = [row | {key: row[column] for key, column in self.columns.items()} for row in rows]
-                return [BUILT_IN[name](text, row) for text, row in zip(completions, asked, strict=True)]
+                return [BUILT_IN[name](text, self._by_keys(row)) for text, row in zip(completions, rows, strict=True)]
             prompts: Any = given.get(self.columns.get("prompt", ""))
             answers: list[Any] = completions
             if prompts is None or not isinstance(prompts[0], str):
@@ -180,7 +191,9 @@ class RewardTask(InstructionTask):
             of_trl = {key: each for key, each in columns.items() if not key.startswith(GIVEN) and key not in ours}
             return _called(name, function, prompts=prompts, completions=answers, **(of_trl | given))
 
-        score.__name__ = name.rpartition(":")[2]
+        short = name.rpartition(":")[2]  # what TRL calls the reward's mean, so each needs another
+        alike = [each for each in self.reward if each.rpartition(":")[2] == short]
+        score.__name__ = short if len(alike) == 1 else name
         return score
 
 
