@@ -56,21 +56,37 @@ def scored(settings, name, task, losses, criterion=None):
 def test_a_rate_is_chosen_when_all_are_there_and_one_more_is_tried_at_an_edge(comparison):
     settings = comparison["settings"]
     rates = settings.CANDIDATES["RED"].rates
-    losses = dict(zip(rates, (3.0, 2.0, 1.0, 1.5, 2.5), strict=True))
-    some = scored(settings, "RED", "spell_backward", {rate: losses[rate] for rate in rates[:4]})
+    losses = dict(zip(rates, (2.0, 1.0, 1.5), strict=True))
+    some = scored(settings, "RED", "spell_backward", {rate: losses[rate] for rate in rates[:2]})
     assert settings.best_rate("RED", "spell_backward", some) is None
     found = scored(settings, "RED", "spell_backward", losses)
-    assert settings.best_rate("RED", "spell_backward", found) == rates[2]
+    assert settings.best_rate("RED", "spell_backward", found) == rates[1]
     assert settings.next_rate("RED", "spell_backward", found) is None
-    edge = scored(settings, "RED", "spell_backward", dict(zip(rates, (5.0, 4.0, 3.0, 2.0, 1.0), strict=True)))
-    assert settings.next_rate("RED", "spell_backward", edge) == 0.9
+    edge = scored(settings, "RED", "spell_backward", dict(zip(rates, (3.0, 2.0, 1.0), strict=True)))
+    assert settings.next_rate("RED", "spell_backward", edge) == 0.3
     runs = settings.searches(["RED"], ["spell_backward"], edge)
-    assert [one.rate for one in runs] == [*rates, 0.9]
-    wider = edge | scored(settings, "RED", "spell_backward", {0.9: 0.5})
-    assert settings.best_rate("RED", "spell_backward", wider) == 0.9
+    assert [one.rate for one in runs] == [*rates, 0.3]
+    wider = edge | scored(settings, "RED", "spell_backward", {0.3: 0.5})
+    assert settings.best_rate("RED", "spell_backward", wider) == 0.3
     assert settings.next_rate("RED", "spell_backward", wider) is None  # one more, and no further
     assert [(one.rate, one.seed) for one in settings.table(["RED"], ["spell_backward"], wider)] == [
-        (rate, seed) for rate in (0.9, 3e-2) for seed in (0, 1, 2)
+        (rate, seed) for rate in (0.3, 3e-2) for seed in (0, 1, 2)
+    ]
+
+
+def test_the_variant_with_the_best_scores_on_e2e_is_tested_on_both_tasks(comparison):
+    settings = comparison["settings"]
+    results: dict = {}
+    for number, name in enumerate(settings.group("variant")):
+        assert settings.winner(results) is None
+        for rate in settings.RED_RATES:
+            one = settings.run_of(name, "e2e", rate, 0, "validation")
+            loss = abs(number - 2) + (rate != 3e-2)
+            results[one.digest] = {"settings": one.settings(), "validation": {"loss": loss, "bleu": 9, "values": 1}}
+    assert settings.winner(results) == "RED on norms"
+    runs = [one for one in settings.planned("D", results) if one.split == "test"]
+    assert [(one.task, one.rate, one.seed) for one in runs] == [
+        (task, 3e-2, seed) for task in settings.TWO for seed in settings.SEEDS
     ]
 
 

@@ -20,7 +20,7 @@ from redpeft.tasks.reasoning import PREFIX, draw_questions
 
 TRAIN_ROWS = {"e2e": 600, "spell_backward": 1000, "chain_sum": 1000}
 LOSS_ROWS = 200  # of E2E's validation split: those whose loss is measured
-TEST_MRS = 200
+TEST_MRS = 100
 QUESTIONS = 200  # in the validation and the test split of a checked task
 CHECKED = {
     "spell_backward": {"min_word_len": 3, "max_word_len": 5},

@@ -26,6 +26,8 @@ def report(*arguments: str) -> dict:
     return report_of("serving.py", *arguments, *TINY)
 
 
+@pytest.mark.slow  # four engines
+@pytest.mark.timeout(1200)
 def test_throughput_is_that_of_every_way_at_every_number_of_adapters(base):
     """On a base model from a folder; the others make theirs."""
     rows = report("throughput", f"--base={base}", "--adapters=1,8", "--requests=8", "--rounds=2")["rows"]
@@ -45,6 +47,8 @@ def test_a_slot_is_two_vectors_a_layer_beside_loras_matrices():
     assert 0 < red["median_ms"] <= red["p99_ms"]
 
 
+@pytest.mark.slow  # three engines
+@pytest.mark.timeout(1200)
 def test_latency_counts_every_request():
     found = report("latency", "--adapters=6", "--seconds=1", "--rounds=2", "--loads=0.5")
     assert [row["way"] for row in found["rows"]] == ["base", "RED", "LoRA r=8"]
