@@ -37,7 +37,7 @@ PLAIN_BEAMS = {"num_beams": 10, "length_penalty": 0.9, "do_sample": False, "max_
 PUBLISHED = {**PLAIN_BEAMS, "no_repeat_ngram_size": 4}
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 DECODINGS = {
-    ("e2e", "validation"): {"greedy": {"do_sample": False, "max_new_tokens": 100}},
+    ("e2e", "validation"): {"greedy": {**GREEDY, "max_new_tokens": 100}},
     ("e2e", "test"): {"beams": PLAIN_BEAMS, "published": PUBLISHED},
 }
 ROWS_AT_ONCE = {"e2e": 64, "spell_backward": 200, "chain_sum": 200}  # questions; each has 10 beams in E2E

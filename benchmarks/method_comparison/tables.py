@@ -91,10 +91,9 @@ def e2e_table(results: Results) -> str:
     rows = rows_of(results, "e2e", group("main", "more"))
     base = rows["the base as it is"]
     for name in group("main", "more"):
-        rate = best_rate(name, "e2e", results) if not rows[name] else None
-        rows[name] = rows[name] or (
-            [] if rate is None else [results[run_of(name, "e2e", rate, 0, "validation").digest]]
-        )
+        rate = best_rate(name, "e2e", results)
+        if not rows[name] and rate is not None:
+            rows[name] = [results[run_of(name, "e2e", rate, 0, "validation").digest]]
 
     def cells(runs: Sequence[Result]) -> list[str]:
         losses = [run["validation"]["loss"] for run in runs if run["validation"]]

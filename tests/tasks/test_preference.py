@@ -115,7 +115,10 @@ def test_kto_takes_pairs_and_labels(tiny_chat_tokenizer, tmp_path):
         ({"prompt": "Hi", "completion": "a", "label": "good"}, {"loss": "kto"}, "row 1: the label 'good' is neither"),
         ({"chosen": "a", "rejected": "b"}, {}, "has answers without a prompt: name its column with data.prompt"),
         ({"prompt": "Hi", "chosen": "", "rejected": "b"}, {}, "row 1 (and 3 more of 4): the text in column 'chosen'"),
-        ({"messages": ASKED, "chosen": {"role": "gtp", "content": "a"}, "rejected": "b"}, {}, "a message has the"),
+        (
+            {"messages": ASKED, "chosen": {"role": "gtp", "content": "a"}, "rejected": "b"}, {},
+            "rows.jsonl, row 1: a message has the role 'gtp'",
+        ),
         ({"messages": ASKED, "label": True}, {"loss": "kto"}, "row 1: the chat has no answer of the"),
         ({"prompt": "Hi", "chosen": "a", "rejcted": "b"}, {}, "cannot tell which column of rows.jsonl is the"),
         (

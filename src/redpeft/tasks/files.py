@@ -128,12 +128,13 @@ def read_parts(files: Sequence[Path], header: str | None = None) -> Dataset:
 def with_rows(dataset: Dataset, name: str, numbers: Sequence[int | str] | None = None) -> Dataset:
     """The dataset with what messages need: the number of each row (default: its place), and the name of its source.
     A message of a chat becomes a list of one; other nested fields become columns of their own."""
-    nested = {name: set(feature) for name, feature in dataset.features.items() if isinstance(feature, dict)}
-    messages = [name for name, fields in nested.items() if is_message(fields)]
-    if messages:
-        lists = {name: [cell and [cell] for cell in dataset[name]] for name in messages}
-        order = dataset.column_names
-        dataset = Dataset(pa.table({name: lists.get(name) or dataset.data.column(name) for name in order}))
+    nested = {column: set(feature) for column, feature in dataset.features.items() if isinstance(feature, dict)}
+    messages = [column for column, fields in nested.items() if is_message(fields)]
+    order = dataset.column_names
+    for column in messages:
+        lists = [cell and [cell] for cell in dataset[column]]
+        dataset = dataset.remove_columns(column).add_column(column, lists)
+    dataset = dataset.select_columns(order)
     if len(nested) > len(messages):
         dataset = dataset.flatten()
     dataset = dataset.add_column(ROW, np.arange(1, len(dataset) + 1) if numbers is None else list(numbers))

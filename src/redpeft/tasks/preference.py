@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from redpeft.errors import UserError
 from redpeft.tasks import columns as cols
 from redpeft.tasks.base import DataConfig
-from redpeft.tasks.chats import Chat, read_answer
+from redpeft.tasks.chats import ROLES, Chat, read_answer
 from redpeft.tasks.columns import tokens_of
 from redpeft.tasks.files import with_rows
 from redpeft.tasks.instruction import InstructionTask, Pair, Tools, common_start
@@ -214,7 +214,7 @@ def _asks(answer: Any) -> bool:
     """Whether an answer is a whole chat, with a message of the user."""
     found = cols.as_messages(answer)
     roles = [message.get("role") or message.get("from") for message in found] if isinstance(found, list) else []
-    return "user" in roles or "human" in roles
+    return "user" in map(ROLES.get, roles)
 
 
 def _in_tokens(prompt: list[int], max_length: int | None, **answers: list[int]) -> dict[str, Any]:
