@@ -169,14 +169,18 @@ def table(names: Iterable[str], tasks: Iterable[str], results: Results) -> list[
     return runs
 
 
+def variants(results: Results) -> dict[str, Mapping[str, Any]]:
+    """RED and its variants with their results on E2E's validation split at RED's default rate, {} for none."""
+    names = ["RED", *group("variant")]
+    return {name: results.get(run_of(name, "e2e", RED_DEFAULT, 0, "validation").digest, {}) for name in names}
+
+
 def winner(results: Results) -> str | None:
-    """The variant of RED with the best validation scores on E2E, each at its best rate. None while one has no rate."""
-    scores = {}
-    for name in group("variant"):
-        rate = best_rate(name, "e2e", results)
-        if rate is None:
-            return None
-        scores[name] = rates_tried(name, "e2e", results)[rate]
+    """The best variant of RED by its validation scores. None while one has no result."""
+    found = variants(results)
+    scores = {name: found[name]["validation"] for name in group("variant") if found[name]}
+    if len(scores) < len(group("variant")):
+        return None
     return min(scores, key=lambda name: (rank_sum(name, scores, "e2e"), scores[name]["loss"]))
 
 
@@ -206,10 +210,9 @@ def planned(part: str, results: Results) -> list[Run]:
             for seed in SEEDS[:2]
         ]
     if part == "D":
-        best, runs = winner(results), searches(group("variant"), ["e2e"], results)
-        if best is not None:  # on both tasks at one rate, as a default would be
-            rate = best_rate(best, "e2e", results)
-            runs += [run_of(best, task, rate, seed, "test") for task in TWO for seed in SEEDS]
+        runs = [run_of(name, "e2e", RED_DEFAULT, 0, "validation") for name in group("variant")]
+        if best := winner(results):  # as a default would be: one rate on every task
+            runs += [run_of(best, task, RED_DEFAULT, seed, "test") for task in TWO for seed in SEEDS]
         return runs
     if part == "more":
         further = group("more")

@@ -20,12 +20,12 @@ from settings import (
     CELLS,
     CRITERIA,
     RED_DEFAULT,
-    RED_RATES,
     THREE,
     best_rate,
     group,
     rates_tried,
     run_of,
+    variants,
     winner,
 )
 
@@ -222,34 +222,34 @@ def formats_table(results: Results) -> str:
 
 
 def variants_table(results: Results) -> str:
-    """Part D: RED and its variants at every rate, on E2E's validation split. The variant that is tested is bold."""
-    lines = []
-    for name in ["RED", *group("variant")]:
-        best, tried = best_rate(name, "e2e", results), rates_tried(name, "e2e", results)
-        cells = [f"**{name}**" if name == winner(results) else name]
-        for rate in RED_RATES:
-            shown = scores_in_short(tried[rate], "e2e") if rate in tried else NOT_RUN
-            cells.append(f"**{shown}**" if rate == best else shown)
-        lines.append(cells)
-    return markdown(["variant", *(short(rate) for rate in RED_RATES)], lines)
+    """Part D: RED and its variants on E2E's validation split. The one that is tested is bold."""
+    best, rows = winner(results), {}
+    for name, run in variants(results).items():
+        rows[f"**{name}**" if name == best else name] = [run] if run else []
+
+    def cells(runs: Sequence[Result]) -> list[str]:
+        parameters, scores = runs[0]["parameters"], runs[0]["validation"]
+        return [f"{parameters:,}", f"{scores['loss']:.3f}", f"{scores['bleu']:.1f}", f"{scores['values']:.2f}"]
+
+    headings = ["variant", "parameters", "loss", "BLEU", "values"]
+    return markdown(headings, filled(rows, cells, len(headings) - 1))
 
 
 def variants_tested(results: Results) -> str:
-    """The best variant beside RED on the test split, with three seeds, each at its best rate on E2E."""
+    """The best variant beside RED on the test split, with three seeds, at RED's default rate."""
     best, lines = winner(results), []
     for name in ["RED", *([best] if best else [])]:
-        rate = best_rate(name, "e2e", results)
-        cells = [name, "" if rate is None else short(rate)]
+        cells = [name]
         for task, key, factor in (
             ("e2e", "bleu beams", 1),
             ("e2e", "values beams", 100),
             ("e2e", "unending beams", 100),
             ("spell_backward", "exact_match", 100),
         ):
-            runs = tested(results, task, name, rate)
+            runs = tested(results, task, name, RED_DEFAULT)
             cells.append(with_error([run["test"][key] for run in runs], 1, factor) if runs else NOT_RUN)
         lines.append(cells)
-    headings = ["", "rate", "E2E: BLEU", "E2E: values, %", "E2E: unending, %", "spell_backward: exact match"]
+    headings = ["", "E2E: BLEU", "E2E: values, %", "E2E: unending, %", "spell_backward: exact match"]
     return markdown(headings, lines)
 
 
