@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.data import write_rows
 from redpeft.tasks.metrics import is_right
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "method_comparison"
@@ -116,6 +117,12 @@ def test_what_is_right_is_what_reasoning_gym_gives_one_point(comparison):
             for answer in (entry["answer"], other["answer"]):
                 points = drawn.score_answer(answer, entry)
                 assert is_right(f"It is {answer}.", entry["answer"]) is (points == 1.0)
+
+
+def test_the_last_seed_answers_no_questions_of_e2e(comparison, tmp_path):
+    run, settings = comparison["run"], comparison["settings"]
+    write_rows(tmp_path / "e2e" / "test_questions.jsonl", [{"mr": "name[The Eagle]", "references": ["The Eagle."]}])
+    assert run.answer(None, settings.run_of("RED", "e2e", 3e-2, settings.SEEDS[-1], "test"), tmp_path) == ({}, {})
 
 
 def test_the_share_of_values_that_a_text_says(comparison):

@@ -27,7 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 from data import FORGETTING
-from settings import BASE, PARTS, TASKS, Run, planned
+from settings import BASE, BEAM_SEEDS, PARTS, TASKS, Run, planned
 
 from redpeft.storage import read_json, to_json, write_atomically
 
@@ -83,7 +83,7 @@ def run(one: Run, base: str, data: Path, texts: Path | None = None) -> dict[str,
         if one.split == "test":
             result |= {"test": scores, "text_loss": text_loss(finished, data / "wikitext.txt")}
             scores = {}
-    if texts is not None:
+    if texts is not None and answers:
         texts.mkdir(parents=True, exist_ok=True)
         write_atomically(texts / f"{one.digest}.json", to_json(answers, indent=0))
     return result | {
@@ -179,7 +179,10 @@ def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[st
     questions = [{key: row[key] for key in ("mr", "prompt") if key in row} for row in rows]
     scores: dict[str, Any] = {}
     texts: dict[str, list] = {}
-    for name, generation in DECODINGS.get((one.task, one.split), {"greedy": GREEDY}).items():
+    decodings = DECODINGS.get((one.task, one.split), {"greedy": GREEDY})
+    if "beams" in decodings and one.seed not in BEAM_SEEDS:
+        return scores, texts
+    for name, generation in decodings.items():
         finished.task.generation = generation
         texts[name] = [found["text"] for found in predict(finished, questions, ROWS_AT_ONCE[one.task])]
         if one.task == "e2e":

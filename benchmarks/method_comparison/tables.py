@@ -100,7 +100,7 @@ def e2e_table(results: Results) -> str:
         found = [*shared_cells(runs), with_error(losses, 3) if losses else ""]
         if "test" not in runs[0]:
             return [*found, NOT_RUN, *[""] * 5]
-        of: Callable[[str], list[float]] = lambda key: [run["test"][key] for run in runs]  # noqa: E731
+        of: Callable[[str], list[float]] = lambda key: [run["test"][key] for run in runs if run["test"]]  # noqa: E731
         return [
             *found,
             with_error(of("bleu beams"), 1),
@@ -247,7 +247,7 @@ def variants_tested(results: Results) -> str:
             ("spell_backward", "exact_match", 100),
         ):
             runs = tested(results, task, name, RED_DEFAULT)
-            cells.append(with_error([run["test"][key] for run in runs], 1, factor) if runs else NOT_RUN)
+            cells.append(with_error([run["test"][key] for run in runs if run["test"]], 1, factor) if runs else NOT_RUN)
         lines.append(cells)
     headings = ["", "E2E: BLEU", "E2E: values, %", "E2E: unending, %", "spell_backward: exact match"]
     return markdown(headings, lines)
