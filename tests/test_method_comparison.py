@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers.data import write_rows
 from redpeft.tasks.metrics import is_right
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "method_comparison"
@@ -78,7 +77,7 @@ def test_a_rate_is_chosen_when_all_are_there_and_one_more_is_tried_at_an_edge(co
 def test_the_variant_with_the_best_scores_on_e2e_is_tested_on_both_tasks(comparison):
     settings = comparison["settings"]
     results: dict = {}
-    for number, name in enumerate(settings.group("variant")):
+    for number, name in enumerate(["RED", *settings.group("variant")], -1):
         assert settings.winner(results) is None
         one = settings.run_of(name, "e2e", 3e-2, 0, "validation")
         validation = {"loss": abs(number - 2), "bleu": 9, "values": 1}
@@ -121,7 +120,6 @@ def test_what_is_right_is_what_reasoning_gym_gives_one_point(comparison):
 
 def test_the_last_seed_answers_no_questions_of_e2e(comparison, tmp_path):
     run, settings = comparison["run"], comparison["settings"]
-    write_rows(tmp_path / "e2e" / "test_questions.jsonl", [{"mr": "name[The Eagle]", "references": ["The Eagle."]}])
     assert run.answer(None, settings.run_of("RED", "e2e", 3e-2, settings.SEEDS[-1], "test"), tmp_path) == ({}, {})
 
 

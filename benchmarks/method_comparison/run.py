@@ -175,13 +175,13 @@ def answer(finished: Any, one: Run, data: Path) -> tuple[dict[str, Any], dict[st
     from redpeft.tasks.metrics import bleu, is_right
     from redpeft.training.predict import predict
 
+    decodings = DECODINGS.get((one.task, one.split), {"greedy": GREEDY})
+    if "beams" in decodings and one.seed not in BEAM_SEEDS:
+        return {}, {}
     rows = [json.loads(line) for line in (data / one.task / f"{one.split}_questions.jsonl").open(encoding="utf-8")]
     questions = [{key: row[key] for key in ("mr", "prompt") if key in row} for row in rows]
     scores: dict[str, Any] = {}
     texts: dict[str, list] = {}
-    decodings = DECODINGS.get((one.task, one.split), {"greedy": GREEDY})
-    if "beams" in decodings and one.seed not in BEAM_SEEDS:
-        return scores, texts
     for name, generation in decodings.items():
         finished.task.generation = generation
         texts[name] = [found["text"] for found in predict(finished, questions, ROWS_AT_ONCE[one.task])]

