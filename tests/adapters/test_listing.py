@@ -143,10 +143,14 @@ def test_other_methods_are_not_called_damaged(runs):
     write_run(runs / "full")
     (runs / "full" / "adapter").rename(runs / "full" / "model")
     (runs / "full" / "model" / "adapter_config.json").unlink()
+    options = {"base_model_name_or_path": "some/model", "task_type": "CAUSAL_LM"}
+    write_folder(runs / "peft", random_tensors(), peft_type="IA3", **options)
     rows = rows_of(runs)
     assert "full" not in rows  # a model, and no adapter
     lora = rows["lora"]
     assert (lora.status, lora.method, lora.validation, lora.parameters) == ("not checked", "lora", 0.9, None)
+    alone = rows["peft"]
+    assert (alone.status, alone.method, alone.base, alone.task) == ("not checked", "ia3", "some/model", "CAUSAL_LM")
 
 
 def test_odd_scores_are_left_out(runs):

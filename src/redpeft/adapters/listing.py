@@ -131,14 +131,12 @@ def _listed(found: Found, prints: _Fingerprints) -> ListedAdapter:
 def _adapter_facts(found: Found, prints: _Fingerprints) -> Facts:
     if found.unfinished and not found.adapter.is_dir():
         return {}
-    method = read_config(found.adapter)["peft_type"]
-    if method != "REDPEFT":
-        return {"method": str(method).lower(), "status": "not checked"}
-    adapter = read_adapter(found.adapter)
-    config, asked = adapter.config, adapter.config.get("sites")
-    return {
-        "base": config.get("base_model_name_or_path"),
-        "task": config.get("task_type"),
+    config = read_config(found.adapter)
+    recorded = {"base": config.get("base_model_name_or_path"), "task": config.get("task_type")}
+    if config["peft_type"] != "REDPEFT":
+        return recorded | {"method": str(config["peft_type"]).lower(), "status": "not checked"}
+    adapter, asked = read_adapter(found.adapter), config.get("sites")
+    return recorded | {
         "method": "red",
         "sites": ",".join(asked) if isinstance(asked, list) else asked or counted(len(adapter.edits), "module"),
         "parameters": sum(edit.scale.numel() + edit.bias.numel() for edit in adapter.edits.values()),
