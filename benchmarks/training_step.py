@@ -83,6 +83,8 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     FLOOR: floor,
     "floor again": floor,
     "RED": lambda model: get_peft_model(model, RedConfig()),
+    "RED, bias alone": lambda model: get_peft_model(model, RedConfig(use_scale=False)),
+    "LoRA r=1 on q, v": lambda model: get_peft_model(model, LoraConfig(r=1)),
     "LoRA r=8 on q, v": lambda model: get_peft_model(model, LoraConfig(r=8)),  # PEFT's own default places
     "LoRA r=16 on all": lambda model: get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")),
     "IA3": lambda model: get_peft_model(model, IA3Config()),

@@ -18,7 +18,8 @@ from helpers.data import write_rows
 from helpers.gguf_files import write_gguf
 
 TINY = ["--rounds=2", "--layers=2", "--width=32", "--vocabulary=50", "--batch=2", "--tokens=8", "--threads=1"]
-METHODS = ["frozen floor", "floor again", "RED", "LoRA r=8 on q, v", "LoRA r=16 on all", "IA3", "full"]
+LORA = ["LoRA r=1 on q, v", "LoRA r=8 on q, v", "LoRA r=16 on all"]
+METHODS = ["frozen floor", "floor again", "RED", "RED, bias alone", *LORA, "IA3", "full"]
 
 
 def benchmark(name: str) -> ModuleType:
@@ -60,6 +61,7 @@ def test_a_red_step_keeps_one_activation_a_site_and_two_vectors_of_optimiser_sta
         assert red["saved_activations_per_site"] == 1 + scale / activations  # 2 or 3 where an fp32 copy is kept
         assert red["optimizer_bytes"] == 4 * (2 * 128 + 4)  # per vector two fp32 moments, and a step count
         assert by_method["floor again"]["saved_bytes"] == floor["saved_bytes"]
+        assert by_method["RED, bias alone"]["saved_bytes"] - floor["saved_bytes"] == scale
         assert by_method["LoRA r=8 on q, v"]["saved_bytes"] > red["saved_bytes"]
         assert floor["ratio"] == 1.0
         assert all(row["seconds"] > 0 and row["ratio_quartiles"][0] <= row["ratio"] for row in rows)

@@ -1,4 +1,4 @@
-"""The tables of docs/explanation/comparison.md, made from the files in results/.
+"""The tables of docs/explanation/comparison.md, made from the files in results/ and steps.json.
 
 python benchmarks/method_comparison/tables.py            # prints them
 python benchmarks/method_comparison/tables.py --write    # puts them into the page
@@ -29,7 +29,10 @@ from settings import (
     winner,
 )
 
+from redpeft.storage import read_json
+
 PAGE = Path(__file__).parents[2] / "docs" / "explanation" / "comparison.md"
+STEPS = Path(__file__).with_name("steps.json")  # what training_step.py printed
 BEGIN, END = "<!-- table: {} -->\n", "<!-- end -->\n"
 NOT_RUN = "not run"
 Result = Mapping[str, Any]
@@ -240,19 +243,35 @@ def variants_table(results: Results) -> str:
 def variants_tested(results: Results) -> str:
     """The best variant beside RED on the test split, with three seeds, at RED's default rate."""
     best, lines = winner(results), []
+    scores = {
+        "e2e": {"bleu beams": 1, "values beams": 100, "unending beams": 100},
+        "spell_backward": {"exact_match": 100},
+    }
     for name in ["RED", *([best] if best else [])]:
         cells = [name]
-        for task, key, factor in (
-            ("e2e", "bleu beams", 1),
-            ("e2e", "values beams", 100),
-            ("e2e", "unending beams", 100),
-            ("spell_backward", "exact_match", 100),
-        ):
-            runs = tested(results, task, name, RED_DEFAULT)
-            cells.append(with_error([run["test"][key] for run in runs if run["test"]], 1, factor) if runs else NOT_RUN)
+        for task, factors in scores.items():
+            runs, base = tested(results, task, name, RED_DEFAULT), tested(results, task, BASE, None)
+            if not runs:
+                cells += [NOT_RUN, *[""] * len(factors)]
+                continue
+            answered = [run["test"] for run in runs if run["test"]]
+            cells += [with_error([test[key] for test in answered], 1, factor) for key, factor in factors.items()]
+            cells.append(forgetting(runs, base))
         lines.append(cells)
-    headings = ["", "E2E: BLEU", "E2E: values, %", "E2E: unending, %", "spell_backward: exact match"]
+    headings = ["", "E2E: BLEU", "values, %", "unending, %", "forgetting", "spelling: exact match", "forgetting"]
     return markdown(headings, lines)
+
+
+def steps_table() -> str:
+    """Time and memory of a training step, from a run of their own with nothing beside it."""
+    (rows,) = read_json(STEPS)["models"].values()
+    lines = []
+    for row in rows:
+        low, high = row["ratio_quartiles"]
+        ratio = f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"
+        kept, adam = row["saved_bytes"] / 1e6, row["optimizer_bytes"] / 1e6
+        lines.append([row["method"], f"{row['seconds']:.3f}", ratio, f"{kept:.0f} MB", f"{adam:.1f} MB"])
+    return markdown(["method", "seconds a step", "ratio (quartiles)", "kept for backward", "AdamW"], lines)
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -261,6 +280,7 @@ def tables(results: Results) -> dict[str, str]:
         "e2e": e2e_table(results),
         "official": official_table(results),
         **{task: checked_table(results, task) for task in THREE[1:]},
+        "steps": steps_table(),
         "formats": formats_table(results),
         "variants": variants_table(results),
         "variants tested": variants_tested(results),
