@@ -18,6 +18,7 @@ from redpeft.adapters import (
     read_adapter,
     write_adapter,
 )
+from redpeft.adapters.folder import read_config
 from redpeft.errors import UserError
 from redpeft.models import fingerprint
 from redpeft.storage import find_adapter, save_tensors
@@ -70,6 +71,14 @@ def test_refuses_what_is_not_a_red_adapter(adapter_folder, tmp_path):
     assert "not valid JSON" in refusal(adapter_folder)
     config.write_text("{}")
     assert "no peft_type" in refusal(adapter_folder)
+
+
+@pytest.mark.parametrize("name", ["base_model_name_or_path", "task_type"])
+@pytest.mark.parametrize("kind", ["REDPEFT", "LORA"])
+def test_refuses_names_that_are_no_text(tmp_path, kind, name):
+    folder = write_folder(tmp_path / "a", random_tensors(), **{"peft_type": kind, name: [5]})
+    with pytest.raises(UserError, match=f"{name} is not a text; set it to null to go without"):
+        read_config(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 60, -10])

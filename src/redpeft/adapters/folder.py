@@ -70,6 +70,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(config, dict) or "peft_type" not in config:
         raise UserError(f"{path}: no peft_type, so this is not an adapter's configuration")
+    for name in ("base_model_name_or_path", "task_type"):
+        if not isinstance(config.get(name), str | None):
+            raise UserError(f"{path}: {name} is not a text; set it to null to go without")
     if config["peft_type"] == "REDPEFT":
         check_format(config.get("format") or 1, f"{path}: ")
     saved = config.get("base_fingerprint")
